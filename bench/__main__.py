@@ -1,0 +1,62 @@
+"""Run a benchmark: ``python -m bench NAME [--quick] [--json FILE] [--write-readme]``.
+
+Rows are announced on stderr as they are measured; the Markdown report goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from bench import harness
+
+NAMES = ("gather", "update", "build")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, report; 0 when it ran, 2 when it could not."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("name", choices=[*NAMES, "list"], help="which question; list shows them")
+    parser.add_argument("--quick", action="store_true", help="a few cases, under a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows as JSON lines")
+    parser.add_argument(
+        "--write-readme", action="store_true", help="put the report into bench/README.md"
+    )
+    options = parser.parse_args(arguments)
+    if options.name == "list":
+        for name in NAMES:
+            print(f"{name:8}{importlib.import_module(f'bench.{name}').QUESTION}")
+        return 0
+    try:
+        import pyembed  # noqa: F401
+    except ImportError as error:
+        print(f"bench: pyembed cannot be imported ({error}): run `make bench`", file=sys.stderr)
+        return 2
+    rows: list[harness.Row] = []
+
+    def emit(row: harness.Row) -> None:
+        rows.append(row)
+        parts = [f"{k} {v}" for k, v in (row.case | row.cells).items()]
+        harness.progress(f"{row.table}: {', '.join(parts)}")
+
+    facts = harness.environment()
+    bench = importlib.import_module(f"bench.{options.name}")
+    try:
+        bench.run(options.quick, emit)
+    except harness.CheckFailed as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    text = harness.markdown(bench.QUESTION, facts, rows)
+    print(text)
+    if options.json:
+        with options.json.open("a") as file:
+            harness.json_lines(file, options.name, facts, rows)
+    if options.write_readme:
+        harness.write_readme(options.name, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

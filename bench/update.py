@@ -1,0 +1,264 @@
+"""Update: rows are gathered, a gradient arrives, the optimizer changes the rows it touched.
+
+Two tables. *gather + step*: pyembed's ``embedding(ids)`` and ``optimizer.step(ids, grad)``; torch's
+forward, backward and sparse optimizer step; FBGEMM's forward and its backward, which holds the
+step. *step alone*: pyembed's step, grouping included; FBGEMM's backward over a retained graph (on
+the machine it was tried on, as long as forward and backward minus forward); and the limit, the same
+row and gradient bytes with the grouping made beforehand.
+
+FBGEMM's row-wise Adagrad keeps one number a row where Adagrad keeps one a weight. It is the only
+optimizer of FBGEMM that is parallel on a CPU, so our Adagrad, which moves twice the row bytes, is
+held against it. torch and FBGEMM train one array on huge pages; torch allocates its own states.
+
+Checked before timing: a step of every contender on every case, against float64, on up to 4096
+touched rows with the most frequent among them, rtol 1e-5 and atol 1e-6; untouched rows bit for bit.
+Gradients are odd multiples of 1/64, whose sums are exact in any order, so the tolerance covers the
+rule and not the order of summation. It refuses to time an optimizer a peer does not have.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench import limit, peers, workloads
+from bench.harness import THREADS, Array, Bar, Contender, Row, aligned, check, timed_row
+
+QUESTION = (
+    "How fast is gather + optimizer step against torch's forward + backward + sparse step, and the "
+    "step alone against FBGEMM and the memory limit?"
+)
+BOTH, STEP = "gather + step", "step alone"
+DIM, ROWS = 64, 4_000_000
+SIZES = (64, 4096, 65536, 1_000_000)
+M = (1_000_000,)
+COLUMNS = {"SGD": 1, "Adagrad": 2, "Adam": 3}  # weight and states, all in the row
+TORCH = {"SGD": "SGD", "Adagrad": "Adagrad", "Adam": "SparseAdam"}
+TORCH_STATES = {"SGD": (), "Adagrad": ("sum",), "Adam": ("exp_avg", "exp_avg_sq")}
+FBGEMM = {"SGD": "EXACT_SGD", "Adagrad": "EXACT_ROWWISE_ADAGRAD"}
+OURS, GROUPING, UNIFORM = "pyembed", "pyembed grouping", ("uniform",)
+
+
+def _bar(table: str, name: str, n: Sequence[int], ours: str, peer: str | float, x: float) -> Bar:
+    where: dict[str, Any] = {"optimizer": (name,), "N": n}
+    against_fbgemm = isinstance(peer, str) and peer.startswith("FBGEMM")
+    return Bar(table, where if against_fbgemm else where | {"ids": UNIFORM}, ours, peer, x)
+
+
+BARS = (
+    _bar(BOTH, "SGD", (65536,), OURS, "torch", 2.5),
+    _bar(BOTH, "Adagrad", (65536,), OURS, "torch", 6.0),
+    _bar(BOTH, "Adam", (65536,), OURS, "torch", 7.0),
+    _bar(BOTH, "SGD", M, OURS, "torch", 5.0),
+    _bar(BOTH, "Adagrad", M, OURS, "torch", 12.0),
+    _bar(BOTH, "Adam", M, OURS, "torch", 20.0),
+    _bar(STEP, "Adagrad", (65536, *M), OURS, "FBGEMM nobag", 20.0),
+    _bar(STEP, "Adagrad", (65536, *M), OURS, "FBGEMM bag", 1.2),
+    _bar(STEP, "Adagrad", M, GROUPING, OURS, 1 / 0.15),  # at most 15 % of the step
+    _bar(STEP, "Adagrad", M, GROUPING, 0.0032, 1.0),
+    _bar(STEP, "SGD", M, OURS, 0.032, 1.0),
+    _bar(STEP, "Adagrad", M, OURS, 0.046, 1.0),
+    _bar(STEP, "Adam", M, OURS, 0.060, 1.0),
+)
+
+
+# A trainer has: use (prepare a case; gives the inputs of the next two), train (gather + step),
+# apply (the step alone), read (float64 copies of the weight and of each state of some rows), rule (which
+# oracle) and steps (taken so far, for Adam's bias correction).
+
+
+class Pyembed:
+    name, steps = OURS, 0
+
+    def __init__(self, optimizer: str) -> None:
+        import pyembed
+
+        self.rule = optimizer
+        init = pyembed.init.uniform(-1.0, 1.0)
+        self.table = pyembed.Table.memory(
+            ROWS, DIM, optimizer=optimizer.lower(), init=init, num_threads=THREADS
+        )
+        self.embedding = pyembed.Embedding.from_pretrained(self.table, freeze=False)
+        self.optimizer = getattr(pyembed.optim, optimizer)(self.embedding, lr=peers.LR)
+        weight = self.table.weight  # the states follow the weight in the row
+        shape = (ROWS, COLUMNS[optimizer] * DIM)
+        self.rows = np.lib.stride_tricks.as_strided(weight, shape, weight.strides, writeable=False)
+
+    def use(self, batches: list[Array], grad: Array) -> tuple[Sequence[Any], Sequence[Any]]:
+        self.grad, self.out = grad, aligned(grad.shape)
+        return batches, batches
+
+    def train(self, x: Array) -> None:
+        self.embedding(x)
+        self.apply(x)
+
+    def train_out(self, x: Array) -> None:
+        self.table.gather(x, out=self.out)
+        self.apply(x)
+
+    def apply(self, x: Array) -> None:
+        self.optimizer.step(x, self.grad)
+        self.steps += 1
+
+    def read(self, rows: Array) -> list[Array]:
+        return np.split(self.rows[rows].astype(np.float64), COLUMNS[self.rule], axis=1)
+
+
+class Torch:
+    name, steps = "torch", 0
+
+    def __init__(self, optimizer: str, weight: Array) -> None:
+        torch, self.rule = peers.torch(), optimizer
+        layer = torch.nn.Embedding.from_pretrained
+        self.embedding = layer(peers.tensor(weight), freeze=False, sparse=True)
+        kind = getattr(torch.optim, TORCH[optimizer])
+        self.optimizer = kind(list(self.embedding.parameters()), lr=peers.LR)
+
+    def use(self, batches: list[Array], grad: Array) -> tuple[Sequence[Any], Sequence[Any]]:
+        self.grad = peers.tensor(grad)
+        return [peers.tensor(ids) for ids in batches], ()
+
+    def train(self, x: Any) -> None:
+        self.optimizer.zero_grad()
+        self.embedding(x).backward(self.grad)
+        self.optimizer.step()
+        self.steps += 1
+
+    def read(self, rows: Array) -> list[Array]:
+        state = self.optimizer.state[self.embedding.weight]
+        tensors = [self.embedding.weight.detach()]
+        tensors += [state[name] for name in TORCH_STATES[self.rule] if name in state]
+        parts = [tensor.numpy()[rows].astype(np.float64) for tensor in tensors]
+        # SparseAdam makes its states, all zero, in the first step.
+        return parts + [0 * parts[0]] * (COLUMNS[self.rule] - len(parts))
+
+
+class Fbgemm:
+    steps = 0
+
+    def __init__(self, name: str, optimizer: str, weight: Array) -> None:
+        self.name = name
+        self.rule = {"Adagrad": "row-wise Adagrad"}.get(optimizer, optimizer)
+        self.table = peers.table(weight, FBGEMM[optimizer], bag=name == "FBGEMM bag")
+
+    def use(self, batches: list[Array], grad: Array) -> tuple[Sequence[Any], Sequence[Any]]:
+        self.grad, inputs = peers.tensor(grad), peers.fbgemm_inputs(batches)
+        return inputs, [self.table(*x) for x in inputs]
+
+    def train(self, x: tuple[Any, Any]) -> None:
+        self.table(*x).backward(self.grad)
+
+    def apply(self, x: Any) -> None:
+        x.backward(self.grad, retain_graph=True)
+
+    def read(self, rows: Array) -> list[Array]:
+        parts = [self.table.split_embedding_weights()[0].detach().numpy()[rows]]
+        parts += [state.numpy()[rows, None] for (state,) in self.table.split_optimizer_states()]
+        return [part.astype(np.float64) for part in parts]
+
+
+def _oracle(rule: str, parts: list[Array], g: Array, t: int) -> Array:
+    """The weights after step ``t`` (the first is 1) with summed gradients ``g``, in float64."""
+    w, *states = parts
+    if rule == "SGD":
+        change = g
+    elif rule == "Adagrad":
+        change = g / (np.sqrt(states[0] + g * g) + 1e-10)
+    elif rule == "row-wise Adagrad":
+        change = g / (np.sqrt(states[0] + np.mean(g * g, axis=1, keepdims=True)) + 1e-8)
+    else:
+        m, v = 0.9 * states[0] + 0.1 * g, 0.999 * states[1] + 0.001 * g * g
+        change = np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-8)
+    return np.subtract(w, peers.LR * change)
+
+
+def _check_step(trainer: Any, call: Callable[[Any], None], x: Any, ids: Array, grad: Array) -> None:
+    """Take one step and compare it with the oracle."""
+    rng = np.random.default_rng(2)
+    unique, counts = np.unique(ids, return_counts=True)
+    hot = unique[np.argsort(counts)[-64:]]
+    touched = np.unique(np.append(hot, rng.choice(unique, min(4032, len(unique)), replace=False)))
+    others = np.setdiff1d(rng.integers(0, ROWS, 4096), unique)
+    chosen = np.flatnonzero(np.isin(ids, touched))
+    g = np.zeros((len(touched), DIM))
+    np.add.at(g, np.searchsorted(touched, ids[chosen]), grad[chosen].astype(np.float64))
+    before, still = trainer.read(touched), trainer.read(others)
+    call(x)
+    wanted = _oracle(trainer.rule, before, g, trainer.steps)
+    close = np.allclose(trainer.read(touched)[0], wanted, rtol=1e-5, atol=1e-6)
+    check(f"{trainer.name} {trainer.rule}", close)
+    same = all(map(np.array_equal, still, trainer.read(others)))
+    check(f"{trainer.name} {trainer.rule} (untouched rows)", same)
+
+
+def _grouping(batches: list[Array]) -> Contender:
+    import pyembed
+
+    rows, starts, order = pyembed.grouping.group(batches[0], ROWS)
+    unique, counts = np.unique(batches[0], return_counts=True)
+    same = np.array_equal(rows, unique) and np.array_equal(np.diff(starts), counts)
+    check(GROUPING, same and np.array_equal(order, np.argsort(batches[0], kind="stable")))
+    return Contender(GROUPING, lambda ids: pyembed.grouping.group(ids, ROWS), batches)
+
+
+def _peers(optimizer: str, weight: Array) -> list[Any]:
+    """A trainer for torch and for both of FBGEMM, or an absent contender that says why not."""
+    torch = peers.torch()
+    found: list[Any] = [
+        Contender("torch", absent=torch) if isinstance(torch, str) else Torch(optimizer, weight)
+    ]
+    for name in ("FBGEMM bag", "FBGEMM nobag"):
+        reason = peers.why_no_fbgemm() if optimizer in FBGEMM else f"has no {optimizer}"
+        found.append(Contender(name, absent=reason) if reason else Fbgemm(name, optimizer, weight))
+    return found
+
+
+def _case(
+    case: dict[str, object], ours: Pyembed, others: list[Any], batches: list[Array], rounds: int
+) -> list[Row]:
+    ids, n = batches[0], len(batches[0])
+    odd = np.random.default_rng(3).integers(-4, 4, (n, DIM), dtype=np.int8) * 2 + 1
+    grad = aligned((n, DIM))
+    np.divide(odd, 64, out=grad)
+    both, alone = [], []
+    for t in (ours, *others):
+        if isinstance(t, Contender):  # absent
+            both.append(t)
+            alone += [t] if t.name != "torch" else []
+            continue
+        trained, applied = t.use(batches, grad)
+        _check_step(t, t.train, trained[0], ids, grad)
+        both.append(Contender(t.name, t.train, trained))
+        if applied:
+            _check_step(t, t.apply, applied[0], ids, grad)
+            alone.append(Contender(t.name, t.apply, applied))
+    both.insert(1, Contender("pyembed out=", ours.train_out, batches))
+    alone.insert(1, _grouping(batches))
+    kept = ours.rows[ids[:4096]]
+    alone.append(limit.update(ours.rows, DIM, batches, grad))
+    check("limit", np.array_equal(kept, ours.rows[ids[:4096]]))
+    rows = [timed_row(BOTH, case, both, BARS, rounds), timed_row(STEP, case, alone, BARS, rounds)]
+    seconds: Any = rows[1].data["seconds"]
+    share = seconds[GROUPING]["median"] / seconds[OURS]["median"]
+    rows[1].cells["grouping / step"] = f"{share:.1%}"
+    return rows
+
+
+def run(quick: bool, emit: Callable[[Row], None]) -> None:
+    """Measure every case and emit its rows."""
+    weight = aligned((ROWS, DIM))
+    np.random.default_rng(0).random(dtype=np.float32, out=weight)
+    for optimizer in COLUMNS:
+        ours, others = Pyembed(optimizer), _peers(optimizer, weight)
+        for n in (65536,) if quick else SIZES:
+            how_many = min(512, max(1, (128 << 20) // (n * DIM * 4)))
+            for stream in UNIFORM if quick else (*UNIFORM, "zipf 1.05 hashed"):
+                batches = workloads.batches(stream, ROWS, n, how_many)
+                case = {"optimizer": optimizer, "N": n, "dim": DIM, "rows": "4 M", "ids": stream}
+                for row in _case(case, ours, others, batches, rounds=3 if quick else 7):
+                    emit(row)
+        del ours, others
+        gc.collect()  # up to 6 GB of tables and states

@@ -1,0 +1,45 @@
+"""Embedding tables that are larger than memory, trained on a CPU, from numpy.
+
+ids → `Table.gather` → rows → your model → gradient → `optim` step → `Table`.
+
+Importing starts nothing: no thread, no file, no other framework.
+"""
+
+from __future__ import annotations
+
+import os
+
+try:
+    from pyembed import _core
+except ImportError as error:
+    raise ImportError(
+        f"the extension pyembed._core cannot be loaded ({error}); "
+        "in a clone of the repository: make build; else: pip install pyembed-tables"
+    ) from error
+
+from pyembed import errors, grouping, init, optim
+from pyembed.config import show_config
+from pyembed.embedding import Embedding
+from pyembed.errors import PyembedError
+from pyembed.grouping import SparseGrad
+from pyembed.table import Table
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Embedding",
+    "PyembedError",
+    "SparseGrad",
+    "Table",
+    "errors",
+    "grouping",
+    "init",
+    "optim",
+    "show_config",
+]
+
+if _level := os.environ.get("PYEMBED_SIMD"):
+    try:
+        _core.use_simd(_level)
+    except ValueError as error:
+        raise errors.ArgumentError(f"PYEMBED_SIMD: {error}") from None

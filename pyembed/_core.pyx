@@ -1,0 +1,257 @@
+"""The boundary between Python and the row kernels.
+
+What lives here: columns (a pointer and a row stride), the one id check, and the loops over rows, parallel and without
+the GIL. What does not: defaults, environment, files, friendly conversions. A function takes arrays that are already
+right, or raises `TypeError`/`ValueError` for a caller's mistake inside the library; the only error that a user meets
+from here is `IdError`, and it comes before anything is written.
+
+The parts:
+- this file: kernels table, columns, arrays, the id check
+- _core_rows.pxi: gather, scatter_add, all_finite, fill
+- _core_groups.pxi: group (ids to unique rows), and the loops over unique rows: sum, add, update
+
+Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here; a loop over columns is in _kernels/.
+"""
+
+cimport cython
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from cython.parallel cimport prange
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+
+from pyembed.errors import IdError
+
+cnp.import_array()
+
+cdef extern from "_kernels/kernels.h" nogil:
+    enum:
+        PE_RULES
+        PE_BLOCK
+
+    ctypedef struct pe_hyper:
+        float lr
+        float eps
+        float one_minus_b1
+        float one_minus_b2
+
+    ctypedef void (*pe_update_row)(float *const *col, const float *grad_d, int64_t d, const pe_hyper *h) noexcept nogil
+
+    ctypedef struct pe_kernels:
+        const char *name
+        void (*copy_row)(float *dst_d, const float *src_d, int64_t d) noexcept nogil
+        void (*stream_row)(float *dst_d, const float *src_d, int64_t d) noexcept nogil
+        void (*add_row)(float *acc_d, const float *src_d, int64_t d) noexcept nogil
+        void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d) noexcept nogil
+        void (*scale_row)(float *dst_d, float alpha, int64_t d) noexcept nogil
+        int (*finite_span)(const float *src_d, int64_t d) noexcept nogil
+        pe_update_row update[PE_RULES]
+        void (*uniform_block)(float *dst, uint64_t seed, uint64_t block, float low, float width) noexcept nogil
+        void (*normal_block)(float *dst, uint64_t seed, uint64_t block, float mean, float std) noexcept nogil
+
+    const pe_kernels *pe_kernels_named(const char *name) noexcept
+    const pe_kernels *pe_kernels_best() noexcept
+    void pe_stream_fence() noexcept
+    void pe_prefetch_read(const float *src_d, int64_t d) noexcept
+    void pe_prefetch_write(const float *src_d, int64_t d) noexcept
+
+cdef extern from "_kernels/stripes.h" nogil:
+    int64_t pe_stripe_of(int64_t row) noexcept
+    void pe_stripe_lock(int64_t stripe) noexcept
+    void pe_stripe_unlock(int64_t stripe) noexcept
+
+cdef extern from "_kernels/spread.h" nogil:
+    int pe_this_cpu() noexcept
+    void pe_leave_cpu(int cpu) noexcept
+
+cdef extern from "_kernels/crc32c.h" nogil:
+    uint32_t pe_crc32c(uint32_t crc, const unsigned char *data, size_t size) noexcept
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    static const char *pe_openmp(void) { return "OpenMP"; }
+    #if _OPENMP >= 201811
+    static void pe_pause(void) { if (!omp_in_parallel()) omp_pause_resource_all(omp_pause_hard); }
+    #else
+    static void pe_pause(void) {}
+    #endif
+    #else
+    static const char *pe_openmp(void) { return "none (serial build)"; }
+    static void pe_pause(void) {}
+    #endif
+    """
+    const char *pe_openmp() noexcept
+    void pe_pause() noexcept
+
+ctypedef fused ids_t:
+    int32_t
+    int64_t
+
+# Which kernels every call uses. Set at import and by use_simd(); read once per call.
+cdef const pe_kernels *kernels = pe_kernels_best()
+
+
+def use_simd(str level):
+    """Use the kernels of `level`; return the level that was in use. `ValueError` if it is unknown or not supported."""
+    global kernels
+    cdef const pe_kernels *wanted = pe_kernels_named(level.encode())
+    if wanted is NULL:
+        raise ValueError(f"SIMD level {level!r} is not available; this processor has: {', '.join(simd_levels())}")
+    before = simd_level()
+    kernels = wanted
+    return before
+
+
+def simd_level():
+    """The level in use."""
+    return (<bytes>kernels.name).decode()
+
+
+def simd_levels():
+    """The levels that this processor has, lowest first."""
+    return [name for name in ("baseline", "v3") if pe_kernels_named(name.encode()) is not NULL]
+
+
+def openmp():
+    """The parallel runtime of this build."""
+    return (<bytes>pe_openmp()).decode()
+
+
+def pause_threads():
+    """Give the pool's threads back: a fork while they exist would hang the child (libgomp)."""
+    pe_pause()
+
+
+def crc32c(const unsigned char[::1] data):
+    """CRC-32C (Castagnoli) of a buffer."""
+    return pe_crc32c(0, &data[0], data.shape[0]) if data.shape[0] else 0
+
+
+@cython.final
+cdef class Column:
+    """float32 rows in somebody's memory: a pointer and a row stride. Keeps the memory's owner alive."""
+
+    cdef readonly cnp.ndarray array
+    cdef readonly bint writable
+    cdef float *data
+    cdef readonly int64_t rows
+    cdef readonly int64_t dim
+    cdef int64_t stride                         # floats from one row to the next
+
+    def __init__(self, cnp.ndarray array not None):
+        if cnp.PyArray_NDIM(array) != 2 or cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT32:
+            raise TypeError("a column is a 2-D float32 array")
+        cdef cnp.npy_intp row_bytes = cnp.PyArray_STRIDE(array, 0), item_bytes = cnp.PyArray_STRIDE(array, 1)
+        self.rows, self.dim = cnp.PyArray_DIM(array, 0), cnp.PyArray_DIM(array, 1)
+        if not cnp.PyArray_ISBEHAVED_RO(array) or (self.dim > 1 and item_bytes != 4) or row_bytes % 4 or row_bytes < 0:
+            raise ValueError("a column's floats must be aligned, native and contiguous within each row")
+        self.array = array
+        self.writable = cnp.PyArray_ISWRITEABLE(array)
+        self.data = <float *>cnp.PyArray_DATA(array)
+        self.stride = row_bytes // 4
+
+
+cdef inline const float *_floats(cnp.ndarray array, int64_t n) except? NULL:
+    """The n floats of a C-contiguous float32 array."""
+    if cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT32 or not cnp.PyArray_ISCARRAY_RO(array) or cnp.PyArray_SIZE(array) != n:
+        raise TypeError(f"expected a C-contiguous float32 array of {n} elements")
+    return <const float *>cnp.PyArray_DATA(array)
+
+
+cdef inline float *_floats_out(cnp.ndarray array, int64_t n, Column apart_from) except? NULL:
+    """As _floats, to be written; refuses memory that overlaps with the column that is read."""
+    cdef float *data = <float *>_floats(array, n)
+    if not cnp.PyArray_ISWRITEABLE(array):
+        raise ValueError("the output is read-only")
+    if (apart_from is not None and data < apart_from.data + apart_from.rows * apart_from.stride
+            and apart_from.data < data + n):
+        raise ValueError("the output overlaps with the table")
+    return data
+
+
+cdef inline bint _is_int64(cnp.ndarray ids) except -1:
+    """True for int64 ids, False for int32; anything else is the caller's mistake."""
+    cdef cnp.npy_intp size = cnp.PyArray_ITEMSIZE(ids)
+    if not cnp.PyTypeNum_ISSIGNED(cnp.PyArray_TYPE(ids)) or not cnp.PyArray_ISCARRAY_RO(ids) or (size != 8 and size != 4):
+        raise TypeError("expected C-contiguous int32 or int64 ids")
+    return size == 8
+
+
+cdef inline int64_t _split(int64_t n, int64_t part, int64_t parts) noexcept nogil:
+    """Where part `part` of `parts` begins in 0..n."""
+    return n // parts * part + min(part, n % parts)
+
+
+cdef int64_t _first_bad(const ids_t *ids, int64_t n, int64_t rows) noexcept nogil:
+    """Position of the first id outside 0..rows-1, or -1. One unsigned compare catches negatives too."""
+    cdef int64_t i, block, end
+    cdef uint64_t bad
+    for block in range(0, n, 1024):             # without a branch per id, so that it vectorises
+        end = min(block + 1024, n)
+        bad = 0
+        for i in range(block, end):
+            bad |= <uint64_t>(<uint64_t><int64_t>ids[i] >= <uint64_t>rows)
+        if bad:
+            for i in range(block, end):
+                if <uint64_t><int64_t>ids[i] >= <uint64_t>rows:
+                    return i
+    return -1
+
+
+cdef int _check_ids(cnp.ndarray ids, bint wide, int64_t rows, int threads) except -1:
+    """The one id check. Raises IdError with the first bad id's index, value and the allowed range."""
+    cdef int64_t n = cnp.PyArray_SIZE(ids), bad = -1, found
+    cdef int t, caller = pe_this_cpu()
+    cdef const void *data = cnp.PyArray_DATA(ids)
+    if threads == 1:
+        bad = _first_bad(<const int64_t *>data, n, rows) if wide else _first_bad(<const int32_t *>data, n, rows)
+    else:
+        with nogil:
+            for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+                if t:
+                    pe_leave_cpu(caller)
+                _check_part(data, wide, _split(n, t, threads), _split(n, t + 1, threads), rows, &bad)
+    if bad < 0:
+        return 0
+    found = bad
+    index = []
+    for extent in reversed((<object>ids).shape):
+        index.append(found % extent)
+        found //= extent
+    where = ", ".join(str(i) for i in reversed(index))
+    value = (<object>ids).reshape(-1)[bad]
+    allowed = f"0..{rows - 1}" if rows else "an empty table"
+    raise IdError(f"ids[{where}] = {value} is outside {allowed}")
+
+
+def check_ids(cnp.ndarray ids not None, int64_t rows, int threads):
+    """The id check alone."""
+    _check_ids(ids, _is_int64(ids), rows, threads)
+
+
+cdef void _check_part(const void *ids, bint wide, int64_t lo, int64_t hi, int64_t rows, int64_t *bad) noexcept nogil:
+    cdef int64_t found
+    if wide:
+        found = _first_bad(<const int64_t *>ids + lo, hi - lo, rows)
+    else:
+        found = _first_bad(<const int32_t *>ids + lo, hi - lo, rows)
+    if found >= 0:
+        _lower(bad, lo + found)
+
+
+cdef extern from *:
+    """
+    /* *bad = the lower of both, where -1 stands for none; from several threads. */
+    static inline void _pe_lower(int64_t *bad, int64_t found) {
+        int64_t seen = __atomic_load_n(bad, __ATOMIC_RELAXED);
+        while ((seen < 0 || found < seen)
+               && !__atomic_compare_exchange_n(bad, &seen, found, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    }
+    """
+    void _lower "_pe_lower"(int64_t *bad, int64_t found) noexcept nogil
+
+
+include "_core_rows.pxi"
+include "_core_groups.pxi"

@@ -1,0 +1,76 @@
+/* The table of row kernels: what each one computes, and the contract that all of them keep.
+ *
+ * A kernel works on one row (or one span) of float32. It allocates nothing, knows no thread, and cannot fail.
+ * Legend: d floats in a row; *_d points to d floats; no two pointers of a call overlap.
+ *
+ * Numerics contract. Every level (baseline, v3) is the same C, compiled without contraction of a*b+c and without
+ * -ffast-math, so every level gives the same bits, and pyembed/reference.py gives them too.
+ */
+#ifndef PYEMBED_KERNELS_H
+#define PYEMBED_KERNELS_H
+
+#include <stdint.h>
+
+/* Update rules, in order of increasing complexity; the order of pe_kernels.update. */
+enum { PE_SGD, PE_ADAGRAD, PE_ADAM, PE_RULES };
+
+/* Hyper-parameters of one step, already rounded to float32. A rule reads those that it names. */
+typedef struct {
+    float lr;            /* SGD, Adagrad: learning rate; Adam: lr * sqrt(1 - beta2^t) / (1 - beta1^t) */
+    float eps;
+    float one_minus_b1;
+    float one_minus_b2;
+} pe_hyper;
+
+/* col[0] is the weight, col[1..] the state columns of the rule, all of the same row. */
+typedef void (*pe_update_row)(float *const *col, const float *grad_d, int64_t d, const pe_hyper *h);
+
+#define PE_BLOCK 64 /* floats that one call of a random kernel produces */
+
+typedef struct {
+    const char *name;
+    void (*copy_row)(float *dst_d, const float *src_d, int64_t d);
+    void (*stream_row)(float *dst_d, const float *src_d, int64_t d); /* as copy, past the caches; see pe_stream_fence */
+    void (*add_row)(float *acc_d, const float *src_d, int64_t d);                /* acc += src */
+    void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d);  /* acc += alpha * src */
+    void (*scale_row)(float *dst_d, float alpha, int64_t d);                     /* dst *= alpha */
+    int (*finite_span)(const float *src_d, int64_t d);                           /* 1 if no NaN and no infinity */
+    pe_update_row update[PE_RULES];
+    /* Block `block` of the stream that `seed` names: PE_BLOCK floats, a function of (seed, block) alone. */
+    void (*uniform_block)(float *dst, uint64_t seed, uint64_t block, float low, float width);
+    void (*normal_block)(float *dst, uint64_t seed, uint64_t block, float mean, float std);
+} pe_kernels;
+
+extern const pe_kernels pe_kernels_baseline;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PE_HAVE_V3 1
+extern const pe_kernels pe_kernels_v3;
+#endif
+
+/* The kernels of a level by name: NULL if the name is unknown or this processor lacks the level. */
+const pe_kernels *pe_kernels_named(const char *name);
+/* The best level of this processor. */
+const pe_kernels *pe_kernels_best(void);
+
+/* The order of streamed stores before the stores that follow. */
+static inline void pe_stream_fence(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_ia32_sfence();
+#endif
+}
+
+/* Ask for every cache line of a row, to read it or to write it. */
+static inline void pe_prefetch_read(const float *src_d, int64_t d) {
+#ifdef __GNUC__
+    const char *p = (const char *)src_d, *end = (const char *)(src_d + d);
+    for (; p < end; p += 64) __builtin_prefetch(p, 0, 3);
+#endif
+}
+static inline void pe_prefetch_write(const float *src_d, int64_t d) {
+#ifdef __GNUC__
+    const char *p = (const char *)src_d, *end = (const char *)(src_d + d);
+    for (; p < end; p += 64) __builtin_prefetch(p, 1, 3);
+#endif
+}
+
+#endif

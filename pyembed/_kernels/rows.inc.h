@@ -1,0 +1,100 @@
+/* The loops, written once. Each rows_<level>.c includes this file under its own target and names the result
+ * PE_LEVEL; the compiler vectorises. No intrinsics, but for the streaming store that C has no word for.
+ */
+#include <math.h>
+#include <string.h>
+#include "kernels.h"
+
+#define PE_CAT2(a, b) a##b
+#define PE_CAT(a, b) PE_CAT2(a, b)
+#define PE_STR2(a) #a
+#define PE_STR(a) PE_STR2(a)
+
+#include "random.inc.h"
+
+static void copy_row(float *restrict dst_d, const float *restrict src_d, int64_t d) {
+    for (int64_t i = 0; i < d; i++) dst_d[i] = src_d[i];
+}
+
+static void stream_row(float *restrict dst_d, const float *restrict src_d, int64_t d) {
+    int64_t i = 0;
+#if defined(__x86_64__) && defined(__GNUC__)
+    typedef float f4 __attribute__((vector_size(16)));
+    /* movntps wants 16-byte alignment; whole lines at a time keep the write-combining buffers full. */
+    if (((uintptr_t)dst_d & 15) == 0)
+        for (; i + 4 <= d; i += 4) {
+            f4 v;
+            memcpy(&v, src_d + i, sizeof v);
+            __builtin_ia32_movntps(dst_d + i, v);
+        }
+#endif
+    for (; i < d; i++) dst_d[i] = src_d[i];
+}
+
+static void add_row(float *restrict acc_d, const float *restrict src_d, int64_t d) {
+    for (int64_t i = 0; i < d; i++) acc_d[i] += src_d[i];
+}
+
+static void axpy_row(float *restrict acc_d, const float *restrict src_d, float alpha, int64_t d) {
+    for (int64_t i = 0; i < d; i++) acc_d[i] += alpha * src_d[i];
+}
+
+static void scale_row(float *restrict dst_d, float alpha, int64_t d) {
+    for (int64_t i = 0; i < d; i++) dst_d[i] *= alpha;
+}
+
+static int finite_span(const float *restrict src_d, int64_t d) {
+    /* An exponent of all ones is NaN or infinity. Integers, so the order of the reduction is free. */
+    int32_t bad = 0;
+    for (int64_t i = 0; i < d; i++) {
+        int32_t bits;
+        memcpy(&bits, src_d + i, sizeof bits);
+        bad |= (bits & 0x7f800000) == 0x7f800000;
+    }
+    return !bad;
+}
+
+/* w -= lr * g */
+static void sgd_row(float *const *col, const float *restrict grad_d, int64_t d, const pe_hyper *h) {
+    float *restrict w_d = col[0];
+    const float lr = h->lr;
+    for (int64_t i = 0; i < d; i++) w_d[i] -= lr * grad_d[i];
+}
+
+/* s += g^2;  w -= lr * g / (sqrt(s) + eps) */
+static void adagrad_row(float *const *col, const float *restrict grad_d, int64_t d, const pe_hyper *h) {
+    float *restrict w_d = col[0], *restrict sum_d = col[1];
+    const float lr = h->lr, eps = h->eps;
+    for (int64_t i = 0; i < d; i++) {
+        const float g = grad_d[i], s = sum_d[i] + g * g;
+        sum_d[i] = s;
+        w_d[i] -= lr * (g / (sqrtf(s) + eps));
+    }
+}
+
+/* m += (g - m)(1 - b1);  v += (g^2 - v)(1 - b2);  w -= lr * m / (sqrt(v) + eps), lr with both bias corrections */
+static void adam_row(float *const *col, const float *restrict grad_d, int64_t d, const pe_hyper *h) {
+    float *restrict w_d = col[0], *restrict m_d = col[1], *restrict v_d = col[2];
+    const float lr = h->lr, eps = h->eps, one_minus_b1 = h->one_minus_b1, one_minus_b2 = h->one_minus_b2;
+    for (int64_t i = 0; i < d; i++) {
+        const float g = grad_d[i];
+        const float m = m_d[i] + (g - m_d[i]) * one_minus_b1;
+        const float v = v_d[i] + (g * g - v_d[i]) * one_minus_b2;
+        m_d[i] = m;
+        v_d[i] = v;
+        w_d[i] -= lr * (m / (sqrtf(v) + eps));
+    }
+}
+
+const pe_kernels PE_CAT(pe_kernels_, PE_LEVEL) = {
+    .name = PE_STR(PE_LEVEL),
+    .copy_row = copy_row,
+    .stream_row = stream_row,
+    .add_row = add_row,
+    .axpy_row = axpy_row,
+    .scale_row = scale_row,
+    .finite_span = finite_span,
+    .update = {[PE_SGD] = sgd_row, [PE_ADAGRAD] = adagrad_row, [PE_ADAM] = adam_row},
+    .uniform_block = uniform_block,
+    .normal_block = normal_block,
+};

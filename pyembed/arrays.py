@@ -1,0 +1,116 @@
+"""What a caller's ids and values must be, checked in one place, before any of them reaches a kernel.
+
+ids: integers of any width and any shape. values: float32 of exactly the expected shape.
+Nothing is rounded, wrapped or broadcast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pyembed import _core
+from pyembed.errors import ArgumentError, DTypeError, IdError, NonFiniteError
+
+INT64 = np.dtype(np.int64)
+INT32 = np.dtype(np.int32)
+FLOAT32 = np.dtype(np.float32)
+
+IdArray = NDArray[np.int64] | NDArray[np.int32]
+F32 = NDArray[np.float32]
+
+
+def as_ids(ids: ArrayLike) -> IdArray:
+    """Ids as a C-contiguous int64 or int32 array: as they are if they are one, else a copy.
+
+    Raises
+    ------
+    DTypeError
+        If they are not integers (bool is not).
+    IdError
+        If an unsigned id is beyond int64.
+    """
+    if type(ids) is np.ndarray and (ids.dtype is INT64 or ids.dtype is INT32):
+        return ids if ids.flags.c_contiguous else np.asarray(ids, order="C")
+    array = np.asarray(ids)
+    if array.dtype.kind not in "iu":
+        if array.size or isinstance(ids, np.ndarray):
+            raise DTypeError(
+                f"ids are {array.dtype}; allowed: integers of any width; use ids.astype(np.int64)"
+            )
+        array = array.astype(np.int64)  # an empty list has no type of its own
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        where = tuple(int(i) for i in np.argwhere(array > np.iinfo(np.int64).max)[0])
+        raise IdError(f"ids[{', '.join(map(str, where))}] = {array[where]} is beyond any table")
+    return np.asarray(array, dtype=INT32 if array.dtype == INT32 else INT64, order="C")
+
+
+def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
+    """Values as a C-contiguous float32 array of exactly `shape`.
+
+    Raises
+    ------
+    DTypeError
+        If they are not float32.
+    ArgumentError
+        If they have another shape.
+    """
+    array = np.asarray(values)
+    if array.dtype != FLOAT32:
+        raise DTypeError(f"{name} is {array.dtype}; allowed: float32; use {name}.astype(np.float32)")
+    if array.shape != shape:
+        raise ArgumentError(f"{name} has shape {array.shape}; expected {shape}: ids.shape + (dim,)")
+    return np.asarray(array, dtype=np.float32, order="C")
+
+
+def as_output(out: Any, shape: tuple[int, ...]) -> F32:
+    """A writable C-contiguous float32 array of exactly `shape`, given by the caller to be filled.
+
+    Raises
+    ------
+    DTypeError, ArgumentError
+        If it is anything else; a copy would not be what the caller asked for.
+    """
+    if not isinstance(out, np.ndarray) or out.dtype != FLOAT32:
+        kind = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
+        raise DTypeError(f"out is {kind}; allowed: a float32 ndarray")
+    if out.shape != shape:
+        raise ArgumentError(f"out has shape {out.shape}; expected {shape}: ids.shape + (dim,)")
+    if not out.flags.c_contiguous or not out.flags.writeable:
+        raise ArgumentError("out must be C-contiguous and writable")
+    return out
+
+
+def require_finite(values: F32, name: str, num_threads: int) -> None:
+    """Refuse NaN and infinity.
+
+    Raises
+    ------
+    NonFiniteError
+        Naming the first such element.
+    """
+    if not _core.all_finite(values, num_threads):
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise NonFiniteError(
+            f"{name}[{', '.join(map(str, where))}] = {values[where]}; allowed: finite numbers; "
+            "nothing was written; nonfinite='allow' on the optimizer lets them through"
+        )
+
+
+def require_count(value: Any, name: str, low: int, high: int) -> int:
+    """An integer argument within low..high.
+
+    Raises
+    ------
+    ArgumentError
+        If it is out of range.
+    DTypeError
+        If it is no integer.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise DTypeError(f"{name} = {value!r} is a {type(value).__name__}; allowed: an integer")
+    if not low <= value <= high:
+        raise ArgumentError(f"{name} = {value}; allowed: {low}..{high}")
+    return int(value)

@@ -1,0 +1,30 @@
+"""What this build and this machine are, in the words that a bug report needs."""
+
+from __future__ import annotations
+
+import mmap
+import platform
+
+import numpy as np
+
+from pyembed import _core, threads
+
+
+def show_config() -> dict[str, str]:
+    """SIMD level, OpenMP runtime, threads, page size and versions.
+
+    >>> sorted(show_config())
+    ['numpy', 'openmp', 'page size', 'platform', 'pyembed', 'python', 'simd', 'threads']
+    """
+    from pyembed import __version__
+
+    return {
+        "pyembed": __version__,
+        "simd": f"{_core.simd_level()} (available: {', '.join(_core.simd_levels())})",
+        "openmp": _core.openmp(),
+        "threads": str(threads.default_num_threads()),
+        "page size": f"{mmap.PAGESIZE} bytes",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,70 @@
+"""Every error that pyembed raises by intent, so that a caller can catch the library or the builtin.
+
+::
+
+    PyembedError
+    ├── IdError            (IndexError)   a row id outside 0..rows-1
+    ├── ArgumentError      (ValueError)   a shape, size, name or hyper-parameter that is not allowed
+    │   └── NonFiniteError                a gradient with NaN or infinity
+    ├── DTypeError         (TypeError)    ids that are not integers, values that are not float32, …
+    ├── ClosedError        (ValueError)   a table that was used after close()
+    ├── FormatError        (ValueError)   a file whose content is not what its format says
+    ├── CorpusError        (OSError)      a text that cannot be read or decoded
+    └── TableError         (OSError)      a table on disk that cannot be used as asked
+        ├── LockedError                   another process or handle holds it
+        ├── DirtyError                    its last writer ended without a commit
+        └── ReadOnlyError                 a write to a table that was opened to be read
+
+A message says what is wrong, which element, what is allowed and what to do about it.
+Errors of the operating system (a full disk, a missing file) pass through as the `OSError` that they are.
+"""
+
+from __future__ import annotations
+
+
+class PyembedError(Exception):
+    """Base of every error below."""
+
+
+class IdError(PyembedError, IndexError):
+    """A row id is outside ``0 .. rows-1``; nothing was read or written."""
+
+
+class ArgumentError(PyembedError, ValueError):
+    """An argument has a shape, size, name or value that is not allowed."""
+
+
+class NonFiniteError(ArgumentError):
+    """A gradient holds NaN or infinity; nothing was written."""
+
+
+class DTypeError(PyembedError, TypeError):
+    """An array has a dtype that is not allowed."""
+
+
+class ClosedError(PyembedError, ValueError):
+    """The table was closed."""
+
+
+class FormatError(PyembedError, ValueError):
+    """The content of a file is not what its format says."""
+
+
+class CorpusError(PyembedError, OSError):
+    """A text cannot be read or decoded."""
+
+
+class TableError(PyembedError, OSError):
+    """A table on disk cannot be used as asked."""
+
+
+class LockedError(TableError):
+    """Another process or handle holds the table."""
+
+
+class DirtyError(TableError):
+    """The last writer ended without a commit: rows may be from any time since the commit before."""
+
+
+class ReadOnlyError(TableError):
+    """A write to a table that was opened for reading."""

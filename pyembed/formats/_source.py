@@ -1,0 +1,409 @@
+"""What every reader of vector files shares: byte stream, first look, and parser of text rows.
+
+Everything works on bytes. A line ends at 0x0A and at nothing else, a field ends at 0x20 and at
+nothing else, so a token may hold any other byte: U+0085, a no-break space, half a code point. One
+trailing space and a carriage return before the line end are dropped, as the original C tool and
+Windows editors write them, and so is a byte order mark at the start of a file.
+
+Speed comes from handling a block of lines at once: numpy finds where each token ends, the numbers
+of all lines are joined and parsed by one call. Whatever that call does not take goes line by line
+through `_parse_lines`, which is the definition of the format and writes the error that a person
+can act on.
+
+It refuses to guess: nothing is skipped, filled in, cut off or rounded to a neighbour that the file
+does not name. It never allocates from a number that a file claims. Memory is a few blocks, plus
+the set of tokens that finds duplicates.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NoReturn, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyembed.errors import ArgumentError, FormatError
+
+Chunk = tuple[list[bytes], NDArray[np.float32]]
+
+BLOCK = 8 << 20  # bytes per read: at 7 to 9 characters a value, text for 4 MB of float32
+CHUNK_VALUES = 1 << 20  # float32 values per chunk: 4 MB
+MAX_DIM = 65536
+LINE_LIMIT = 4 << 20  # bytes: MAX_DIM values of 24 characters take 1.6 MB
+DEFLATE_RATIO = 1032  # deflate expands a byte to no more than that, which bounds what a .gz holds
+
+NUMBER_BYTES = b"0123456789+-.eE "
+_NUMBER = re.compile(rb"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_NOT_FINITE = re.compile(rb"[+-]?(?:nan(?:\(.*\))?|inf(?:inity)?)", re.IGNORECASE)
+_INTEGER = re.compile(rb"[+-]?[0-9]+")
+
+
+class Stream:
+    """The bytes of a file, unpacked if they are gzip; `position` counts the bytes on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._raw = path.open("rb")
+        packed = self._raw.read(2) == b"\x1f\x8b"
+        self._raw.seek(0)
+        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw)) if packed else self._raw
+        self.expansion = DEFLATE_RATIO if packed else 1
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._raw.close()
+
+    @property
+    def position(self) -> int:
+        return self._raw.tell()
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise FormatError(
+                f"{self._path}: the gzip data is damaged or cut off near byte {self.position} "
+                f"({error}); fetch or pack the file again"
+            ) from error
+
+
+class Head:
+    """The first look at a file: how large it is, what line 1 says, and a sample of what follows."""
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ArgumentError(
+                f"{path} is not a regular file; it is read from its start more than once, so save "
+                "it to a file"
+            )
+        self.path = path
+        with Stream(path) as stream:
+            self.bytes_total = path.stat().st_size
+            self.bytes_max = self.bytes_total * stream.expansion
+            sample = stream.read(LINE_LIMIT)
+        self.bom = 3 if sample.startswith(b"\xef\xbb\xbf") else 0
+        self.sample = sample[self.bom :]
+        if not self.sample:
+            raise FormatError(
+                f"{path} is empty; allowed: at least one row of a token and its values"
+            )
+        line, newline, self.rest = self.sample.partition(b"\n")
+        if not newline and len(sample) == LINE_LIMIT:
+            fail_line_length(path, 1)
+        self.line = strip_line(line)
+        self.body = self.bom + len(line) + len(newline)
+
+    @property
+    def claims(self) -> tuple[bytes, bytes] | None:
+        """The two integers of line 1, when it is two integers and nothing else."""
+        fields = self.line.split(b" ")
+        if len(fields) == 2 and all(_INTEGER.fullmatch(field) for field in fields):
+            return fields[0], fields[1]
+        return None
+
+    def header(self, row_bytes_per_dim: int) -> tuple[int, int]:
+        """Check ``rows dim`` of line 1 against the file's size, before anything is allocated."""
+        if self.claims is None:
+            raise FormatError(
+                f"{self.path}: line 1 is {show(self.line)}; allowed: '<rows> <dim>', two integers. "
+                "A file without this line is format='glove'"
+            )
+        digits, dim = self.claims[0], int(self.claims[1][:20])
+        if not 1 <= dim <= MAX_DIM:
+            raise FormatError(
+                f"{self.path}: line 1 declares dim {show(self.claims[1])}; allowed: 1 to "
+                f"{MAX_DIM}. Correct line 1"
+            )
+        count = int(digits[:20])  # 20 digits are past any file, and int() stays cheap
+        # The shortest row has an empty token: a space, then the values. The last may lack its end.
+        fits = (self.bytes_max - self.body + 1) // (dim * row_bytes_per_dim + 1)
+        if not 1 <= count <= fits:
+            raise FormatError(
+                f"{self.path}: line 1 declares {show(digits)} rows of dim {dim}; allowed: at "
+                f"least 1, and at most the {fits} for which a file of {self.bytes_total} bytes "
+                "has room. The file is cut off, or the count on line 1 has to be corrected"
+            )
+        return count, dim
+
+
+class VectorSource:
+    """A file of named vectors, read in chunks; every iteration starts at the beginning.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    format : str
+        ``"word2vec"``, ``"word2vec-binary"`` or ``"glove"``.
+    dim : int
+        Values per row.
+    declared_rows : int or None
+        The rows that the file promises. Where it is not None, a complete iteration gives exactly
+        as many or raises.
+    bytes_total, bytes_read : int
+        Size of the file, and how much of it the iteration under way has read: for ``.gz``, packed
+        bytes.
+    """
+
+    format: str
+    _unit: str  # what the third part of `_rows` counts, as a person looks it up
+
+    def __init__(self, head: Head, dim: int, declared_rows: int | None, body: int) -> None:
+        self.path = head.path
+        self.dim = dim
+        self.declared_rows = declared_rows
+        self.bytes_total = head.bytes_total
+        self.bytes_read = 0
+        self._body = body
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Give ``(tokens, values)``: a list of bytes, and about 4 MB of float32, a row each."""
+        seen: set[bytes] = set()
+        size = max(1, CHUNK_VALUES // self.dim)
+        with Stream(self.path) as stream:
+            stream.read(self._body)
+            for tokens, values, places in self._rows(stream):
+                self.bytes_read = stream.position
+                self._check_unique(tokens, seen, places)
+                for first in range(0, len(tokens), size):
+                    yield tokens[first : first + size], values[first : first + size]
+            self.bytes_read = stream.position
+
+    def __repr__(self) -> str:
+        rows = "unknown" if self.declared_rows is None else self.declared_rows
+        return f"<VectorSource {self.format} {str(self.path)!r}: rows {rows}, dim {self.dim}>"
+
+    def _rows(
+        self, stream: Stream
+    ) -> Iterator[tuple[list[bytes], NDArray[np.float32], Sequence[int]]]:
+        """Give tokens, values, and for each row the line or byte offset where it starts."""
+        raise NotImplementedError
+
+    def _check_unique(self, tokens: list[bytes], seen: set[bytes], places: Sequence[int]) -> None:
+        if len(set(tokens)) == len(tokens) and seen.isdisjoint(tokens):
+            seen.update(tokens)
+            return
+        for token, place in zip(tokens, places, strict=True):
+            if token in seen:
+                self._fail(
+                    place,
+                    f"token {show(token)} appears a second time",
+                    "each token once",
+                    "Remove one of the rows",
+                )
+            seen.add(token)
+
+    def _fail(
+        self, place: int, found: str, allowed: str, remedy: str, column: int | None = None
+    ) -> NoReturn:
+        at = "" if column is None else f", column {column}"
+        raise FormatError(
+            f"{self.path}: {self._unit} {place}{at}: {found}; allowed: {allowed}. {remedy}"
+        )
+
+
+class TextSource(VectorSource):
+    """Rows of ``token value … value``, one a line; the base of the two text formats.
+
+    `count` is the number of rows that line 1 declared. A row beyond it is an error, save for one
+    last row with the token `uncounted`.
+    """
+
+    _unit = "line"
+    uncounted: bytes | None = None
+
+    def __init__(self, head: Head, dim: int, count: int | None, declared_rows: int | None) -> None:
+        super().__init__(head, dim, declared_rows, body=head.bom if count is None else head.body)
+        self._count = count
+        self._dim_origin = f"dim {dim}, from line 1"
+
+    def _rows(
+        self, stream: Stream
+    ) -> Iterator[tuple[list[bytes], NDArray[np.float32], Sequence[int]]]:
+        start = 1 if self._count is None else 2
+        line = start
+        for block in _blocks(stream, self.path, line):
+            tokens, values = self._parse_block(block, line)
+            if self._count is not None:
+                self._check_surplus(tokens, line - start, line)
+            yield tokens, values, range(line, line + len(tokens))
+            line += len(tokens)
+        if self._count is not None and line - start < self._count:
+            raise FormatError(
+                f"{self.path}: ends after line {line - 1} with {line - start} rows; allowed: the "
+                f"{self._count} rows that line 1 declares. The file is cut off, or the count on "
+                "line 1 has to be corrected"
+            )
+
+    def _check_surplus(self, tokens: list[bytes], before: int, line: int) -> None:
+        """Refuse the first row beyond the count, or beyond the one uncounted row after it."""
+        limit = count = cast(int, self._count)
+        end = before + len(tokens)
+        if before > count or (end > count and tokens[count - before] == self.uncounted):
+            limit += 1
+        if end <= limit:
+            return
+        glove = ", or say format='glove' if the row is an <unk> that GloVe did not count"
+        self._fail(
+            line + limit - before,
+            "one more row",
+            f"the {count} rows that line 1 declares",
+            f"Correct the count on line 1{glove if self.uncounted is None else ''}",
+        )
+
+    def _parse_block(self, block: bytes, line: int) -> Chunk:
+        """Parse whole lines at once; the same result as `_parse_lines`, or its error."""
+        block = block.replace(b"\r\n", b"\n").replace(b" \n", b"\n")
+        raw = np.frombuffer(block, np.uint8)
+        ends = np.flatnonzero(raw == 0x0A)
+        spaces = np.flatnonzero(raw == 0x20)
+        starts = np.concatenate(([0], ends[:-1] + 1))
+        after = np.searchsorted(spaces, ends)  # spaces before the end of each line
+        before = np.concatenate(([0], after[:-1]))
+        cut = after - self.dim  # which space ends the token: the dim-th from the right
+        if (cut < before).any():
+            return self._parse_lines(block, line)
+        cuts = spaces[cut].tolist()
+        tokens = [block[a:b] for a, b in zip(starts.tolist(), cuts, strict=True)]
+        if any(_ambiguous(tokens[i]) for i in np.flatnonzero(cut > before)):
+            return self._parse_lines(block, line)
+        tails = [block[a + 1 : b] for a, b in zip(cuts, ends.tolist(), strict=True)]
+        values = _parse_numbers(tails, len(tokens) * self.dim)
+        if values is None:
+            return self._parse_lines(block, line)
+        return tokens, values.reshape(len(tokens), self.dim)
+
+    def _parse_lines(self, block: bytes, first: int) -> Chunk:
+        lines = block.split(b"\n")[:-1]
+        values = np.empty((len(lines), self.dim), np.float32)
+        tokens = []
+        for row, line in enumerate(lines):
+            token, values[row] = self.parse_line(line, first + row)
+            tokens.append(token)
+        return tokens, values
+
+    def parse_line(self, line: bytes, number: int) -> tuple[bytes, list[float]]:
+        """Parse one line, or raise the error that names its line and column."""
+        fields = line.rsplit(b" ", self.dim)
+        allowed = f"a token and {self.dim} values with one space between them ({self._dim_origin})"
+        if len(fields) <= self.dim:
+            if b"\t" in line:
+                found, column = "fields are separated by tabs", line.index(b"\t") + 1
+                self._fail(number, found, allowed, "Replace each tab by one space", column)
+            found = f"{len(fields) - 1} values" if line else "the line is empty"
+            self._fail(number, found, allowed, "Correct or remove the line", len(line) + 1)
+        token, *words = fields
+        if _ambiguous(token):
+            found = (
+                f"{line.count(b' ')} values, or token {show(token)} that ends in number or space"
+            )
+            remedy = "Remove the surplus value or space, or write the token without spaces"
+            self._fail(number, found, allowed, remedy, token.rindex(b" ") + 2)
+        column = len(token) + 2
+        values = []
+        for position, word in enumerate(words, 1):
+            reason = _reason(word)
+            if reason:
+                self._fail(
+                    number,
+                    f"value {position} of {self.dim} is {show(word)}, {reason}",
+                    "finite decimal numbers such as 0.25 or -1e-3, in ASCII, within float32",
+                    "Correct the value or remove the line",
+                    column,
+                )
+            values.append(float(word))
+            column += len(word) + 1
+        return token, values
+
+
+def show(field: bytes) -> str:
+    """Write a field for an error message, cut where it would flood the terminal."""
+    text = repr(field)[1:]
+    return text if len(text) <= 60 else f"{text[:57]}…'"
+
+
+def strip_line(line: bytes) -> bytes:
+    """Drop what the C tool and Windows put before a line end: a space and a carriage return."""
+    return line.removesuffix(b"\r").removesuffix(b" ")
+
+
+def fail_line_length(path: Path, line: int) -> NoReturn:
+    raise FormatError(
+        f"{path}: line {line} has no end within {LINE_LIMIT} bytes; allowed: one row a line. "
+        "The file is not a text of vectors; if it is word2vec's binary form, say "
+        "format='word2vec-binary'"
+    )
+
+
+def _blocks(stream: Stream, path: Path, line: int) -> Iterator[bytes]:
+    """Give the stream in runs of whole lines; a last line without its end gets one."""
+    tail = b""
+    while data := stream.read(BLOCK):
+        end = data.rfind(b"\n") + 1
+        if end:
+            block = tail + data[:end]
+            yield block
+            line += block.count(b"\n")
+            tail = data[end:]
+        else:
+            tail += data
+        if len(tail) > LINE_LIMIT:
+            fail_line_length(path, line)
+    if tail:
+        yield tail + b"\n"
+
+
+def _parse_numbers(tails: list[bytes], count: int) -> NDArray[np.float32] | None:
+    """Parse fields between single spaces as ``float32(float(field))``; None if that fails for any.
+
+    Only bytes of decimal numbers pass, so no NaN, hexadecimal, underscore or other whitespace
+    reaches numpy. There is no empty field, and numpy stops at the first field that is not a
+    number, so a full count means that each field was one. The appended 0 is what a stop inside the
+    last field would lose.
+    """
+    text = b" ".join([*tails, b"0"])
+    if text.translate(None, NUMBER_BYTES) or b"  " in text or text.startswith(b" "):
+        return None
+    try:
+        values = np.fromstring(text, np.float32, sep=" ")
+    except (ValueError, DeprecationWarning):  # which one depends on numpy's version
+        return None
+    if len(values) != count + 1 or not np.isfinite(values).all():
+        return None
+    return values[:count]
+
+
+def _ambiguous(token: bytes) -> bool:
+    """Tell whether a token of several words ends in what could be one value too many."""
+    _, space, last = token.rpartition(b" ")
+    return bool(space) and (
+        not last or bool(_NUMBER.fullmatch(last) or _NOT_FINITE.fullmatch(last))
+    )
+
+
+def _reason(word: bytes) -> str | None:
+    """Say why a field is no value of a vector, or None if it is one."""
+    if _NUMBER.fullmatch(word):
+        with np.errstate(over="ignore"):
+            return None if np.isfinite(np.float32(float(word))) else "too large for float32"
+    if not word:
+        return "empty: two spaces in a row"
+    if _NOT_FINITE.fullmatch(word):
+        return "not finite"
+    if b"," in word:
+        return "not a decimal number (a comma where a point belongs?)"
+    return "not a decimal number"

@@ -1,0 +1,43 @@
+"""GloVe text: ``token value … value`` a line, with no line that says how many.
+
+The width of line 1 decides the dim of the file. GloVe's ``-write-header 1`` puts ``rows dim`` on
+line 1; it counts the words but not the ``<unk>`` row that GloVe may write last, so such a file may
+have one row more than it declares, and only that row. Hence `declared_rows` is None even then:
+nobody should size a table from a number that is off by one.
+
+Line 1 is a header only if it is exactly two integers and line 2 has more fields, because a token
+can be a number.
+"""
+
+from __future__ import annotations
+
+from pyembed.errors import FormatError
+from pyembed.formats._source import MAX_DIM, Head, TextSource, show, strip_line
+
+
+class Glove(TextSource):
+    """GloVe's text, with or without its header line."""
+
+    format = "glove"
+    uncounted = b"<unk>"
+
+    def __init__(self, head: Head) -> None:
+        if has_header(head):
+            count, dim = head.header(row_bytes_per_dim=2)
+            super().__init__(head, dim, count, declared_rows=None)
+            return
+        dim = head.line.count(b" ")
+        if not 1 <= dim <= MAX_DIM:
+            remedy = "Replace each tab by one space" if b"\t" in head.line else "Correct line 1"
+            raise FormatError(
+                f"{head.path}: line 1 is {show(head.line)}, with {dim} values; allowed: a token "
+                f"and 1 to {MAX_DIM} values with one space between them. {remedy}"
+            )
+        super().__init__(head, dim, None, declared_rows=None)
+        self.parse_line(head.line, 1)  # before anything is built on a width that came from prose
+
+
+def has_header(head: Head) -> bool:
+    """Tell whether line 1 is ``rows dim`` and not a token that is a number with one value."""
+    second = strip_line(head.rest.partition(b"\n")[0])
+    return head.claims is not None and second.count(b" ") > 1

@@ -1,0 +1,89 @@
+"""From a batch's ids to its unique rows: the one place that decides the order of summation.
+
+Every sum over duplicate ids goes in the order of their positions in the batch, so it has the same
+bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pyembed import _core, threads
+from pyembed.arrays import F32, as_ids, as_values
+
+I64 = NDArray[np.int64]
+
+
+class Groups(NamedTuple):
+    """The unique rows of a batch of n ids.
+
+    Attributes
+    ----------
+    rows : int64 array of shape (u,)
+        Unique ids, ascending.
+    starts : int64 array of shape (u + 1,)
+        ``order[starts[k] : starts[k + 1]]`` are the positions of ``rows[k]`` in the batch.
+    order : int64 array of shape (n,)
+        Positions, ascending within a group.
+    """
+
+    rows: I64
+    starts: I64
+    order: I64
+
+
+def group(ids: ArrayLike, num_rows: int, num_threads: int | None = None) -> Groups:
+    """Group a batch by row: a stable parallel radix sort.
+
+    >>> group([3, 1, 3], 4)
+    Groups(rows=array([1, 3]), starts=array([0, 1, 3]), order=array([1, 0, 2]))
+
+    Raises
+    ------
+    IdError
+        If an id is outside ``0 .. num_rows - 1``.
+    """
+    ids = as_ids(ids)
+    workers = threads.for_work(4 * ids.size, threads.resolve(num_threads))
+    return Groups(*_core.group(ids, num_rows, workers))
+
+
+class SparseGrad(NamedTuple):
+    """The gradient of a table as its touched rows.
+
+    Attributes
+    ----------
+    ids : int64 array of shape (u,)
+        Unique rows, ascending.
+    values : float32 array of shape (u, dim)
+        The gradient of each, duplicates summed.
+    """
+
+    ids: I64
+    values: F32
+
+
+def sum_duplicates(
+    ids: ArrayLike,
+    grad: ArrayLike,
+    num_rows: int,
+    dim: int,
+    scale_by_count: bool = False,
+    num_threads: int | None = None,
+) -> SparseGrad:
+    """One row for each unique id: the sum of its gradients, in the order of the batch.
+
+    >>> sum_duplicates([3, 1, 3], np.ones((3, 2), np.float32), 4, 2).values
+    array([[1., 1.],
+           [2., 2.]], dtype=float32)
+    """
+    ids = as_ids(ids)
+    grad = as_values(grad, (*ids.shape, dim), "grad")
+    groups = group(ids, num_rows, num_threads)
+    values = np.empty((groups.rows.size, dim), np.float32)
+    workers = threads.for_work(grad.size, threads.resolve(num_threads))
+    _core.sum_groups(*groups, grad, values, scale_by_count, workers)
+    return SparseGrad(groups.rows, values)

@@ -1,0 +1,151 @@
+"""The committed state of a table as text: what manifest.json says, and that it is not damaged.
+
+This file knows the bytes and does no I/O; `store` reads them and replaces them atomically.
+A manifest is JSON that a person can read. The last entry is the CRC-32C of the others in
+canonical form. Anything unexpected (another version, an unknown key, a wrong type, a product that
+overflows) is refused with a FormatError.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from pyembed import _core
+from pyembed.errors import ArgumentError, FormatError
+
+FORMAT = "pyembed-table"
+VERSION = 1
+MAX_ROWS = 2**40
+MAX_DIM = 65536
+MAX_BYTES = 1 << 20  # of the whole text: a manifest is written at every commit
+COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One committed state.
+
+    Attributes
+    ----------
+    rows : int
+    columns : dict of str to int
+        Consecutive groups of float32 within a row, and their widths. The first is ``weight``.
+    generation : int
+        Counts commits.
+    state : {"clean", "dirty"}
+        Dirty: a writer has changed rows since this generation.
+    durability : {"none"}
+        What a crash leaves: with "none" only the knowledge that there was one.
+    meta : dict
+        The user's own, from `Table.commit`.
+    """
+
+    rows: int
+    columns: dict[str, int]
+    generation: int = 0
+    state: str = "clean"
+    durability: str = "none"
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stride(self) -> int:
+        """Floats of a row: all columns."""
+        return sum(self.columns.values())
+
+    def with_changes(self, **changes: Any) -> Manifest:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+def check_columns(columns: Mapping[str, int]) -> dict[str, int]:
+    """Valid names and widths, ``weight`` first.
+
+    Raises
+    ------
+    ArgumentError
+        Naming the column that is not allowed.
+    """
+    for name, width in columns.items():
+        if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
+            allowed = "letters, digits and _, at most 64, no digit first"
+            raise ArgumentError(f"column name {name!r}; allowed: {allowed}")
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= MAX_DIM:
+            raise ArgumentError(f"column {name!r} has width {width!r}; allowed: 1..{MAX_DIM}")
+    if next(iter(columns), None) != "weight":
+        raise ArgumentError(f"columns {list(columns)}; the first must be 'weight'")
+    return dict(columns)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The text of a manifest.
+
+    Raises
+    ------
+    ArgumentError
+        If the user's meta is no JSON or too large.
+    """
+    body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    try:
+        body["crc32c"] = _checksum(body)
+        text = json.dumps(body, indent=2, allow_nan=False).encode() + b"\n"
+        if json.loads(text)["meta"] != manifest.meta:
+            raise ValueError("keys must be strings, and tuples would come back as lists")
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"meta cannot be stored: {error}; allowed: plain JSON") from None
+    if len(text) > MAX_BYTES:
+        raise ArgumentError(
+            f"meta makes a manifest of {len(text)} bytes; allowed: {MAX_BYTES}; "
+            "store large state in a file and its name in meta"
+        )
+    return text
+
+
+def decode(text: bytes, source: str) -> Manifest:
+    """Read and validate a manifest.
+
+    Raises
+    ------
+    FormatError
+        Naming `source` and what is wrong.
+    """
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"{source}: not JSON ({error}); restore it from a copy") from None
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise FormatError(f"{source}: not a pyembed table")
+    if body.get("version") != VERSION:
+        raise FormatError(
+            f"{source}: version {body.get('version')!r}; this pyembed reads version {VERSION}"
+        )
+    found = body.pop("crc32c", None)
+    if found != _checksum(body):
+        raise FormatError(f"{source}: the checksum does not match; restore it from a copy")
+    del body["format"], body["version"]
+    try:
+        manifest = Manifest(**body)
+        _validate(manifest)
+    except (TypeError, ArgumentError) as error:
+        raise FormatError(f"{source}: {error}") from None
+    return manifest
+
+
+def _validate(m: Manifest) -> None:
+    """The checksum proves that the text is what was written; this, that it makes sense."""
+    for name, kind in (("rows", int), ("generation", int), ("columns", dict), ("meta", dict)):
+        if type(getattr(m, name)) is not kind:
+            raise ArgumentError(f"{name} is not of type {kind.__name__}")
+    if not 0 <= m.rows <= MAX_ROWS or m.generation < 0:
+        raise ArgumentError(f"rows {m.rows} or generation {m.generation} out of range")
+    if m.state not in ("clean", "dirty") or m.durability != "none":
+        raise ArgumentError(f"state {m.state!r} or durability {m.durability!r} is unknown")
+    check_columns(m.columns)
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, separators=(",", ":"), allow_nan=False)
+    return f"{_core.crc32c(canonical.encode()):08x}"

@@ -1,0 +1,275 @@
+"""Token to row and back, kept beside a table as ``vocab.txt`` that any tool can read.
+
+One token a line, row i is line i, lines end in 0x0A alone. Tokens are `str`; bytes of a file that
+are not UTF-8 are kept by Python's ``surrogateescape``, so what was read is what is written. A
+carriage return, a no-break space or nothing at all is a token like any other. How often each token
+occurred can be kept too, in ``vocab.counts.npy``.
+
+Save and load are exact, so a token that the file cannot give back is refused when the `Vocab` is
+made: one that holds a newline, and one whose surrogates are not what ``surrogateescape`` makes of
+bytes. Nothing is normalised, and two rows never share a token. It knows no table: that rows and
+tokens are equally many is for whoever holds both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from os import PathLike, fspath
+from pathlib import Path
+from typing import SupportsIndex
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import ArrayLike, NDArray
+
+from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError
+
+_TEXT = "vocab.txt"
+_COUNTS = "vocab.counts.npy"
+_SPELLING_POOL = 20_000  # rows searched for close spellings: milliseconds, as loops catch KeyError
+
+
+class Vocab:
+    """The tokens of a table, each with its row.
+
+    Parameters
+    ----------
+    tokens : iterable of str
+        The token of row 0, of row 1 and so on; each once, without newlines.
+    counts : array of integers, optional
+        How often each token occurred; same length as `tokens`, none negative.
+
+    Attributes
+    ----------
+    counts : int64 array or None
+        Read-only.
+
+    Examples
+    --------
+    >>> from pyembed.vocab import Vocab
+    >>> vocab = Vocab(["the", "of", "and"], counts=[9, 5, 4])
+    >>> vocab["of"], vocab.token(2), "or" in vocab, len(vocab)
+    (1, 'and', False, 3)
+    >>> vocab.ids(["and", "the", "the"])
+    array([2, 0, 0])
+    """
+
+    def __init__(self, tokens: Iterable[str], counts: ArrayLike | None = None) -> None:
+        if isinstance(tokens, str):
+            raise DTypeError(f"tokens = {tokens[:40]!r}; allowed: many strings, as ['a', 'b']")
+        self._tokens = list(tokens)
+        _check_writable(self._tokens)
+        self._rows = {token: row for row, token in enumerate(self._tokens)}
+        if len(self._rows) < len(self._tokens):
+            first, second = _find_duplicate(self._tokens)
+            raise ArgumentError(
+                f"tokens[{second}] = {self._tokens[second]!r} is tokens[{first}] again; "
+                "allowed: each token once. Give each row a token of its own"
+            )
+        self.counts = None if counts is None else _checked_counts(counts, len(self._tokens))
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __iter__(self) -> Iterator[str]:
+        """Give the tokens in the order of their rows."""
+        return iter(self._tokens)
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._rows
+
+    def __repr__(self) -> str:
+        return f"<Vocab of {len(self)} tokens>"
+
+    def __getitem__(self, token: str) -> int:
+        """Give the row of a token; a `KeyError` that names close spellings if there is none."""
+        try:
+            return self._rows[token]
+        except KeyError:
+            raise KeyError(f"{token!r} {self._unknown(token)}") from None
+
+    def token(self, row: SupportsIndex) -> str:
+        """Give the token of a row."""
+        if isinstance(row, (bool, np.bool_)) or not isinstance(row, (int, np.integer)):
+            raise DTypeError(f"row = {row!r} is {type(row).__name__}; allowed: an integer")
+        if not 0 <= row < len(self._tokens):
+            raise IdError(f"row = {row} is outside 0..{len(self._tokens) - 1}")
+        return self._tokens[row]
+
+    def ids(self, tokens: Iterable[str]) -> NDArray[np.int64]:
+        """Give the rows of many tokens as int64; a `KeyError` names the first that has none."""
+        if isinstance(tokens, str):
+            raise DTypeError(f"tokens = {tokens[:40]!r}; allowed: many strings, as ['a', 'b']")
+        tokens = list(tokens)
+        try:
+            return np.fromiter(map(self._rows.__getitem__, tokens), np.int64, len(tokens))
+        except KeyError:
+            at, token = next(
+                (at, token) for at, token in enumerate(tokens) if token not in self._rows
+            )
+            raise KeyError(f"tokens[{at}] = {token!r} {self._unknown(token)}") from None
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write ``vocab.txt``, and with counts ``vocab.counts.npy``, into an existing folder.
+
+        Everything is on disk under another name before anything is replaced, so a full disk
+        changes nothing. Old counts go before new tokens come and new counts come last: after a
+        crash, counts never stand beside tokens that they do not belong to.
+        """
+        path = Path(fspath(folder))
+        text = "".join(f"{token}\n" for token in self._tokens)
+        files = {_TEXT: text.encode("utf-8", "surrogateescape")}
+        if self.counts is not None:
+            buffer = BytesIO()
+            npy.write_array(buffer, self.counts.astype("<i8", copy=False), version=(1, 0))
+            files[_COUNTS] = buffer.getvalue()
+        temporary = {name: path / f"{name}.tmp" for name in files}
+        try:
+            for name, data in files.items():
+                _write_synced(temporary[name], data)
+            (path / _COUNTS).unlink(missing_ok=True)
+            _sync_folder(path)
+            for name in files:
+                temporary[name].replace(path / name)
+                _sync_folder(path)
+        except BaseException:
+            for leftover in temporary.values():
+                leftover.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> Vocab:
+        """Read what `save` wrote; a `FormatError` if a file is not exactly that."""
+        path = Path(fspath(folder)) / _TEXT
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        if text and not text.endswith("\n"):
+            raise FormatError(
+                f"{path}: line {text.count(chr(10)) + 1} has no newline; allowed: each token ends "
+                "in one. Restore the file, or add the newline if the last token is whole"
+            )
+        tokens = text.split("\n")[:-1]
+        if len(set(tokens)) < len(tokens):
+            first, second = _find_duplicate(tokens)
+            raise FormatError(
+                f"{path}: line {second + 1} is {tokens[second]!r}, which is line {first + 1} too; "
+                "allowed: each token once. Give each row a token of its own"
+            )
+        counts = path.with_name(_COUNTS)
+        return cls(tokens, _load_counts(counts, len(tokens)) if counts.exists() else None)
+
+    def _unknown(self, token: object) -> str:
+        message = f"is none of the {len(self)} tokens"
+        if not isinstance(token, str) or not token:
+            return message
+        start = token[0].lower()
+        pool = [
+            other
+            for other in self._tokens[:_SPELLING_POOL]
+            if other[:1].lower() == start and abs(len(other) - len(token)) <= 2
+        ]
+        close = difflib.get_close_matches(token, pool)
+        return f"{message}; close spellings: {', '.join(map(repr, close))}" if close else message
+
+
+def _check_writable(tokens: list[str]) -> None:
+    """Refuse tokens that ``vocab.txt`` would not give back as they are."""
+    for row, token in enumerate(tokens):
+        if not isinstance(token, str):
+            raise DTypeError(
+                f"tokens[{row}] = {token!r} is {type(token).__name__}; allowed: str. "
+                "Decode bytes with .decode('utf-8', 'surrogateescape')"
+            )
+    joined = "\n".join(tokens)
+    if joined.count("\n") == max(0, len(tokens) - 1) and _survives(joined):
+        return
+    for row, token in enumerate(tokens):
+        if "\n" in token:
+            raise ArgumentError(
+                f"tokens[{row}] = {token!r} contains a newline; allowed: any token without one, "
+                f"because {_TEXT} has one token a line. Replace the newline or drop the token"
+            )
+        if not _survives(token):
+            raise ArgumentError(
+                f"tokens[{row}] = {token!r} has surrogates that do not stand for undecodable "
+                "bytes; allowed: text, and bytes decoded with 'surrogateescape'. Decode the "
+                "token again from its bytes"
+            )
+
+
+def _survives(text: str) -> bool:
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == text
+    except UnicodeEncodeError:
+        return False
+
+
+def _find_duplicate(tokens: list[str]) -> tuple[int, int]:
+    """Give the rows of the first token that comes again; there must be one."""
+    seen: dict[str, int] = {}
+    return next((seen[t], row) for row, t in enumerate(tokens) if seen.setdefault(t, row) != row)
+
+
+def _checked_counts(counts: ArrayLike, rows: int) -> NDArray[np.int64]:
+    array = np.asarray(counts)
+    if array.size and array.dtype.kind not in "iu":
+        raise DTypeError(f"counts has dtype {array.dtype}; allowed: integers")
+    if array.shape != (rows,):
+        raise ArgumentError(
+            f"counts has shape {array.shape}; allowed: ({rows},), one count for each token"
+        )
+    too_large = array > np.iinfo(np.int64).max
+    bad = np.flatnonzero((array < 0) | too_large)
+    if len(bad):
+        raise ArgumentError(
+            f"counts[{bad[0]}] = {array[bad[0]]} is outside 0..{np.iinfo(np.int64).max}"
+        )
+    checked = array.astype(np.int64)
+    checked.flags.writeable = False
+    return checked
+
+
+def _load_counts(path: Path, rows: int) -> NDArray[np.int64]:
+    """Read a .npy of counts; nothing is unpickled, and no claim of its header allocates."""
+    file = BytesIO(path.read_bytes())
+    again = "Save the vocabulary again"
+    try:
+        version = npy.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"version {version}")
+        shape, _, dtype = npy.read_array_header_1_0(file)
+    except Exception as error:  # numpy evaluates the header as Python: anything can come of it
+        raise FormatError(f"{path} is not a .npy file, version (1, 0): {error}. {again}") from error
+    if dtype != np.dtype("<i8") or shape != (rows,):
+        raise FormatError(
+            f"{path} holds {dtype} of shape {shape}; allowed: int64 of shape ({rows},), a count "
+            f"for each line of {_TEXT}. {again}"
+        )
+    data = file.read()
+    if len(data) != 8 * rows:
+        raise FormatError(
+            f"{path} has {len(data)} bytes of counts; its header allows {8 * rows}. {again}"
+        )
+    counts = np.frombuffer(data, "<i8")
+    negative = np.flatnonzero(counts < 0)
+    if len(negative):
+        row = int(negative[0])
+        raise FormatError(f"{path}: count {row} is {counts[row]}; allowed: 0 or more. {again}")
+    return counts.astype(np.int64)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

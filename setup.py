@@ -1,0 +1,95 @@
+"""Builds the one extension module, pyembed._core. Metadata and tool settings are in pyproject.toml.
+
+PYEMBED_NO_OPENMP=1   build without OpenMP (everything runs on one thread)
+PYEMBED_DEBUG=1       bounds checks, C assertions, -O1 -g: for sanitizers and debuggers
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+DEBUG = os.environ.get("PYEMBED_DEBUG") == "1"
+OPENMP = os.environ.get("PYEMBED_NO_OPENMP") != "1"
+
+# No contraction of a*b+c: every SIMD level must give the same bits. Never -ffast-math, never -march=native.
+NUMERICS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+OPTIMISE = ["-O1", "-g", "-fno-omit-frame-pointer"] if DEBUG else ["-O3", "-DNDEBUG"]
+OPENMP_FLAGS = {"darwin": (["-Xpreprocessor", "-fopenmp"], ["-lomp"])}.get(
+    sys.platform, (["-fopenmp"], ["-fopenmp"])
+)
+
+PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+NO_COMPILER = """
+pyembed: no working C compiler ({reason}).
+  Debian, Ubuntu:  apt install build-essential python3-dev
+  macOS:           xcode-select --install
+"""
+NO_OPENMP = """
+pyembed: the C compiler cannot build and link an OpenMP program.
+  Debian, Ubuntu:  apt install gcc libgomp1      (with clang: libomp-dev)
+  macOS:           brew install libomp, then export CFLAGS=-I$(brew --prefix libomp)/include \\
+                   LDFLAGS=-L$(brew --prefix libomp)/lib
+  or build a version that runs on one thread:  PYEMBED_NO_OPENMP=1 pip install .
+The compiler said:
+{reason}
+"""
+
+
+class BuildCore(build_ext):
+    """Asks the compiler that will really be used whether it can do OpenMP, before it is given anything to build."""
+
+    def build_extensions(self) -> None:
+        compile_flags, link_flags = OPENMP_FLAGS if OPENMP else ([], [])
+        self._probe("int main(void) { return 0; }\n", [], [], NO_COMPILER)
+        if OPENMP:
+            self._probe(PROBE, compile_flags, link_flags, NO_OPENMP)
+        for extension in self.extensions:
+            extension.extra_compile_args = [*OPTIMISE, *NUMERICS, *compile_flags]
+            extension.extra_link_args = link_flags
+        super().build_extensions()
+
+    def _probe(self, program: str, compile_flags: list[str], link_flags: list[str], message: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(program)
+            command = [*self.compiler.compiler_so, *compile_flags, "-o", str(Path(folder, "probe"))]
+            command += [str(source), *os.environ.get("LDFLAGS", "").split(), *link_flags]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True)
+            except FileNotFoundError as error:
+                sys.exit(NO_COMPILER.format(reason=f"{error.filename} not found"))
+            except subprocess.CalledProcessError as error:
+                sys.exit(message.format(reason=error.stderr.strip()))
+
+
+core = Extension(
+    "pyembed._core",
+    sources=["pyembed/_core.pyx", *map(str, sorted(Path("pyembed/_kernels").glob("*.c")))],
+    depends=[*map(str, sorted(Path("pyembed/_kernels").glob("*.h")))],
+    include_dirs=["pyembed", numpy.get_include()],
+    define_macros=[("_GNU_SOURCE", None), ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION")],
+)
+
+setup(
+    ext_modules=cythonize(
+        [core],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": DEBUG,
+            "embedsignature": True,
+        },
+    ),
+    cmdclass={"build_ext": BuildCore},
+)
