@@ -20,7 +20,8 @@ from setuptools.command.build_ext import build_ext
 DEBUG = os.environ.get("PYEMBED_DEBUG") == "1"
 OPENMP = os.environ.get("PYEMBED_NO_OPENMP") != "1"
 
-# No contraction of a*b+c: every SIMD level must give the same bits. Never -ffast-math, never -march=native.
+# No contraction of a*b+c: every SIMD level must give the same bits. Never -ffast-math, and never
+# -march=native: what is built here must run on other machines.
 NUMERICS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 OPTIMISE = ["-O1", "-g", "-fno-omit-frame-pointer"] if DEBUG else ["-O3", "-DNDEBUG"]
 OPENMP_FLAGS = {"darwin": (["-Xpreprocessor", "-fopenmp"], ["-lomp"])}.get(
@@ -45,7 +46,7 @@ The compiler said:
 
 
 class BuildCore(build_ext):
-    """Asks the compiler that will really be used whether it can do OpenMP, before it is given anything to build."""
+    """Asks the compiler that will really be used whether it can do OpenMP, then builds."""
 
     def build_extensions(self) -> None:
         compile_flags, link_flags = OPENMP_FLAGS if OPENMP else ([], [])
@@ -57,7 +58,9 @@ class BuildCore(build_ext):
             extension.extra_link_args = link_flags
         super().build_extensions()
 
-    def _probe(self, program: str, compile_flags: list[str], link_flags: list[str], message: str) -> None:
+    def _probe(
+        self, program: str, compile_flags: list[str], link_flags: list[str], message: str
+    ) -> None:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")
             source.write_text(program)
@@ -76,7 +79,11 @@ core = Extension(
     sources=["pyembed/_core.pyx", *map(str, sorted(Path("pyembed/_kernels").glob("*.c")))],
     depends=[*map(str, sorted(Path("pyembed/_kernels").glob("*.h")))],
     include_dirs=["pyembed", numpy.get_include()],
-    define_macros=[("_GNU_SOURCE", None), ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION")],
+    define_macros=[
+        ("_GNU_SOURCE", None),
+        ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+        ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),
+    ],
 )
 
 setup(

@@ -20,7 +20,7 @@ from statistics import median
 
 import numpy as np
 
-from bench.harness import Row, check
+from bench.harness import Row, Verdict, check
 from bench.limit import disk_write_rate
 
 QUESTION = (
@@ -84,7 +84,7 @@ def run(quick: bool, emit: Callable[[Row], None]) -> None:
             peaks.append(peak)
             before = after
     share, peak, rate = median(shares), max(peaks), median(rates)
-    verdicts = []
+    verdicts: list[Verdict] = []
     for text, met in (
         (f"{share:.2f} of the disk (bar {MIN_SHARE_OF_DISK})", share >= MIN_SHARE_OF_DISK),
         (f"peak {peak / 1e6:.0f} MB (bar {MAX_PEAK / 1e6:.0f} MB)", peak < MAX_PEAK),

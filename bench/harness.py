@@ -37,6 +37,7 @@ PAUSE = 0.010  # seconds: libgomp's workers spin about 3 ms before they sleep
 FLOOR = 0.005  # seconds a sample lasts at least, so that the clock and the call vanish in it
 Samples = dict[str, list[float]]
 Array = NDArray[Any]
+Verdict = tuple[str, bool | None]
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Bar:
 
 @dataclass
 class Row:
-    """One line of a report. ``verdicts`` are (what was measured against the bar, whether met)."""
+    """One line of a report. ``verdicts``: what was measured against a bar; whether met, or None."""
 
     table: str
     case: dict[str, object]
     cells: dict[str, str]
-    verdicts: list[tuple[str, bool]] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     data: dict[str, object] = field(default_factory=dict)
 
 
@@ -146,15 +147,15 @@ def ratio(samples: Samples, slower: str, faster: str) -> float:
     return median(s / f for s, f in zip(samples[slower], samples[faster], strict=True))
 
 
-def judge(bar: Bar, samples: Samples, best: str | None) -> tuple[str, bool] | None:
-    """What the bar says about these samples; None where its peer could not run."""
+def judge(bar: Bar, samples: Samples, best: str | None) -> Verdict:
+    """What the bar says about these samples."""
     peer = best if bar.peer == "best peer" else bar.peer
     if isinstance(peer, float):
         reached, label = peer / median(samples[bar.ours]), f"{show_time(peer)} of a C prototype"
     elif peer in samples:
         reached, label = ratio(samples, peer, bar.ours), str(bar.peer)
     else:
-        return None
+        return f"{bar.ours} against {bar.peer}: not judged", None
     met = reached >= bar.ratio
     word = "met" if met else "**missed**"
     return f"{bar.ours} {reached:.2f}× {label} (bar {bar.ratio:.3g}×) {word}", met
@@ -176,10 +177,10 @@ def timed_row(
     for c in contenders:
         row.cells[c.name] = c.absent or show_time(median(samples[c.name]))
     row.cells["best peer / pyembed"] = f"{ratio(samples, best, ours):.2f}×" if best else "no peer"
-    if "limit" in samples:
-        row.cells["limit / pyembed"] = f"{ratio(samples, 'limit', ours):.2f}×"
-    verdicts = [judge(bar, samples, best) for bar in bars if bar.applies(table, case)]
-    row.verdicts = [verdict for verdict in verdicts if verdict is not None]
+    if "limit" in row.cells:
+        timed = "limit" in samples
+        row.cells["limit / pyembed"] = f"{ratio(samples, 'limit', ours):.2f}×" if timed else ""
+    row.verdicts = [judge(bar, samples, best) for bar in bars if bar.applies(table, case)]
     row.data["seconds"] = {
         name: {"median": median(s), "low": min(s), "high": max(s)} for name, s in samples.items()
     }
@@ -210,6 +211,7 @@ def environment() -> dict[str, str]:
     """Machine, commit, versions: what a number needs beside it to mean something."""
     import pyembed
 
+    config = pyembed.show_config()
     dirty = "+dirty" if _git("status", "--porcelain") else ""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -222,8 +224,9 @@ def environment() -> dict[str, str]:
         "kernel": platform.release(),
         "load at start": f"{os.getloadavg()[0]:.2f}",
         "Python": platform.python_version(),
-        "pyembed": pyembed.__version__,
-        "SIMD": str(pyembed.show_config()),
+        "pyembed": config["pyembed"],
+        "SIMD": config["simd"],
+        "OpenMP": config["openmp"],
         "numpy": np.__version__,
         "torch": _version("torch"),
         "fbgemm_gpu": _version("fbgemm-gpu-cpu"),
@@ -246,8 +249,10 @@ def markdown(question: str, facts: dict[str, str], rows: Sequence[Row]) -> str:
                 "| " + " | ".join([*cells, "; ".join(text for text, _ in row.verdicts)]) + " |"
             )
         lines.append("")
-    verdicts = [verdict for row in rows for verdict in row.verdicts]
-    lines.append(f"Bars met: {sum(met for _, met in verdicts)} of {len(verdicts)}.")
+    met = [met for row in rows for _, met in row.verdicts]
+    lines.append(
+        f"Bars: {met.count(True)} met, {met.count(False)} missed, {met.count(None)} not judged."
+    )
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from bench.harness import THREADS, Array, Contender
 
 PREFETCH_ROWS = (0, 8, 16, 32, 64, 128)  # 128 wins for rows of one cache line, 32 for long ones
-SMALL = 4096  # up to so many ids, one thread may beat a team
+SMALL = 4096  # ids: below, a call costs more than its memory traffic; up to it, try one thread too
 BLOCK = 16 << 20  # bytes a disk write: larger ones were not faster
 
 
@@ -72,10 +72,10 @@ def _fastest(variants: Sequence[Callable[[int], None]]) -> Callable[[int], None]
 
 def gather(out: Array, weight: Array, batches: Sequence[Array]) -> Contender:
     """A contender that copies ``weight[ids]`` into ``out`` for each int64 batch of ids."""
-    library = _library()
+    n, dim = out.shape
+    library = _library() if n >= SMALL else "the call"
     if isinstance(library, str):
         return Contender("limit", absent=library)
-    n, dim = out.shape
     streams = (0, 1) if dim % 4 == 0 and out.ctypes.data % 16 == 0 else (0,)
     memory = (out.ctypes.data, weight.ctypes.data, weight.strides[0] // 4)
     case = (*memory, _pointers(batches), len(batches), n, dim)
@@ -86,12 +86,13 @@ def gather(out: Array, weight: Array, batches: Sequence[Array]) -> Contender:
     return Contender("limit", inputs=batches, run=_fastest(variants))
 
 
-def update(rows_view: Array, dim: int, batches: Sequence[Array], grad: Array) -> Contender:
-    """A contender that reads ``grad`` once and rewrites each unique row of ``rows_view``, whole.
+def update(weight: Array, columns: int, batches: Sequence[Array], grad: Array) -> Contender:
+    """A contender that reads ``grad`` once and rewrites ``columns * dim`` floats of each row met.
 
-    The rows are grouped beforehand, so the limit does not pay for grouping. They keep their values.
+    The columns follow the weight in the row. Grouping is done beforehand, so the limit does not pay
+    for it; rows keep their values.
     """
-    library = _library()
+    library = _library() if len(grad) >= SMALL else "the call"
     if isinstance(library, str):
         return Contender("limit", absent=library)
     groups = []
@@ -99,10 +100,10 @@ def update(rows_view: Array, dim: int, batches: Sequence[Array], grad: Array) ->
         rows, counts = np.unique(ids, return_counts=True)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         groups.append((rows, starts, np.argsort(ids, kind="stable")))
-    memory = (rows_view.ctypes.data, rows_view.strides[0] // 4, rows_view.shape[1] // dim)
+    memory = (weight.ctypes.data, weight.strides[0] // 4, columns)
     pointers = [_pointers(arrays) for arrays in zip(*groups, strict=True)]
     sizes = (c_int64 * len(groups))(*[len(rows) for rows, _, _ in groups])
-    case = (*memory, *pointers, sizes, len(batches), len(grad), dim, grad.ctypes.data)
+    case = (*memory, *pointers, sizes, len(batches), len(grad), grad.shape[1], grad.ctypes.data)
     teams = {1, THREADS} if len(grad) <= SMALL else {THREADS}
     variants = [
         partial(library.limit_update, *case, team, ahead, 1.0, 0.0)

@@ -34,7 +34,7 @@ REUSE_SHARES = (
     0.069, 0.044, 0.068, 0.101, 0.121, 0.104, 0.073, 0.058,
     0.052, 0.050, 0.049, 0.048, 0.048, 0.043, 0.031, 0.042,
 )  # fmt: skip
-REUSE_BATCH = 1 << 20  # ids the histogram describes: 468 to 887 M over 856 tables
+REUSE_BATCH = 1 << 20  # ids of a batch of the traces: 468 to 887 M over 856 tables
 REUSE_STABLE = 9  # rows met this often in a batch keep their place from batch to batch
 
 
@@ -88,15 +88,17 @@ def batches(kind: str, rows: int, count: int, how_many: int, seed: int = 1) -> l
     """Batches of a stream named like ``uniform``, ``zipf 1.05 hashed``, ``production packed``."""
     name, *rest = kind.split()
     rng = np.random.default_rng(seed)
-    result = []
-    for _ in range(how_many):
-        if name == "uniform":
-            result.append(rng.integers(0, rows, count))
-            continue
-        zipfian = name == "zipf"
-        ids = zipf(rng, rows, count, float(rest[0])) if zipfian else production(rng, rows, count)
-        result.append(scatter(ids, rows) if rest[-1] == "hashed" else ids)
-    return result
+    if name == "uniform":
+        return [rng.integers(0, rows, count) for _ in range(how_many)]
+    if name == "zipf":
+        result = [zipf(rng, rows, count, float(rest[0])) for _ in range(how_many)]
+    else:
+        turns = max(1, REUSE_BATCH // count)  # small batches are cut from one of full size
+        result = []
+        while len(result) < how_many:
+            result += np.split(production(rng, rows, turns * count), turns)
+    result = result[:how_many]
+    return [scatter(ids, rows) for ids in result] if rest[-1] == "hashed" else result
 
 
 def _check() -> None:

@@ -145,6 +145,10 @@ cdef class Column:
             raise TypeError("a column is a 2-D float32 array")
         cdef cnp.npy_intp row_bytes = cnp.PyArray_STRIDE(array, 0), item_bytes = cnp.PyArray_STRIDE(array, 1)
         self.rows, self.dim = cnp.PyArray_DIM(array, 0), cnp.PyArray_DIM(array, 1)
+        if self.rows <= 1 or self.dim == 0:     # numpy gives such arrays any stride
+            row_bytes = 4 * self.dim
+        if self.rows == 0:
+            item_bytes = 4
         if not cnp.PyArray_ISBEHAVED_RO(array) or (self.dim > 1 and item_bytes != 4) or row_bytes % 4 or row_bytes < 0:
             raise ValueError("a column's floats must be aligned, native and contiguous within each row")
         self.array = array

@@ -1,4 +1,4 @@
-"""What a caller's ids and values must be, checked in one place, before any of them reaches a kernel.
+"""What a caller's ids and values must be, checked in one place, before a kernel sees them.
 
 ids: integers of any width and any shape. values: float32 of exactly the expected shape.
 Nothing is rounded, wrapped or broadcast.
@@ -44,7 +44,9 @@ def as_ids(ids: ArrayLike) -> IdArray:
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         where = tuple(int(i) for i in np.argwhere(array > np.iinfo(np.int64).max)[0])
         raise IdError(f"ids[{', '.join(map(str, where))}] = {array[where]} is beyond any table")
-    return np.asarray(array, dtype=INT32 if array.dtype == INT32 else INT64, order="C")
+    if array.dtype == INT32:
+        return np.asarray(array, dtype=np.int32, order="C")
+    return np.asarray(array, dtype=np.int64, order="C")
 
 
 def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
@@ -59,7 +61,9 @@ def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
     """
     array = np.asarray(values)
     if array.dtype != FLOAT32:
-        raise DTypeError(f"{name} is {array.dtype}; allowed: float32; use {name}.astype(np.float32)")
+        raise DTypeError(
+            f"{name} is {array.dtype}; allowed: float32; use {name}.astype(np.float32)"
+        )
     if array.shape != shape:
         raise ArgumentError(f"{name} has shape {array.shape}; expected {shape}: ids.shape + (dim,)")
     return np.asarray(array, dtype=np.float32, order="C")

@@ -175,7 +175,12 @@ class Embedding:
         if not self.sparse:
             return self._dense(as_ids(ids), grad)
         rows, values = grouping.sum_duplicates(
-            ids, grad, self.table.rows, self.table.dim, self.scale_grad_by_freq, self.table.num_threads
+            ids,
+            grad,
+            self.table.rows,
+            self.table.dim,
+            self.scale_grad_by_freq,
+            self.table.num_threads,
         )
         if self.padding_idx is not None:
             at = int(np.searchsorted(rows, self.padding_idx))
@@ -199,7 +204,9 @@ class Embedding:
         parts = [str(self.num_embeddings), str(self.embedding_dim)]
         if self.padding_idx is not None:
             parts.append(f"padding_idx={self.padding_idx}")
-        parts += [f"{name}=True" for name in ("scale_grad_by_freq", "sparse") if getattr(self, name)]
+        parts += [
+            f"{name}=True" for name in ("scale_grad_by_freq", "sparse") if getattr(self, name)
+        ]
         return f"Embedding({', '.join(parts)})"
 
 

@@ -16,7 +16,8 @@
         └── ReadOnlyError                 a write to a table that was opened to be read
 
 A message says what is wrong, which element, what is allowed and what to do about it.
-Errors of the operating system (a full disk, a missing file) pass through as the `OSError` that they are.
+Errors of the operating system (a missing file, a disk that fails) pass through as the `OSError`
+that they are.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ in which the table is made. So a table that grew by `append` equals one that was
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,9 @@ class Initializer:
             array[...] = self.a
             return
         workers = threads.for_work(array.size, threads.resolve(num_threads))
-        b = np.float32(self.b) - np.float32(self.a) if self.kind == "uniform" else self.b
+        b = self.b
+        if self.kind == "uniform":  # the kernel wants the width
+            b = float(np.float32(self.b) - np.float32(self.a))
         _core.fill(_core.Column(array), self.kind, seed, first_row, self.a, b, workers)
 
     def __str__(self) -> str:
@@ -111,7 +114,12 @@ def parse(text: str) -> Initializer:
     ArgumentError
         If the text is not one of these.
     """
-    makers = {"normal": normal, "uniform": uniform, "constant": constant, "zeros": zeros}
+    makers: dict[str, Callable[..., Initializer]] = {
+        "normal": normal,
+        "uniform": uniform,
+        "constant": constant,
+        "zeros": zeros,
+    }
     name, _, rest = text.partition(":")
     try:
         return makers[name](*map(float, rest.split(",") if rest else ()))

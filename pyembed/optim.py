@@ -38,12 +38,10 @@ class Optimizer:
     rule: ClassVar[str]
 
     def __init__(self, target: Embedding | Table, lr: float, nonfinite: str = "raise") -> None:
-        if isinstance(target, Embedding):
-            self.table, self._layer = target.table, target
-        elif isinstance(target, Table):
-            self.table, self._layer = target, None
-        else:
+        if not isinstance(target, (Embedding, Table)):
             raise DTypeError(f"{type(target).__name__}; allowed: an Embedding or a Table")
+        self._layer = target if isinstance(target, Embedding) else None
+        self.table = target.table if isinstance(target, Embedding) else target
         if nonfinite not in ("raise", "allow"):
             raise ArgumentError(f"nonfinite = {nonfinite!r}; allowed: 'raise', 'allow'")
         self.nonfinite = nonfinite
@@ -214,7 +212,7 @@ class Adam(Optimizer):
     --------
     >>> t = Table.memory(rows=2, dim=2)
     >>> Adam(t, lr=0.5).step([1], np.full((1, 2), 3, np.float32))
-    >>> t.gather(1)
+    >>> t.gather(1).round(4)
     array([-0.5, -0.5], dtype=float32)
     """
 

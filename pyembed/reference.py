@@ -21,14 +21,16 @@ LANES = 16
 
 def gather(column: F32, ids: NDArray[np.integer]) -> F32:
     """out[i] = column[ids[i]]"""
-    return np.stack([column[i] for i in ids.ravel()]).reshape(*ids.shape, -1) if ids.size else (
-        np.empty((*ids.shape, column.shape[1]), np.float32)
+    return (
+        np.stack([column[i] for i in ids.ravel()]).reshape(*ids.shape, -1)
+        if ids.size
+        else (np.empty((*ids.shape, column.shape[1]), np.float32))
     )
 
 
 def scatter_add(column: F32, ids: NDArray[np.integer], values: F32, alpha: float) -> None:
     """column[ids[i]] += alpha * values[i], one after the other"""
-    for i, value in zip(ids.ravel(), values.reshape(ids.size, -1), strict=True):
+    for i, value in zip(ids.ravel(), values.reshape(-1, column.shape[1]), strict=True):
         column[i] += np.float32(alpha) * value
 
 
@@ -41,9 +43,7 @@ def group(ids: NDArray[np.integer], rows: int) -> tuple[I64, I64, I64]:
     return unique, np.append(starts, flat.size).astype(np.int64), order
 
 
-def sum_groups(
-    rows: I64, starts: I64, order: I64, grad: F32, scale_by_count: bool = False
-) -> F32:
+def sum_groups(rows: I64, starts: I64, order: I64, grad: F32, scale_by_count: bool = False) -> F32:
     """out[u] = sum of grad[p] for p in group u, in position order; times 1 / count if scaled."""
     out = np.empty((rows.size, grad.shape[-1]), np.float32)
     for u in range(rows.size):
@@ -56,9 +56,7 @@ def sum_groups(
     return out
 
 
-def add_groups(
-    column: F32, rows: I64, sums: F32, alpha: float, skip_row: int = -1
-) -> None:
+def add_groups(column: F32, rows: I64, sums: F32, alpha: float, skip_row: int = -1) -> None:
     """column[rows[u]] += alpha * sums[u]"""
     for row, total in zip(rows, sums, strict=True):
         if row != skip_row:
@@ -116,7 +114,8 @@ def philox(seed: int, block: int) -> NDArray[np.uint32]:
 def uniform_block(seed: int, block: int, low: float, width: float) -> F32:
     """low + width * k / 2^24"""
     unit = (philox(seed, block).ravel() >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
-    return np.float32(low) + np.float32(width) * unit
+    values: F32 = np.float32(low) + np.float32(width) * unit
+    return values
 
 
 def log_unit(u: F32) -> F32:
@@ -132,7 +131,8 @@ def log_unit(u: F32) -> F32:
         -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
     ):  # fmt: skip
         p = p * f + f32(c)
-    return (p * f * f2 - f32(0.5) * f2 + f) + e.astype(np.float32) * f32(0.693147180559945)
+    log: F32 = (p * f * f2 - f32(0.5) * f2 + f) + e.astype(np.float32) * f32(0.693147180559945)
+    return log
 
 
 def normal_block(seed: int, block: int, mean: float, std: float) -> F32:
@@ -148,7 +148,9 @@ def normal_block(seed: int, block: int, mean: float, std: float) -> F32:
     t2 = t * t
     s = ((f32(-1.9515295891e-4) * t2 + f32(8.3321608736e-3)) * t2 - f32(1.6666654611e-1)) * t2 * t
     s = s + t
-    c = (f32(2.443315711809948e-5) * t2 - f32(1.388731625493765e-3)) * t2 + f32(4.166664568298827e-2)
+    c = (f32(2.443315711809948e-5) * t2 - f32(1.388731625493765e-3)) * t2 + f32(
+        4.166664568298827e-2
+    )
     c = c * t2 * t2 - f32(0.5) * t2 + f32(1)
     odd = (quadrant & np.uint32(1)) == 1
     cosine, sine = np.where(odd, s, c), np.where(odd, c, s)
@@ -160,9 +162,7 @@ def normal_block(seed: int, block: int, mean: float, std: float) -> F32:
     return out.ravel()
 
 
-def fill(
-    shape: tuple[int, int], kind: str, seed: int, first_row: int, a: float, b: float
-) -> F32:
+def fill(shape: tuple[int, int], kind: str, seed: int, first_row: int, a: float, b: float) -> F32:
     """Rows first_row .. of the stream: element (r, c) is value r * dim + c."""
     rows, dim = shape
     start = first_row * dim

@@ -31,7 +31,7 @@ import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ from pyembed.arrays import F32, FLOAT32
 from pyembed.errors import DirtyError, FormatError, LockedError, ReadOnlyError, TableError
 from pyembed.manifest import Manifest
 
-HEADER_BYTES = 4096  # so that rows start on a page, and a row whose size divides a page stays on one
+HEADER_BYTES = (
+    4096  # so that rows start on a page, and a row whose size divides a page stays on one
+)
 
 
 def sync(fd: int) -> None:
@@ -132,7 +134,8 @@ def write_all(fd: int, data: Any) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         sync(fd)
@@ -140,7 +143,7 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Atomically replace a file: temporary file, sync, rename, sync of the folder."""
     temporary = path.with_name(path.name + ".new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -149,11 +152,17 @@ def _replace(path: Path, data: bytes) -> None:
         sync(fd)
     finally:
         os.close(fd)
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+    temporary.replace(path)
+    sync_folder(path.parent)
 
 
-def create(path: Path, columns: dict[str, int], chunks: Iterable[F32], rows: int | None) -> None:
+def create(
+    path: Path,
+    columns: dict[str, int],
+    chunks: Iterable[F32],
+    rows: int | None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Write a whole new table from chunks of rows, in the memory of one chunk.
 
     Parameters
@@ -165,6 +174,8 @@ def create(path: Path, columns: dict[str, int], chunks: Iterable[F32], rows: int
     chunks : iterable of float32 arrays of shape (any, stride)
     rows : int or None
         How many there will be, if that is known: the space is then allocated first.
+    finish : function of the folder, optional
+        Writes what else belongs to the table (a vocabulary), before the table appears.
 
     Raises
     ------
@@ -173,16 +184,20 @@ def create(path: Path, columns: dict[str, int], chunks: Iterable[F32], rows: int
         If the disk is full.
     """
     if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, "there is something already; choose a new name", str(path))
+        raise FileExistsError(
+            errno.EEXIST, "there is something already; choose a new name", str(path)
+        )
     stride = sum(columns.values())
     temporary = path.with_name(f"{path.name}.creating-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
         written = _write_rows(temporary / "rows.npy", stride, chunks, rows)
         (temporary / "lock").touch()
-        _replace(temporary / "manifest.json", manifests.encode(Manifest(written, columns)))
+        if finish is not None:
+            finish(temporary)
+        replace_file(temporary / "manifest.json", manifests.encode(Manifest(written, columns)))
         temporary.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -271,8 +286,9 @@ class Store:
         expected = HEADER_BYTES + 4 * state.rows * state.stride
         if (rows, stride, offset, size) != (state.rows, state.stride, HEADER_BYTES, expected):
             raise FormatError(
-                f"{file}: {size} bytes with a header of {offset} for ({rows}, {stride}); the manifest "
-                f"asks for {expected} bytes with {HEADER_BYTES} for ({state.rows}, {state.stride}): "
+                f"{file}: {size} bytes with a header of {offset} for ({rows}, {stride}); its "
+                f"manifest asks for {expected} with {HEADER_BYTES} for "
+                f"({state.rows}, {state.stride}): "
                 "it was cut short, or is of another table; restore it from a copy"
             )
         return state, offset
@@ -324,7 +340,9 @@ class Store:
         """Add `count` rows at the end: allocate, write, sync; then header and manifest."""
         rows, stride = self.manifest.rows, self.manifest.stride
         if self.mode != "r+" or not self.folder:
-            raise ReadOnlyError(errno.EROFS, 'append needs a table folder open "r+"', str(self.path))
+            raise ReadOnlyError(
+                errno.EROFS, 'append needs a table folder open "r+"', str(self.path)
+            )
         end = HEADER_BYTES + 4 * rows * stride
         allocate(self._fd, end, 4 * count * stride, self.path / "rows.npy")
         try:
@@ -343,7 +361,7 @@ class Store:
 
     def _set(self, state: Manifest) -> None:
         if self.folder:
-            _replace(self.path / "manifest.json", manifests.encode(state))
+            replace_file(self.path / "manifest.json", manifests.encode(state))
         self.manifest = state
 
     def release(self) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyembed import _core, grouping, init as initialisers, manifest, store, threads
+from pyembed import _core, grouping, manifest, store, threads
+from pyembed import init as initialisers
 from pyembed.arrays import F32, FLOAT32, as_ids, as_output, as_values, require_count
 from pyembed.errors import ArgumentError, ClosedError, DTypeError, ReadOnlyError
 from pyembed.init import Initializer
@@ -44,7 +45,9 @@ def layout(dim: int, optimizer: str | None, columns: Mapping[str, int] | None) -
         widths |= dict.fromkeys(_core.RULES[optimizer][1], dim)
     for name, width in (columns or {}).items():
         if name in widths:
-            raise ArgumentError(f"column {name!r} is given twice: dim and optimizer make it already")
+            raise ArgumentError(
+                f"column {name!r} is given twice: dim and optimizer make it already"
+            )
         widths[name] = width
     return manifest.check_columns(widths)
 
@@ -248,7 +251,12 @@ class Table:
             allowed = f"(rows, dim) with dim in 1..{manifest.MAX_DIM}"
             raise ArgumentError(f"the array has shape {array.shape}; allowed: {allowed}")
         try:
-            return cls(None, array.view(np.ndarray), {"weight": array.shape[1]}, threads.resolve(num_threads))
+            return cls(
+                None,
+                array.view(np.ndarray),
+                {"weight": array.shape[1]},
+                threads.resolve(num_threads),
+            )
         except ValueError as error:
             raise ArgumentError(f"{error}; use np.ascontiguousarray(array)") from None
 
@@ -292,6 +300,11 @@ class Table:
     @property
     def generation(self) -> int:
         return (self._store.manifest if self._store else self._state).generation
+
+    @property
+    def state(self) -> str:
+        """ "clean" right after a commit, "dirty" once rows have changed since."""
+        return (self._store.manifest if self._store else self._state).state
 
     def column(self, name: str) -> F32:
         """A read-only view of one column, shape (rows, its width).
@@ -343,7 +356,9 @@ class Table:
             out = as_output(out, (*ids.shape, weight.dim))
             if np.may_share_memory(out, weight.array):
                 raise ArgumentError("out overlaps with the table; give it memory of its own")
-        return _core.gather(weight, ids, out, threads.for_work(ids.size * weight.dim, self.num_threads))
+        return _core.gather(
+            weight, ids, out, threads.for_work(ids.size * weight.dim, self.num_threads)
+        )
 
     def scatter_add(
         self, ids: ArrayLike, values: ArrayLike, alpha: float = 1.0, deterministic: bool = False
@@ -440,9 +455,9 @@ class Table:
             if name not in self._columns:
                 if self._store is not None:
                     raise ArgumentError(
-                        f"{self.path} has the columns {', '.join(self._columns)}, but not {name!r}; "
-                        "make the table with the optimizer's name: "
-                        f'Table.create(path, {weight.rows}, {weight.dim}, optimizer=...)'
+                        f"{self.path} has no column {name!r}, only {', '.join(self._columns)}; "
+                        "name the optimizer when the table is made: "
+                        f"Table.create(path, {weight.rows}, {weight.dim}, optimizer=...)"
                     )
                 self._columns[name] = _core.Column(store.anonymous(weight.rows, weight.dim))
             if self._columns[name].dim != weight.dim:
@@ -535,7 +550,9 @@ def _forgotten(backing: store.Store) -> None:
     """A table was dropped, or is still open at exit: nobody loses work for a forgotten close()."""
     if backing.mode == "r+" and backing.manifest.state == "dirty":
         warnings.warn(
-            f"{backing.path} was not closed; its changes are committed now", ResourceWarning, stacklevel=2
+            f"{backing.path} was not closed; its changes are committed now",
+            ResourceWarning,
+            stacklevel=2,
         )
         backing.commit(None)
     backing.release()

@@ -1,10 +1,10 @@
-"""How many threads a call uses: what ``num_threads=None`` means, and when a batch is too small to share.
+"""How many threads a call uses: what ``num_threads=None`` means, and when a batch is too small.
 
-Policy lives here alone; below this file a number of threads is an argument. Nothing starts at import: the first
-parallel kernel starts the pool.
+Policy lives here alone; below this file a number of threads is an argument. Nothing starts at
+import: the first parallel kernel starts the pool.
 
-OpenMP does not survive `os.fork` with libgomp: a child that inherits a started pool hangs in its first parallel
-region. So the pool is given back before a fork, and the child stays on one thread.
+OpenMP does not survive `os.fork` with libgomp: a child that inherits a started pool hangs in its
+first parallel region. So the pool is given back before a fork, and the child uses one thread.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _processors() -> int:
 
 
 def _cgroup_quota() -> int | None:
-    """Whole processors of the control group's quota (v2, then v1), rounded up; None if unlimited."""
+    """Processors of the control group's quota (v2, then v1), rounded up; None if unlimited."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):

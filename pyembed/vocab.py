@@ -14,7 +14,6 @@ tokens are equally many is for whoever holds both.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from os import PathLike, fspath
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
+from pyembed import store
 from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError
 
 _TEXT = "vocab.txt"
@@ -131,10 +131,10 @@ class Vocab:
             for name, data in files.items():
                 _write_synced(temporary[name], data)
             (path / _COUNTS).unlink(missing_ok=True)
-            _sync_folder(path)
+            store.sync_folder(path)
             for name in files:
                 temporary[name].replace(path / name)
-                _sync_folder(path)
+                store.sync_folder(path)
         except BaseException:
             for leftover in temporary.values():
                 leftover.unlink(missing_ok=True)
@@ -264,12 +264,4 @@ def _write_synced(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        store.sync(file.fileno())

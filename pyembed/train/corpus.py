@@ -32,6 +32,7 @@ StrPath = str | os.PathLike[str]
 EncodingErrors = Literal["strict", "replace"]
 SUFFIXES = (".txt", ".py", ".rst", ".md")
 LINE_END = 0  # the provisional id of "\n"
+ROW_DROPPED, ROW_LINE_END = -1, -2  # in place of a row, where a token has none
 
 _TOKEN = re.compile(r"\n|(?<![\w\\])[^\W\d]\w*")
 _PIECE_BYTES = 1 << 20
@@ -196,7 +197,7 @@ def encode_corpus(
     output: StrPath,
     *,
     encoding_errors: EncodingErrors = "strict",
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> EncodedCorpus:
     """Tokenise and count files, and write their provisional ids to `output`.
 
@@ -208,8 +209,8 @@ def encode_corpus(
         The file of ids to write.
     encoding_errors : {"strict", "replace"}
         Invalid UTF-8 is an error, or is read as U+FFFD, which is no part of a word.
-    progress : bool
-        Show a bar on stderr when that is a terminal.
+    progress : bool, optional
+        Show a bar on stderr; None: when that is a terminal.
 
     Raises
     ------
@@ -225,7 +226,7 @@ def encode_corpus(
     ids["\n"]  # the first id: LINE_END
     counts = np.zeros(1, np.int64)
     line_end = np.array([LINE_END], np.int32)
-    bar = tqdm(files, "reading", unit="file", disable=None if progress else True, leave=False)
+    bar = tqdm(files, "reading", unit="file", disable=None if progress is None else not progress, leave=False)
     with open(output, "wb") as out, bar:
         for path in bar:
             for text in read_pieces(path, encoding_errors):
@@ -259,7 +260,7 @@ def choose_vocabulary(
     chosen : ndarray of int64, shape (size,)
         Provisional id of each row; equal counts are in alphabetical order.
     row_of : ndarray of int32, shape (len(corpus.types),)
-        Row of each provisional id; -1 for a word that was not chosen, -2 for a line end.
+        Row of each provisional id; `ROW_DROPPED` for a word not chosen, `ROW_LINE_END`.
 
     Raises
     ------
@@ -278,7 +279,7 @@ def choose_vocabulary(
     chosen = np.array(
         sorted(frequent.tolist(), key=lambda i: (-corpus.counts[i], corpus.types[i])), np.int64
     )
-    row_of = np.full(len(corpus.types), -1, np.int32)
+    row_of = np.full(len(corpus.types), ROW_DROPPED, np.int32)
     row_of[chosen] = np.arange(len(chosen), dtype=np.int32)
-    row_of[LINE_END] = -2
+    row_of[LINE_END] = ROW_LINE_END
     return chosen, row_of

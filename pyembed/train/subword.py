@@ -11,7 +11,7 @@ word's second part and so on. So summing the parts of all words is a few dozen a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,11 @@ import numpy.typing as npt
 from pyembed.errors import ArgumentError
 from pyembed.table import Table
 
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+OWN_SHARE = 0.8
+
 _FNV_BASIS = np.uint32(2166136261)
 _FNV_PRIME = np.uint32(16777619)
 _WORDS_AT_ONCE = 1 << 11  # bounds the temporary arrays of hashing and composing
@@ -27,7 +32,7 @@ _WORDS_AT_ONCE = 1 << 11  # bounds the temporary arrays of hashing and composing
 
 def ngram_hashes(
     words: Sequence[str], minn: int, maxn: int
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+) -> tuple[npt.NDArray[np.uint32], I64]:
     """Hash the character n-grams of words.
 
     Returns
@@ -61,12 +66,11 @@ def ngram_hashes(
         owners.append(word_of[first])
     owner = np.concatenate(owners)
     order = np.argsort(owner, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(words)))])
-    return np.concatenate(found)[order], starts.astype(np.int64)
+    return np.concatenate(found)[order], _starts(np.bincount(owner, minlength=len(words)))
 
 
 def _fnv1a(
-    signed: npt.NDArray[np.uint32], begin: npt.NDArray[np.int64], end: npt.NDArray[np.int64]
+    signed: npt.NDArray[np.uint32], begin: I64, end: I64
 ) -> npt.NDArray[np.uint32]:
     """Hash many byte ranges at once: the j-th round takes the j-th byte of every range that has one."""
     hashes = np.full(len(begin), _FNV_BASIS)
@@ -76,95 +80,124 @@ def _fnv1a(
     return hashes
 
 
+def _starts(counts: npt.NDArray[np.integer[npt.NBitBase]]) -> I64:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _bucket_rows(hashes: npt.NDArray[np.uint32], size: int, buckets: int) -> I64:
+    return size + (hashes % np.uint32(buckets)).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Parts:
-    """The rows whose mean is the vector of a word: its own row first, then its n-gram rows.
+    """The rows that make up the vector of each word: its own row first, then its n-gram rows.
 
     Attributes
     ----------
     rows : ndarray of int64, shape (n,)
         Rows of the input table, word after word.
     starts : ndarray of int64, shape (words + 1,)
-        The parts of word ``i`` are ``rows[starts[i]:starts[i + 1]]``.
+        The parts of word ``i`` are ``rows[starts[i]:starts[i + 1]]``; every word has one or more.
+    own_share : float
+        Weight of the first part of a word that has more than one; the others share the rest evenly.
     """
 
-    rows: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
+    rows: I64
+    starts: I64
+    own_share: float | None
 
     @classmethod
     def of_vocabulary(cls, words: Sequence[str], minn: int, maxn: int, buckets: int) -> Parts:
         """Parts of every word of a vocabulary; with ``buckets=0`` only its own row."""
         size = len(words)
         if buckets == 0:
-            return cls(np.arange(size), np.arange(size + 1))
+            return cls(np.arange(size), np.arange(size + 1), OWN_SHARE)
         rows, counts = [], []
         for first in range(0, size, _WORDS_AT_ONCE):
             some = words[first : first + _WORDS_AT_ONCE]
             hashes, starts = ngram_hashes(some, minn, maxn)
-            bucket_rows = size + (hashes % np.uint32(buckets)).astype(np.int64)
-            rows.append(np.insert(bucket_rows, starts[:-1], np.arange(first, first + len(some))))
+            own = np.arange(first, first + len(some))
+            rows.append(np.insert(_bucket_rows(hashes, size, buckets), starts[:-1], own))
             counts.append(np.diff(starts) + 1)
-        ends = np.cumsum(np.concatenate(counts))
-        return cls(np.concatenate(rows), np.concatenate([[0], ends]))
+        return cls(np.concatenate(rows), _starts(np.concatenate(counts)), OWN_SHARE)
 
     @classmethod
     def of_unknown(cls, word: str, size: int, minn: int, maxn: int, buckets: int) -> Parts:
-        """Parts of a word outside a vocabulary of `size` words: its n-gram rows, or none."""
+        """Parts of a word outside a vocabulary of `size` words: its n-gram rows, evenly."""
         hashes, starts = ngram_hashes([word], minn, maxn)
-        return cls(size + (hashes % np.uint32(buckets)).astype(np.int64), starts)
+        return cls(_bucket_rows(hashes, size, buckets), starts, None)
 
-    def batch(self, words: npt.NDArray[np.int64]) -> Batch:
+    def batch(self, words: I64) -> Batch:
         """Lay out the parts of some words part-major."""
-        counts = np.diff(self.starts)[words]
+        begin = self.starts[words]
+        counts = self.starts[words + 1] - begin
         order = np.argsort(-counts, kind="stable")
         counts = counts[order]
         part = np.arange(int(counts.max(initial=0)))[:, None]
         has_part = part < counts
-        index = (self.starts[words[order]] + part)[has_part]
-        return Batch(self.rows[index], has_part.sum(axis=1), counts, order)
+        index = (begin[order] + part)[has_part]
+        n = counts.astype(np.float32)[:, None]
+        first = 1 / n if self.own_share is None else np.where(n > 1, np.float32(self.own_share), 1)
+        return Batch(
+            rows=self.rows[index],
+            sizes=has_part.sum(axis=1).tolist(),
+            order=order,
+            first_share=first,
+            other_share=(1 - first) / np.maximum(n - 1, 1),
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The parts of u words in part-major order.
+    """The parts of u words in part-major order, with their weights.
 
     Attributes
     ----------
     rows : ndarray of int64, shape (n,)
-        Rows of the input table: first parts, second parts, …
-    sizes : ndarray of int64, shape (most parts,)
-        How many words have a k-th part.
-    counts : ndarray of int64, shape (u,)
-        Parts of each word, descending.
+        Rows of the input table: all first parts, all second parts, …
+    sizes : list of int
+        How many words have a k-th part; descending, so these are the first words of the order.
     order : ndarray of int64, shape (u,)
         Place among the words that were asked for.
+    first_share, other_share : ndarray of float32, shape (u, 1)
+        Weight of a word's first part, and of each of its others.
     """
 
-    rows: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    counts: npt.NDArray[np.int64]
-    order: npt.NDArray[np.int64]
+    rows: I64
+    sizes: list[int]
+    order: I64
+    first_share: F32
+    other_share: F32
 
-    def mean(self, parts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Vectors of shape (u, dim), in the order asked for, from the gathered parts of shape (n, dim)."""
-        total = np.zeros((len(self.counts), parts.shape[1]), np.float32)
-        first = 0
-        for size in self.sizes.tolist():
-            total[:size] += parts[first : first + size]
-            first += size
+    def combine(self, parts: F32) -> F32:
+        """Vectors of shape (u, dim), in the order asked for, from the gathered parts (n, dim)."""
+        u = len(self.order)
+        total = np.zeros((u, parts.shape[1]), np.float32)
+        for begin, size in self._others():
+            total[:size] += parts[begin : begin + size]
+        total *= self.other_share
+        total += parts[:u] * self.first_share
         vectors = np.empty_like(total)
-        vectors[self.order] = total / self.counts[:, None].astype(np.float32)
+        vectors[self.order] = total
         return vectors
 
-    def spread(self, grad: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Gradient of each part, shape (n, dim), from the gradient of `mean`'s result."""
-        share = grad[self.order] / self.counts[:, None].astype(np.float32)
+    def spread(self, grad: F32) -> F32:
+        """Gradient of each part, shape (n, dim), from that of what `combine` returned."""
+        u = len(self.order)
+        grad = grad[self.order]
         parts = np.empty((len(self.rows), grad.shape[1]), np.float32)
-        first = 0
-        for size in self.sizes.tolist():
-            parts[first : first + size] = share[:size]
-            first += size
+        np.multiply(grad, self.first_share, out=parts[:u])
+        grad *= self.other_share
+        for begin, size in self._others():
+            parts[begin : begin + size] = grad[:size]
         return parts
+
+    def _others(self) -> Iterator[tuple[int, int]]:
+        """Begin and size of each block of parts after the first."""
+        begin = len(self.order)
+        for size in self.sizes[1:]:
+            yield begin, size
+            begin += size
 
 
 def check_ngrams(minn: int, maxn: int, buckets: int) -> None:
@@ -177,12 +210,12 @@ def check_ngrams(minn: int, maxn: int, buckets: int) -> None:
         raise ArgumentError(f"minn = {minn} and maxn = {maxn} do not satisfy 1 <= minn <= maxn")
 
 
-def compose(table: Table, parts: Parts) -> npt.NDArray[np.float32]:
+def compose(table: Table, parts: Parts) -> F32:
     """Vectors of all words of `parts`, shape (words, dim); temporary memory is bounded."""
     size = len(parts.starts) - 1
     vectors = np.empty((size, table.dim), np.float32)
     for first in range(0, size, _WORDS_AT_ONCE):
         words = np.arange(first, min(first + _WORDS_AT_ONCE, size))
         batch = parts.batch(words)
-        vectors[words] = batch.mean(table.gather(batch.rows))
+        vectors[words] = batch.combine(table.gather(batch.rows))
     return vectors

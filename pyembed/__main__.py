@@ -1,0 +1,5 @@
+"""``python -m pyembed`` is the command ``pyembed``."""
+
+from pyembed.cli import main
+
+raise SystemExit(main())

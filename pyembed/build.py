@@ -1,0 +1,130 @@
+"""Make a table from a source of any size in fixed memory: an initialiser, or a file of vectors.
+
+Rows are made in chunks of a few megabytes and written, not mapped, so the memory used does not
+depend on the size of the table (a vocabulary aside, which is kept until it is written). The table
+appears under its name complete or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pyembed import init as initialisers
+from pyembed import manifest, store, threads
+from pyembed.arrays import F32, require_count
+from pyembed.errors import FormatError, PyembedError
+from pyembed.formats import VectorSource, open_vectors
+from pyembed.init import Initializer
+from pyembed.table import fresh_rows, layout
+from pyembed.vocab import Vocab
+
+
+def from_initializer(
+    path: str | os.PathLike[str],
+    rows: int,
+    dim: int,
+    init: Initializer | None = None,
+    *,
+    optimizer: str | None = None,
+    seed: int = 0,
+    num_threads: int | None = None,
+    progress: bool | None = False,
+) -> None:
+    """Make a table of fresh rows.
+
+    Parameters
+    ----------
+    path : path-like
+        A folder that must not exist.
+    rows, dim : int
+    init : Initializer, optional
+        Fills the weight; zeros if not given.
+    optimizer : {"sgd", "adagrad", "adam"}, optional
+        Whose state the rows shall carry; it starts as zeros.
+    seed : int
+    num_threads : int, optional
+    progress : bool or None
+        Show a bar; None shows it when stderr is a terminal.
+
+    Raises
+    ------
+    FileExistsError, TableError, ArgumentError
+    """
+    columns = layout(dim, optimizer, None)
+    rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
+    workers = threads.resolve(num_threads)
+    chunks = fresh_rows(columns, 0, rows, init or initialisers.zeros(), seed, workers)
+    row_bytes = 4 * sum(columns.values())
+    with _bar(progress, rows * row_bytes) as bar:
+        store.create(Path(path), columns, _counted(chunks, bar), rows)
+
+
+def from_vectors(
+    path: str | os.PathLike[str],
+    vectors: str | os.PathLike[str],
+    *,
+    format: str = "auto",
+    optimizer: str | None = None,
+    progress: bool | None = False,
+) -> None:
+    """Make a table, with its vocabulary, from a file of word2vec or GloVe vectors.
+
+    Parameters
+    ----------
+    path : path-like
+        A folder that must not exist.
+    vectors : path-like
+        See `pyembed.formats.open_vectors`.
+    format : {"auto", "word2vec", "word2vec-binary", "glove"}
+    optimizer : {"sgd", "adagrad", "adam"}, optional
+        Whose state the rows shall carry; it starts as zeros.
+    progress : bool or None
+        Show a bar; None shows it when stderr is a terminal.
+
+    Raises
+    ------
+    FormatError
+        Naming the line or byte that is not what the format says.
+    FileExistsError, TableError, ArgumentError
+    """
+    source = open_vectors(vectors, format)
+    columns = layout(source.dim, optimizer, None)
+    tokens: list[str] = []
+
+    def save_vocab(folder: Path) -> None:
+        try:
+            Vocab(tokens).save(folder)
+        except PyembedError as error:
+            raise FormatError(f"{source.path}: {error}") from None
+
+    with _bar(progress, source.bytes_total) as bar:
+        rows = _vector_rows(source, sum(columns.values()), tokens, bar)
+        store.create(Path(path), columns, rows, source.declared_rows, save_vocab)
+
+
+def _vector_rows(
+    source: VectorSource, stride: int, tokens: list[str], bar: tqdm[Any]
+) -> Iterator[F32]:
+    for names, values in source:
+        tokens += [name.decode("utf-8", "surrogateescape") for name in names]
+        rows = np.zeros((len(names), stride), np.float32)
+        rows[:, : source.dim] = values
+        yield rows
+        bar.update(source.bytes_read - bar.n)
+
+
+def _bar(progress: bool | None, total: int) -> tqdm[Any]:
+    hidden = None if progress is None else not progress
+    return tqdm(total=total, unit="B", unit_scale=True, desc="build", disable=hidden)
+
+
+def _counted(chunks: Iterator[F32], bar: tqdm[Any]) -> Iterator[F32]:
+    for chunk in chunks:
+        yield chunk
+        bar.update(chunk.nbytes)

@@ -1,0 +1,150 @@
+"""The command ``pyembed``: arguments to calls, no logic of its own.
+
+Results go to stdout, errors and progress to stderr.
+
+Exit status: 0 done, 1 failed or interrupted, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pyembed import Table, __version__, build, init, show_config
+from pyembed.errors import ArgumentError, PyembedError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("pyembed: interrupted", file=sys.stderr)
+        return 1
+    except ArgumentError as error:
+        print(f"pyembed: {error}", file=sys.stderr)
+        return 2
+    except (PyembedError, OSError, ImportError) as error:
+        print(f"pyembed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyembed", description="Embedding tables that are larger than memory, on a CPU."
+    )
+    parser.add_argument("--version", action="version", version=f"pyembed {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_build(commands)
+    _add_info(commands)
+    _add_train(commands)
+    _add_similar(commands)
+    doctor = commands.add_parser("doctor", help="what this build and this machine are")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=lambda a: _show(show_config(), a.json))
+    return parser
+
+
+def _add_build(commands: Any) -> None:
+    p = commands.add_parser("build", help="make a table, fresh or from a file of vectors")
+    p.add_argument("vectors", nargs="?", help="word2vec (text, binary) or GloVe file, plain or .gz")
+    p.add_argument("-o", "--output", required=True, help="folder to make; must not exist")
+    p.add_argument(
+        "--format", default="auto", help="of the vectors: auto, word2vec, word2vec-binary, glove"
+    )
+    p.add_argument("--rows", type=int, help="rows of a fresh table")
+    p.add_argument("--dim", type=int, help="floats of a row")
+    p.add_argument(
+        "--init", default="normal", help="normal[:MEAN,STD] uniform[:LOW,HIGH] constant:V zeros"
+    )
+    p.add_argument("--optimizer", help="sgd, adagrad or adam: the state that rows shall carry")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int)
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_build, fail=p.error)
+
+
+def _build(a: argparse.Namespace) -> None:
+    progress = False if a.quiet else None
+    if a.vectors is not None:
+        if a.rows is not None or a.dim is not None:
+            a.fail("--rows and --dim are for a fresh table; a file of vectors has its own")
+        build.from_vectors(
+            a.output, a.vectors, format=a.format, optimizer=a.optimizer, progress=progress
+        )
+    elif a.rows is None or a.dim is None:
+        a.fail("give a file of vectors, or --rows and --dim for a fresh table")
+    else:
+        build.from_initializer(
+            a.output,
+            a.rows,
+            a.dim,
+            init.parse(a.init),
+            optimizer=a.optimizer,
+            seed=a.seed,
+            num_threads=a.threads,
+            progress=progress,
+        )
+    _info(argparse.Namespace(table=a.output, json=False))
+
+
+def _add_info(commands: Any) -> None:
+    p = commands.add_parser("info", help="what a table is")
+    p.add_argument("table")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_info)
+
+
+def _info(a: argparse.Namespace) -> None:
+    with Table.open(a.table, "r", live=True) as table:
+        facts = {
+            "path": str(table.path),
+            "rows": table.rows,
+            "dim": table.dim,
+            "columns": table.columns,
+            "bytes": table.nbytes,
+            "generation": table.generation,
+            "state": table.state,
+            "meta": table.meta,
+        }
+    _show(facts, a.json)
+
+
+def _add_train(commands: Any) -> None:
+    p = commands.add_parser("train", help="train a model whose tables may be larger than memory")
+    models = p.add_subparsers(dest="model", required=True, metavar="MODEL")
+    s = models.add_parser("skipgram", help="word vectors from text: skip-gram, negative sampling")
+    s.add_argument("corpus", nargs="+", help="files, or folders that are searched for text")
+    s.add_argument("-o", "--output", required=True, help="folder to make; must not exist")
+    s.set_defaults(run=_train_skipgram)
+
+
+def _train_skipgram(a: argparse.Namespace) -> None:
+    raise NotImplementedError
+
+
+def _add_similar(commands: Any) -> None:
+    p = commands.add_parser("similar", help="the nearest words of a trained model")
+    p.add_argument("model", help="folder that `pyembed train` made")
+    p.add_argument("words", nargs="+")
+    p.add_argument("-n", "--topn", type=int, default=10)
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_similar)
+
+
+def _similar(a: argparse.Namespace) -> None:
+    raise NotImplementedError
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        text = f"{value:,}" if isinstance(value, int) else value
+        print(f"{name + ':':<12} {text}")

@@ -1,0 +1,41 @@
+"""Fixtures: every SIMD level, one to three threads, and a folder for tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from pyembed import _core
+
+# Fixed seeds: a run that failed can be run again. No deadline: machines are shared.
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("fixed")
+
+
+@pytest.fixture(params=_core.simd_levels())
+def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each SIMD level that this processor has."""
+    before = _core.use_simd(request.param)
+    yield request.param
+    _core.use_simd(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def workers(request: pytest.FixtureRequest) -> int:
+    """One thread, as many as the smallest machine has processors, and one more."""
+    return int(request.param)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a table may be made."""
+    return tmp_path / "items.pyembed"

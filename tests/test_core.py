@@ -1,0 +1,248 @@
+"""Conformance: every kernel, SIMD level and number of threads gives the bits of `reference`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import DIMS, Batch, bad_ids, batches
+
+from pyembed import _core, reference
+from pyembed.errors import IdError
+
+HYPER = (0.05, 1e-8, 0.1, 0.001)
+COLUMNS = {name: 1 + len(state) for name, (_, state) in _core.RULES.items()}
+
+
+def column_parts(array: np.ndarray, dim: int) -> tuple[np.ndarray, ...]:
+    return tuple(array[:, i : i + dim] for i in range(0, array.shape[1], dim))
+
+
+def equal(got: np.ndarray, expected: np.ndarray) -> bool:
+    """The same bits: NaN equals NaN, and zero differs from minus zero."""
+    return got.dtype == expected.dtype and got.shape == expected.shape and (
+        got.tobytes() == expected.tobytes()
+    )
+
+
+@given(batch=batches())
+def test_gather(batch: Batch, simd: str, workers: int) -> None:
+    """gather copies the named rows, into a fresh array and into a given one."""
+    table = batch.table()
+    expected = reference.gather(table, batch.ids)
+    column = _core.Column(table)
+    assert equal(_core.gather(column, batch.ids, None, workers), expected)
+    out = np.full_like(expected, np.nan)
+    assert _core.gather(column, batch.ids, out, workers) is out
+    assert equal(out, expected)
+
+
+@given(batch=batches())
+def test_gather_of_strided_rows(batch: Batch, simd: str, workers: int) -> None:
+    """A column inside wider rows is gathered without its neighbours."""
+    table = batch.table(columns=3)
+    middle = table[:, batch.dim : 2 * batch.dim]
+    expected = reference.gather(middle, batch.ids)
+    assert equal(_core.gather(_core.Column(middle), batch.ids, None, workers), expected)
+
+
+def test_gather_keeps_every_bit(simd: str) -> None:
+    """NaN payloads, infinities, subnormals and minus zero are copied as they are."""
+    bits = np.array([0x7FC00001, 0xFFC12345, 0x7F800000, 0x80000000, 1, 0x807FFFFF], np.uint32)
+    table = np.tile(bits.view(np.float32), (3, 1))
+    assert equal(_core.gather(_core.Column(table), np.array([2]), None, 1), table[2:])
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_gather_of_a_large_batch(offset: int, simd: str, workers: int) -> None:
+    """Outputs past the caches, which are stored another way, hold the same rows at any alignment."""
+    rng = np.random.default_rng(3)
+    table = rng.standard_normal((1000, 20), np.float32)
+    ids = rng.integers(0, 1000, 250_000)
+    out = np.empty(ids.size * 20 + 4, np.float32)[offset:][: ids.size * 20].reshape(-1, 20)
+    _core.gather(_core.Column(table), ids, out, workers)
+    assert equal(out, table[ids])
+
+
+@given(batch=batches())
+def test_group(batch: Batch, workers: int) -> None:
+    """group is a stable sort: unique rows ascend, positions ascend within a row."""
+    for got, expected in zip(
+        _core.group(batch.ids, batch.rows, workers),
+        reference.group(batch.ids, batch.rows),
+        strict=True,
+    ):
+        assert equal(got, expected)
+
+
+@pytest.mark.parametrize("rows", [2**11, 2**11 + 1, 2**22, 2**22 + 1, 2**33, 2**40])
+def test_group_of_large_tables(rows: int, workers: int) -> None:
+    """Every number of sorting passes gives the same groups as numpy's stable sort."""
+    ids = np.random.default_rng(rows).integers(0, rows, 5000)
+    ids[100:200] = ids[300]
+    ids[:2] = 0, rows - 1
+    for got, expected in zip(
+        _core.group(ids, rows, workers), reference.group(ids, rows), strict=True
+    ):
+        assert equal(got, expected)
+
+
+@given(batch=batches(), scale=st.booleans())
+def test_sum_groups(batch: Batch, scale: bool, simd: str, workers: int) -> None:
+    """Gradients of equal ids are summed in the order of the batch, whatever the threads."""
+    grad = batch.grad().reshape(-1, batch.dim)
+    groups = reference.group(batch.ids, batch.rows)
+    out = np.full((groups[0].size, batch.dim), np.nan, np.float32)
+    _core.sum_groups(*groups, grad, out, scale, workers)
+    assert equal(out, reference.sum_groups(*groups, grad, scale))
+
+
+@given(batch=batches(), alpha=st.sampled_from([1.0, -0.25, 1e-3]))
+def test_add_groups(batch: Batch, alpha: float, simd: str, workers: int) -> None:
+    """The deterministic scatter-add gives the bits of the reference and leaves the skipped row."""
+    grad = batch.grad().reshape(-1, batch.dim)
+    groups = reference.group(batch.ids, batch.rows)
+    skip = int(groups[0][0]) if groups[0].size else -1
+    got, expected = batch.table(), batch.table()
+    _core.add_groups(_core.Column(got), *groups, grad, alpha, skip, False, workers)
+    sums = reference.sum_groups(*groups, grad)
+    reference.add_groups(expected, groups[0], sums, np.float32(alpha), skip)
+    assert equal(got, expected)
+
+
+@given(batch=batches(), alpha=st.sampled_from([1.0, -0.25, 1e-3]))
+def test_scatter_add(batch: Batch, alpha: float, simd: str) -> None:
+    """On one thread the additions happen in the order of the batch."""
+    got, expected = batch.table(), batch.table()
+    _core.scatter_add(_core.Column(got), batch.ids, batch.grad(), alpha, 1)
+    reference.scatter_add(expected, batch.ids, batch.grad(), alpha)
+    assert equal(got, expected)
+
+
+@pytest.mark.parametrize("rule", COLUMNS)
+@given(batch=batches(), scale=st.booleans(), skip=st.booleans())
+def test_update(
+    batch: Batch, rule: str, scale: bool, skip: bool, simd: str, workers: int
+) -> None:
+    """A step gives the bits of the reference, and rows that are not in the batch keep theirs."""
+    grad = batch.grad().reshape(-1, batch.dim)
+    groups = reference.group(batch.ids, batch.rows)
+    skip_row = int(groups[0][-1]) if skip and groups[0].size else -1
+    got, expected = batch.table(COLUMNS[rule]), batch.table(COLUMNS[rule])
+    columns = tuple(map(_core.Column, column_parts(got, batch.dim)))
+    _core.update(columns, *groups, grad, rule, HYPER, skip_row, scale, workers)
+    sums = reference.sum_groups(*groups, grad, scale)
+    parts = column_parts(expected, batch.dim)
+    reference.update(parts, groups[0], sums, rule, HYPER, skip_row)
+    assert equal(got, expected)
+
+
+@pytest.mark.parametrize("rule", COLUMNS)
+def test_update_of_unique_rows(rule: str, simd: str, workers: int) -> None:
+    """Gradients that belong to ascending unique rows need no groups."""
+    rng = np.random.default_rng(5)
+    got = np.abs(rng.standard_normal((300, COLUMNS[rule] * 17), np.float32))
+    expected = got.copy()
+    rows = np.unique(rng.integers(0, 300, 200))
+    grad = rng.standard_normal((rows.size, 17), np.float32)
+    columns = tuple(map(_core.Column, column_parts(got, 17)))
+    _core.update(columns, rows, None, None, grad, rule, HYPER, -1, False, workers)
+    reference.update(column_parts(expected, 17), rows, grad, rule, HYPER)
+    assert equal(got, expected)
+
+
+@given(
+    dim=DIMS,
+    rows=st.integers(0, 50),
+    seed=st.integers(0, 2**64 - 1),
+    first=st.sampled_from([0, 1, 1000, 2**40 - 1]),
+    kind=st.sampled_from(["normal", "uniform"]),
+)
+def test_fill(
+    dim: int, rows: int, seed: int, first: int, kind: str, simd: str, workers: int
+) -> None:
+    """Random rows are the reference's bits, for any cut into rows, inside wider rows too."""
+    wide = np.full((rows, dim + 3), 7, np.float32)
+    _core.fill(_core.Column(wide[:, :dim]), kind, seed, first, -0.5, 2.0, workers)
+    assert equal(
+        np.ascontiguousarray(wide[:, :dim]),
+        reference.fill((rows, dim), kind, seed, first, -0.5, 2.0),
+    )
+    assert (wide[:, dim:] == 7).all()
+
+
+def test_philox_known_answers() -> None:
+    """The generator is Philox4x32-10, by the known answers of its authors' Random123 library."""
+    # key 0, counter 0: lane 0 of block 0 of seed 0.
+    expected = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert reference.philox(0, 0)[:, 0].tolist() == expected
+
+
+@given(values=st.lists(st.floats(width=32), max_size=200), workers=st.integers(1, 3))
+def test_all_finite(values: list[float], workers: int) -> None:
+    """all_finite finds any NaN and any infinity, and nothing else."""
+    array = np.array(values, np.float32)
+    assert _core.all_finite(array, workers) == np.isfinite(array).all()
+
+
+@pytest.mark.parametrize("where", [0, 1, 16383, 16384, 99_998, 99_999])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_all_finite_of_large_arrays(where: int, value: float, simd: str, workers: int) -> None:
+    """A single bad element is found wherever it is."""
+    array = np.ones(100_000, np.float32)
+    array[where] = value
+    assert not _core.all_finite(array, workers)
+
+
+@given(batch=batches(), data=st.data())
+def test_bad_ids_change_nothing(batch: Batch, data: st.DataObject, workers: int) -> None:
+    """An id outside the table is an IndexError with its place, before anything is written."""
+    bad = data.draw(bad_ids(batch.rows))
+    ids = np.append(batch.ids.ravel().astype(np.int64), bad)
+    column = _core.Column(batch.table())
+    out = np.full((ids.size, batch.dim), 9, np.float32)
+    message = rf"ids\[{ids.size - 1}\] = {bad} is outside 0\.\.{batch.rows - 1}"
+    for call in (
+        lambda: _core.gather(column, ids, out, workers),
+        lambda: _core.group(ids, batch.rows, workers),
+        lambda: _core.scatter_add(column, ids, out, 1.0, workers),
+    ):
+        with pytest.raises(IdError, match=message):
+            call()
+    assert (out == 9).all()
+    assert equal(column.array, batch.table())
+
+
+def test_bad_id_position_is_the_first(workers: int) -> None:
+    """Of several bad ids the first is named, by its index in an array of any rank."""
+    ids = np.zeros((40, 50, 3), np.int32)
+    ids[11, 7, 2] = -4
+    ids[30, 0, 0] = 99
+    with pytest.raises(IndexError, match=r"ids\[11, 7, 2\] = -4 is outside 0\.\.9"):
+        _core.check_ids(ids, 10, workers)
+
+
+def test_ids_into_an_empty_table() -> None:
+    """A table without rows has no valid id, and says so."""
+    with pytest.raises(IdError, match=r"ids\[0\] = 0 is outside an empty table"):
+        _core.gather(_core.Column(np.empty((0, 3), np.float32)), np.array([0]), None, 1)
+
+
+def test_simd_levels() -> None:
+    """An unknown level is an error that names those there are; nothing is fallen back to."""
+    with pytest.raises(ValueError, match="v9.*baseline"):
+        _core.use_simd("v9")
+
+
+def test_output_must_not_overlap() -> None:
+    """A gather into the table's own memory is refused."""
+    table = np.zeros((8, 4), np.float32)
+    with pytest.raises(ValueError, match="overlaps"):
+        _core.gather(_core.Column(table), np.array([0, 1]), table[2:4], 1)
+
+
+def test_crc32c() -> None:
+    """The checksum is CRC-32C, by the check value of its definition."""
+    assert _core.crc32c(b"123456789") == 0xE3069283
+    assert _core.crc32c(b"") == 0
