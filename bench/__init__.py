@@ -1,0 +1,1 @@
+"""Benchmarks, one written question a file; see README.md. Not part of the installed package."""

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 README = Path(__file__).with_name("README.md")
 THREADS = len(os.sched_getaffinity(0))
-PAUSE = 0.010  # seconds: libgomp's workers spin about 3 ms before they sleep
+PAUSE = 0.010  # seconds: libgomp's idle workers spin for a few milliseconds before they sleep
 FLOOR = 0.005  # seconds a sample lasts at least, so that the clock and the call vanish in it
 Samples = dict[str, list[float]]
 Array = NDArray[Any]
@@ -137,8 +137,8 @@ def measure(contenders: Sequence[Contender], rounds: int) -> Samples:
 def show_time(seconds: float) -> str:
     """Three significant digits and the unit a reader wants."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+        if seconds * scale >= 0.9995:
+            return f"{seconds * scale:.3g} {unit}"
     return f"{seconds * 1e9:.0f} ns"
 
 
@@ -147,9 +147,9 @@ def ratio(samples: Samples, slower: str, faster: str) -> float:
     return median(s / f for s, f in zip(samples[slower], samples[faster], strict=True))
 
 
-def judge(bar: Bar, samples: Samples, best: str | None) -> Verdict:
-    """What the bar says about these samples."""
-    peer = best if bar.peer == "best peer" else bar.peer
+def judge(bar: Bar, samples: Samples, best: str | None, complete: bool) -> Verdict:
+    """What the bar says; a best peer is only known where every peer could run."""
+    peer = bar.peer if bar.peer != "best peer" else best if complete else None
     if isinstance(peer, float):
         reached, label = peer / median(samples[bar.ours]), f"{show_time(peer)} of a C prototype"
     elif peer in samples:
@@ -168,11 +168,12 @@ def timed_row(
     bars: Sequence[Bar],
     rounds: int,
 ) -> Row:
-    """Time the contenders on one case. The first is ours; "limit" and "pyembed ..." no peers."""
+    """Time the contenders on one case. The first is ours; those named otherwise are peers."""
     samples = measure(contenders, rounds)
     ours = contenders[0].name
-    peers = [n for n in samples if n != "limit" and not n.startswith("pyembed")]
-    best = min(peers, key=lambda name: median(samples[name]), default=None)
+    peers = [c.name for c in contenders if not c.name.startswith(("pyembed", "limit"))]
+    present = [name for name in peers if name in samples]
+    best = min(present, key=lambda name: median(samples[name]), default=None)
     row = Row(table, case, {})
     for c in contenders:
         row.cells[c.name] = c.absent or show_time(median(samples[c.name]))
@@ -180,7 +181,8 @@ def timed_row(
     if "limit" in row.cells:
         timed = "limit" in samples
         row.cells["limit / pyembed"] = f"{ratio(samples, 'limit', ours):.2f}×" if timed else ""
-    row.verdicts = [judge(bar, samples, best) for bar in bars if bar.applies(table, case)]
+    complete = present == peers
+    row.verdicts = [judge(b, samples, best, complete) for b in bars if b.applies(table, case)]
     row.data["seconds"] = {
         name: {"median": median(s), "low": min(s), "high": max(s)} for name, s in samples.items()
     }

@@ -21,7 +21,7 @@ from pyembed.arrays import F32, require_count
 from pyembed.errors import FormatError, PyembedError
 from pyembed.formats import VectorSource, open_vectors
 from pyembed.init import Initializer
-from pyembed.table import fresh_rows, layout
+from pyembed.layout import fresh_rows, row_columns
 from pyembed.vocab import Vocab
 
 
@@ -56,7 +56,7 @@ def from_initializer(
     ------
     FileExistsError, TableError, ArgumentError
     """
-    columns = layout(dim, optimizer, None)
+    columns = row_columns(dim, optimizer, None)
     rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
     workers = threads.resolve(num_threads)
     chunks = fresh_rows(columns, 0, rows, init or initialisers.zeros(), seed, workers)
@@ -94,7 +94,7 @@ def from_vectors(
     FileExistsError, TableError, ArgumentError
     """
     source = open_vectors(vectors, format)
-    columns = layout(source.dim, optimizer, None)
+    columns = row_columns(source.dim, optimizer, None)
     tokens: list[str] = []
 
     def save_vocab(folder: Path) -> None:

@@ -91,29 +91,32 @@ def update(
         raise ValueError(name)
 
 
-def philox(seed: int, block: int) -> NDArray[np.uint32]:
-    """Philox4x32-10: the 4 words of 16 lanes, shape (4, 16)."""
-    low = np.uint64(0xFFFFFFFF)
-    lanes = np.arange(LANES, dtype=np.uint64)
-    zeros = np.zeros(LANES, np.uint64)
-    word = [zeros + np.uint64(block & 0xFFFFFFFF), zeros + np.uint64(block >> 32), lanes, zeros]
-    key = [seed & 0xFFFFFFFF, seed >> 32]
-    shift = np.uint64(32)
-    for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * word[0], np.uint64(0xCD9E8D57) * word[2]
-        word = [
-            (p1 >> shift) ^ word[1] ^ np.uint64(key[0]),
-            p1 & low,
-            (p0 >> shift) ^ word[3] ^ np.uint64(key[1]),
-            p0 & low,
-        ]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return np.stack(word).astype(np.uint32)
+ROTATIONS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))
+
+
+def threefry(seed: int, block: int) -> NDArray[np.uint32]:
+    """Threefry4x32, 13 rounds: the 4 words of 16 lanes, shape (4, 16)."""
+    u32 = np.uint32
+    key = [seed & 0xFFFFFFFF, seed >> 32, 0, 0]
+    key.append(0x1BD11BDA ^ key[0] ^ key[1])
+    counter = [block & 0xFFFFFFFF, block >> 32, np.arange(LANES), 0]
+    x = [np.full(LANES, c, u32) + u32(k) for c, k in zip(counter, key, strict=False)]
+    for r in range(13):
+        if r and r % 4 == 0:
+            s = r // 4
+            x = [word + u32(key[(s + i) % 5]) for i, word in enumerate(x)]
+            x[3] = x[3] + u32(s)
+        for (a, b), k in zip(
+            ((0, 1), (2, 3)) if r % 2 == 0 else ((0, 3), (2, 1)), ROTATIONS[r % 8], strict=True
+        ):
+            x[a] = x[a] + x[b]
+            x[b] = ((x[b] << u32(k)) | (x[b] >> u32(32 - k))) ^ x[a]
+    return np.stack(x)
 
 
 def uniform_block(seed: int, block: int, low: float, width: float) -> F32:
     """low + width * k / 2^24"""
-    unit = (philox(seed, block).ravel() >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+    unit = (threefry(seed, block).ravel() >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
     values: F32 = np.float32(low) + np.float32(width) * unit
     return values
 
@@ -138,7 +141,7 @@ def log_unit(u: F32) -> F32:
 def normal_block(seed: int, block: int, mean: float, std: float) -> F32:
     """Box-Muller: words 0 and 2 give radii, words 1 and 3 give angles."""
     f32 = np.float32
-    word = philox(seed, block)
+    word = threefry(seed, block)
     radius_word, angle = word[0::2], word[1::2]
     u = (radius_word >> np.uint32(1)).astype(np.float32) * f32(2**-31) + f32(2**-32)
     radius = np.sqrt(f32(-2) * log_unit(u)) * f32(std)

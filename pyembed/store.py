@@ -31,6 +31,7 @@ import mmap
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -370,3 +371,11 @@ class Store:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._lock_fd = -1
+
+    def abandon(self) -> None:
+        """The table was dropped, or is still open at exit: no work is lost for a forgotten close."""
+        if self.mode == "r+" and self.manifest.state == "dirty":
+            message = f"{self.path} was not closed; its changes are committed now"
+            warnings.warn(message, ResourceWarning, stacklevel=2)
+            self.commit(None)
+        self.release()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,45 +23,7 @@ from pyembed import init as initialisers
 from pyembed.arrays import F32, FLOAT32, as_ids, as_output, as_values, require_count
 from pyembed.errors import ArgumentError, ClosedError, DTypeError, ReadOnlyError
 from pyembed.init import Initializer
-
-# Floats that a table is made of at a time: 8 MiB stay in the cache between making and writing.
-CHUNK_FLOATS = 2 << 20
-
-
-def layout(dim: int, optimizer: str | None, columns: Mapping[str, int] | None) -> dict[str, int]:
-    """The columns of a row: the weight, the optimizer's state, then the user's own.
-
-    Raises
-    ------
-    ArgumentError
-        If the optimizer is unknown or a name is used twice.
-    """
-    widths = {"weight": require_count(dim, "dim", 1, manifest.MAX_DIM)}
-    if optimizer is not None:
-        if optimizer not in _core.RULES:
-            allowed = ", ".join(_core.RULES)
-            raise ArgumentError(f"optimizer = {optimizer!r}; allowed: {allowed}, or None")
-        widths |= dict.fromkeys(_core.RULES[optimizer][1], dim)
-    for name, width in (columns or {}).items():
-        if name in widths:
-            raise ArgumentError(
-                f"column {name!r} is given twice: dim and optimizer make it already"
-            )
-        widths[name] = width
-    return manifest.check_columns(widths)
-
-
-def fresh_rows(
-    columns: Mapping[str, int], first: int, count: int, init: Initializer, seed: int, workers: int
-) -> Iterator[F32]:
-    """Chunks of new rows: the weight from `init`, every other column zero. The buffer is reused."""
-    stride = sum(columns.values())
-    step = max(1, CHUNK_FLOATS // stride)
-    buffer = np.zeros((min(step, count), stride), np.float32)
-    for row in range(first, first + count, step):
-        chunk = buffer[: min(step, first + count - row)]
-        init.fill(chunk[:, : columns["weight"]], seed, row, workers)
-        yield chunk
+from pyembed.layout import fresh_rows, row_columns
 
 
 class Table:
@@ -111,7 +72,7 @@ class Table:
         self._turn = threading.RLock()  # step, commit, append and close take turns
         self._attach(array, columns)
         if backing is not None:
-            self._finalizer = weakref.finalize(self, _forgotten, backing)
+            self._finalizer = weakref.finalize(self, backing.abandon)
 
     def _attach(self, array: F32, columns: Mapping[str, int]) -> None:
         self._columns: dict[str, _core.Column] = {}
@@ -163,7 +124,7 @@ class Table:
         ArgumentError
         """
         rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
-        widths, workers = layout(dim, optimizer, columns), threads.resolve(num_threads)
+        widths, workers = row_columns(dim, optimizer, columns), threads.resolve(num_threads)
         chunks = fresh_rows(widths, 0, rows, init or initialisers.zeros(), seed, workers)
         store.create(Path(path), widths, chunks, rows)
         return cls.open(path, num_threads=workers)
@@ -224,7 +185,7 @@ class Table:
         An optimizer that finds no column for its state adds it by itself.
         """
         rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
-        widths, workers = layout(dim, optimizer, columns), threads.resolve(num_threads)
+        widths, workers = row_columns(dim, optimizer, columns), threads.resolve(num_threads)
         array = store.anonymous(rows, sum(widths.values()))
         if init is not None:
             init.fill(array[:, : widths["weight"]], seed, 0, workers)
@@ -544,15 +505,3 @@ class Table:
     ) -> None:
         # After an exception the rows are not what the caller wanted: they are not committed.
         self._finish(commit=kind is None)
-
-
-def _forgotten(backing: store.Store) -> None:
-    """A table was dropped, or is still open at exit: nobody loses work for a forgotten close()."""
-    if backing.mode == "r+" and backing.manifest.state == "dirty":
-        warnings.warn(
-            f"{backing.path} was not closed; its changes are committed now",
-            ResourceWarning,
-            stacklevel=2,
-        )
-        backing.commit(None)
-    backing.release()

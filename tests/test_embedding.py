@@ -69,9 +69,7 @@ def test_backward_against_torch(batch: Batch, scale: bool, pad: bool) -> None:
         torch.from_numpy(batch.ids), weight, padding, scale_grad_by_freq=scale
     )
     out.backward(torch.from_numpy(batch.grad()))
-    e = Embedding.from_pretrained(
-        batch.table(), padding_idx=padding, scale_grad_by_freq=scale
-    )
+    e = Embedding.from_pretrained(batch.table(), padding_idx=padding, scale_grad_by_freq=scale)
     got = e.backward(batch.ids, batch.grad())
     if scale:
         np.testing.assert_allclose(got, weight.grad.numpy(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,53 @@
+"""What a row is made of, and how fresh rows come about: the columns, and chunks of new rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from pyembed import _core, manifest
+from pyembed.arrays import F32, require_count
+from pyembed.errors import ArgumentError
+from pyembed.init import Initializer
+
+# Floats that a table is made of at a time: 8 MiB stay in the cache between making and writing.
+CHUNK_FLOATS = 2 << 20
+
+
+def row_columns(
+    dim: int, optimizer: str | None, columns: Mapping[str, int] | None
+) -> dict[str, int]:
+    """The columns of a row: the weight, the optimizer's state, then the user's own.
+
+    Raises
+    ------
+    ArgumentError
+        If the optimizer is unknown or a name is used twice.
+    """
+    widths = {"weight": require_count(dim, "dim", 1, manifest.MAX_DIM)}
+    if optimizer is not None:
+        if optimizer not in _core.RULES:
+            allowed = ", ".join(_core.RULES)
+            raise ArgumentError(f"optimizer = {optimizer!r}; allowed: {allowed}, or None")
+        widths |= dict.fromkeys(_core.RULES[optimizer][1], dim)
+    for name, width in (columns or {}).items():
+        if name in widths:
+            raise ArgumentError(
+                f"column {name!r} is given twice: dim and optimizer make it already"
+            )
+        widths[name] = width
+    return manifest.check_columns(widths)
+
+
+def fresh_rows(
+    columns: Mapping[str, int], first: int, count: int, init: Initializer, seed: int, workers: int
+) -> Iterator[F32]:
+    """Chunks of new rows: the weight from `init`, every other column zero. The buffer is reused."""
+    stride = sum(columns.values())
+    step = max(1, CHUNK_FLOATS // stride)
+    buffer = np.zeros((min(step, count), stride), np.float32)
+    for row in range(first, first + count, step):
+        chunk = buffer[: min(step, first + count - row)]
+        init.fill(chunk[:, : columns["weight"]], seed, row, workers)
+        yield chunk

@@ -1,0 +1,208 @@
+"""Threads: what num_threads=None means, forks, and many callers at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyembed import Table, _core, init, optim, threads
+from pyembed.errors import ArgumentError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"PYEMBED_NUM_THREADS": "3", "OMP_NUM_THREADS": "7"}, 3),
+        ({"OMP_NUM_THREADS": "7"}, 7),
+        ({"OMP_NUM_THREADS": "5,2"}, 5),
+        ({"PYEMBED_NUM_THREADS": "", "OMP_NUM_THREADS": "4"}, 4),
+    ],
+)
+def test_environment(
+    variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PYEMBED_NUM_THREADS goes before OMP_NUM_THREADS."""
+    for name in ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(threads, "_default", None)
+    assert threads.default_num_threads() == expected
+    assert threads.resolve(2) == 2
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])
+def test_bad_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is no positive integer is an error, not a guess."""
+    monkeypatch.setenv("PYEMBED_NUM_THREADS", value)
+    monkeypatch.setattr(threads, "_default", None)
+    with pytest.raises(ArgumentError, match=f"PYEMBED_NUM_THREADS = '{value}'"):
+        threads.default_num_threads()
+
+
+def test_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without variables the processors that the process may use decide."""
+    for name in ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "_default", None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(threads, "_cgroup_quota", lambda: 2)
+    assert threads.default_num_threads() == 2
+
+
+def test_import_starts_nothing() -> None:
+    """Importing pyembed starts no thread and imports no framework."""
+    code = (
+        "import os, sys, pyembed\n"
+        "assert len(os.listdir('/proc/self/task')) == 1, os.listdir('/proc/self/task')\n"
+        "assert not {'torch', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
+    )
+    # numpy's own BLAS starts threads unless it is told not to
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_unknown_simd_level_in_the_environment() -> None:
+    """PYEMBED_SIMD with an unknown level is an error at import, never a silent fallback."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import pyembed"],
+        env=os.environ | {"PYEMBED_SIMD": "v9"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "PYEMBED_SIMD" in run.stderr
+    assert "baseline" in run.stderr
+
+
+def test_simd_level_from_the_environment() -> None:
+    """PYEMBED_SIMD chooses the level."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import pyembed; print(pyembed.show_config()['simd'])"],
+        env=os.environ | {"PYEMBED_SIMD": "baseline"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith("baseline")
+
+
+def _lookup_in_child(table: Table, ids: np.ndarray, queue: multiprocessing.Queue) -> None:
+    queue.put(table.gather(ids).sum())
+
+
+def test_fork_after_parallel_work() -> None:
+    """A child that was forked after the pool had started does not hang."""
+    table = Table.memory(10_000, 64, init=init.normal(), num_threads=2)
+    ids = np.arange(5000)
+    expected = table.gather(ids).sum()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_lookup_in_child, args=(table, ids, queue))
+    child.start()
+    assert queue.get(timeout=30) == expected
+    child.join(30)
+    assert child.exitcode == 0
+    assert table.gather(ids).sum() == expected  # the parent goes on
+
+
+def test_many_gathers_at_once() -> None:
+    """Several threads may look rows up in one table at the same time."""
+    table = Table.memory(5000, 32, init=init.normal(), num_threads=2)
+    failures: list[int] = []
+
+    def look(seed: int) -> None:
+        ids = np.random.default_rng(seed).integers(0, 5000, 3000)
+        for _ in range(20):
+            if not np.array_equal(table.gather(ids), table.weight[ids]):
+                failures.append(seed)
+
+    _run_all([threading.Thread(target=look, args=(i,)) for i in range(4)])
+    assert not failures
+
+
+# Integer-valued floats: every order of additions gives the same exact total.
+LOST_UPDATES = """
+import threading, numpy as np
+from pyembed import Table
+table = Table.memory(3, 256, num_threads=2)
+ids = np.random.default_rng(0).integers(0, 3, 4000)
+ones = np.ones((4000, 256), np.float32)
+def add():
+    for _ in range(10):
+        table.scatter_add(ids, ones)
+callers = [threading.Thread(target=add) for _ in range(4)]
+[c.start() for c in callers]
+[c.join() for c in callers]
+lost = np.bincount(ids)[:, None] * 40.0 - table.weight
+print("lost", int(lost.sum()))
+"""
+
+
+def lost_updates(environment: dict[str, str]) -> int:
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", LOST_UPDATES],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+    )
+    return int(run.stdout.split()[1])
+
+
+def test_no_addition_is_lost() -> None:
+    """scatter_add from four callers of two threads each on three rows loses no addition."""
+    assert lost_updates({"PYTHONPATH": str(ROOT)}) == 0
+
+
+def test_the_suite_notices_a_missing_lock(tmp_path: Path) -> None:
+    """Negative control: built without the row locks, the same program loses additions."""
+    mutant = tmp_path / "mutant"
+    shutil.copytree(ROOT / "pyembed", mutant / "pyembed", ignore=shutil.ignore_patterns("*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, mutant)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=mutant,
+        env=os.environ | {"CFLAGS": "-DPYEMBED_MUTANT_NO_LOCKS -O1"},
+        check=True,
+        capture_output=True,
+    )
+    assert max(lost_updates({"PYTHONPATH": str(mutant)}) for _ in range(10)) > 0
+
+
+def test_steps_take_turns() -> None:
+    """Steps of several threads on one table happen one after the other: none is lost."""
+    table = Table.memory(50, 64, num_threads=2)
+    o = optim.SGD(table, lr=1.0)
+    ids, grad = np.arange(50), np.full((50, 64), -1, np.float32)
+    _run_all(
+        [threading.Thread(target=lambda: [o.step(ids, grad) for _ in range(50)]) for _ in range(4)]
+    )
+    assert (table.weight == 200).all()
+
+
+def test_threads_are_released_between_calls() -> None:
+    """pause_threads gives the pool back, and the next call starts it again."""
+    table = Table.memory(5000, 64, init=init.normal(), num_threads=2)
+    expected = table.gather(np.arange(5000))
+    _core.pause_threads()
+    assert np.array_equal(table.gather(np.arange(5000)), expected)
+
+
+def _run_all(callers: list[threading.Thread]) -> None:
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
