@@ -1,5 +1,5 @@
 # What the extension offers; kept true by stubtest. See _core.pyx for the meaning.
-from typing import Any, Final
+from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ _I64 = NDArray[np.int64]
 _Ids = NDArray[np.int64] | NDArray[np.int32]
 _Hyper = tuple[float, float, float, float]
 
+@final
 class Column:
     @property
     def array(self) -> _F32: ...

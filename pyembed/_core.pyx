@@ -2,8 +2,8 @@
 
 What lives here: columns (a pointer and a row stride), the one id check, and the loops over rows, parallel and without
 the GIL. What does not: defaults, environment, files, friendly conversions. A function takes arrays that are already
-right, or raises `TypeError`/`ValueError` for a caller's mistake inside the library; the only error that a user meets
-from here is `IdError`, and it comes before anything is written.
+right, or raises `TypeError`/`ValueError` for a caller's mistake inside the library; the errors that a user meets from
+here are `IdError` and an output that overlaps with the table, and they come before anything is written.
 
 The parts:
 - this file: kernels table, columns, arrays, the id check
@@ -20,7 +20,7 @@ from cython.parallel cimport prange
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
-from pyembed.errors import IdError
+from pyembed.errors import ArgumentError, IdError
 
 cnp.import_array()
 
@@ -169,9 +169,9 @@ cdef inline float *_floats_out(cnp.ndarray array, int64_t n, Column apart_from) 
     cdef float *data = <float *>_floats(array, n)
     if not cnp.PyArray_ISWRITEABLE(array):
         raise ValueError("the output is read-only")
-    if (apart_from is not None and data < apart_from.data + apart_from.rows * apart_from.stride
+    if (apart_from is not None and n and data < apart_from.data + (apart_from.rows - 1) * apart_from.stride + apart_from.dim
             and apart_from.data < data + n):
-        raise ValueError("the output overlaps with the table")
+        raise ArgumentError("out overlaps with the table; give it memory of its own")
     return data
 
 

@@ -77,14 +77,25 @@ def as_output(out: Any, shape: tuple[int, ...]) -> F32:
     DTypeError, ArgumentError
         If it is anything else; a copy would not be what the caller asked for.
     """
-    if not isinstance(out, np.ndarray) or out.dtype != FLOAT32:
-        kind = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
-        raise DTypeError(f"out is {kind}; allowed: a float32 ndarray")
+    require_float32(out, "out")
     if out.shape != shape:
         raise ArgumentError(f"out has shape {out.shape}; expected {shape}: ids.shape + (dim,)")
     if not out.flags.c_contiguous or not out.flags.writeable:
         raise ArgumentError("out must be C-contiguous and writable")
-    return out
+    checked: F32 = out
+    return checked
+
+
+def require_float32(array: Any, name: str) -> None:
+    """Refuse anything but a float32 ndarray: a copy would not be what the caller asked for.
+
+    Raises
+    ------
+    DTypeError
+    """
+    if not isinstance(array, np.ndarray) or array.dtype != FLOAT32:
+        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise DTypeError(f"{name} is {kind}; allowed: a float32 ndarray")
 
 
 def require_finite(values: F32, name: str, num_threads: int) -> None:

@@ -373,7 +373,7 @@ class Store:
         self._fd = self._lock_fd = -1
 
     def abandon(self) -> None:
-        """The table was dropped, or is still open at exit: no work is lost for a forgotten close."""
+        """The table was dropped, or is open at exit: no work is lost for a forgotten close."""
         if self.mode == "r+" and self.manifest.state == "dirty":
             message = f"{self.path} was not closed; its changes are committed now"
             warnings.warn(message, ResourceWarning, stacklevel=2)

@@ -20,8 +20,15 @@ from numpy.typing import ArrayLike
 
 from pyembed import _core, grouping, manifest, store, threads
 from pyembed import init as initialisers
-from pyembed.arrays import F32, FLOAT32, as_ids, as_output, as_values, require_count
-from pyembed.errors import ArgumentError, ClosedError, DTypeError, ReadOnlyError
+from pyembed.arrays import (
+    F32,
+    as_ids,
+    as_output,
+    as_values,
+    require_count,
+    require_float32,
+)
+from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
 from pyembed.init import Initializer
 from pyembed.layout import fresh_rows, row_columns
 
@@ -180,10 +187,7 @@ class Table:
         *,
         num_threads: int | None = None,
     ) -> Table:
-        """Make a table in memory; the arguments are those of `create`.
-
-        An optimizer that finds no column for its state adds it by itself.
-        """
+        """Make a table in memory, as `create` does; an optimizer adds missing state by itself."""
         rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
         widths, workers = row_columns(dim, optimizer, columns), threads.resolve(num_threads)
         array = store.anonymous(rows, sum(widths.values()))
@@ -205,9 +209,7 @@ class Table:
         ------
         DTypeError, ArgumentError
         """
-        if not isinstance(array, np.ndarray) or array.dtype != FLOAT32:
-            kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-            raise DTypeError(f"the array is {kind}; allowed: a float32 ndarray")
+        require_float32(array, "the array")
         if array.ndim != 2 or not 1 <= array.shape[1] <= manifest.MAX_DIM:
             allowed = f"(rows, dim) with dim in 1..{manifest.MAX_DIM}"
             raise ArgumentError(f"the array has shape {array.shape}; allowed: {allowed}")
@@ -255,17 +257,21 @@ class Table:
         return self._open_weight.writable
 
     @property
+    def _manifest(self) -> manifest.Manifest:
+        return self._store.manifest if self._store else self._state
+
+    @property
     def meta(self) -> dict[str, Any]:
-        return dict((self._store.manifest if self._store else self._state).meta)
+        return dict(self._manifest.meta)
 
     @property
     def generation(self) -> int:
-        return (self._store.manifest if self._store else self._state).generation
+        return self._manifest.generation
 
     @property
     def state(self) -> str:
         """ "clean" right after a commit, "dirty" once rows have changed since."""
-        return (self._store.manifest if self._store else self._state).state
+        return self._manifest.state
 
     def column(self, name: str) -> F32:
         """A read-only view of one column, shape (rows, its width).
@@ -315,8 +321,6 @@ class Table:
         ids = as_ids(ids)
         if out is not None:
             out = as_output(out, (*ids.shape, weight.dim))
-            if np.may_share_memory(out, weight.array):
-                raise ArgumentError("out overlaps with the table; give it memory of its own")
         return _core.gather(
             weight, ids, out, threads.for_work(ids.size * weight.dim, self.num_threads)
         )
@@ -353,14 +357,7 @@ class Table:
     def writing(self, ids: ArrayLike) -> Iterator[F32]:
         """A writable view of the weight, for as long as the block lasts, to set rows by hand.
 
-        Parameters
-        ----------
-        ids : integers
-            The rows that the block may change.
-
-        Yields
-        ------
-        float32 array of shape (rows, dim)
+        `ids` are the rows that the block may change; it yields an array of shape (rows, dim).
 
         Examples
         --------
@@ -429,8 +426,7 @@ class Table:
         """Add `n` rows at the end.
 
         With the `init` and `seed` that the table was made with, the rows are those that a larger
-        table would have had. Views taken earlier keep showing the old rows. No other call may run
-        at the same time.
+        table would have had. Views taken earlier show the old rows; no other call may run.
 
         Raises
         ------
@@ -446,13 +442,12 @@ class Table:
                 self._store.append(chunks, n)
                 self._attach(self._store.array, self._store.manifest.columns)
                 return
-            widths = self.columns
-            grown = store.anonymous(self.rows + n, sum(widths.values()))
-            at = 0
-            for column in self._columns.values():
-                grown[: self.rows, at : at + column.dim] = column.array
-                at += column.dim
-            init.fill(grown[self.rows :, : self.dim], seed, self.rows, self.num_threads)
+            # State columns that were added beside the weight come into the row here.
+            widths, rows = self.columns, self.rows
+            grown = store.anonymous(rows + n, sum(widths.values()))
+            old = [column.array for column in self._columns.values()]
+            np.concatenate(old, axis=1, out=grown[:rows])
+            init.fill(grown[rows:, : self.dim], seed, rows, self.num_threads)
             self._attach(grown, widths)
 
     # --- the end ------------------------------------------------------------------------------
@@ -471,10 +466,8 @@ class Table:
             if self._store is not None:
                 self._store.commit(meta)
             else:
-                kept = self._state.meta if meta is None else meta
-                self._state = self._state.with_changes(
-                    generation=self._state.generation + 1, meta=kept
-                )
+                state, kept = self._state, self._state.meta if meta is None else meta
+                self._state = state.with_changes(generation=state.generation + 1, meta=kept)
 
     def close(self) -> None:
         """Commit and let go of the files. Closing twice is allowed."""

@@ -58,7 +58,7 @@ def test_gather_keeps_every_bit(simd: str) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 def test_gather_of_a_large_batch(offset: int, simd: str, workers: int) -> None:
-    """Outputs past the caches, which are stored another way, hold the same rows at any alignment."""
+    """Outputs past the caches are stored another way: the same rows, at any alignment."""
     rng = np.random.default_rng(3)
     table = rng.standard_normal((1000, 20), np.float32)
     ids = rng.integers(0, 1000, 250_000)

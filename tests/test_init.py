@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_pieces_make_the_whole(rows: int, dim: int, cuts: list[int], threads: in
     recipe.fill(whole, seed=9, num_threads=1)
     pieces = np.empty_like(whole)
     edges = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         recipe.fill(pieces[first:last], 9, first, threads)
     assert np.array_equal(whole, pieces)
 

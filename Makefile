@@ -1,0 +1,50 @@
+# demo · test · bench · lint · debug: each makes the virtual environment that it needs, from a clean clone.
+#   make test WITH="torch==2.13.0 gensim"     also installs these, so that the tests against them run
+#   make bench NAME=gather                    see bench/README.md
+PYTHON ?= python3
+VENV ?= .venv
+NAME ?= list
+WITH ?=
+PY = $(VENV)/bin/python
+SOURCES = $(wildcard pyembed/*.pyx pyembed/*.pxi pyembed/_kernels/*) setup.py pyproject.toml
+
+.PHONY: demo test bench lint debug build clean
+
+demo: build
+	$(PY) -m pip install -q '.[plot]' --no-build-isolation --no-deps && $(PY) -m pip install -q matplotlib
+	$(PY) examples/demo.py
+
+test: build
+	$(PY) -m pytest
+
+bench: build
+	$(PY) -m pip install -q psutil torch==2.13.0 && $(PY) -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
+	$(PY) -m bench $(NAME)
+
+lint: build
+	$(PY) -m ruff check && $(PY) -m ruff format --check && PATH="$(VENV)/bin:$$PATH" cython-lint pyembed/*.pyx pyembed/*.pxi
+	$(PY) -m mypy && $(PY) -m mypy.stubtest --ignore-missing-stub pyembed._core
+
+# Bounds checks, the address sanitizer and the undefined-behaviour sanitizer over the kernels' conformance suite.
+debug: build
+	PYEMBED_DEBUG=1 CFLAGS=-fsanitize=address,undefined LDFLAGS=-fsanitize=address,undefined \
+	  $(PY) setup.py -q build --build-base build/debug --build-lib build/debug/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/debug/lib $(PY) -P -m pytest tests/test_core.py tests/test_init.py tests/test_embedding.py
+
+build: $(VENV)/ready
+	@true
+
+$(VENV)/ready: $(SOURCES)
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing; Debian: apt install python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "Python's venv is missing; Debian, Ubuntu: apt install python3-venv"; exit 1; }
+	@command -v $${CC:-cc} >/dev/null || \
+	  { echo "a C compiler is missing; Debian, Ubuntu: apt install build-essential python3-dev; macOS: xcode-select --install"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -U pip 'setuptools>=77' 'cython>=3.1' 'numpy>=2.0'
+	$(PY) -m pip install -q --no-build-isolation -e '.[test]' $(WITH)
+	@touch $@
+
+clean:
+	rm -rf build demo .venv *.egg-info pyembed/*.so pyembed/_core.c
