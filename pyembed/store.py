@@ -33,6 +33,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ from pyembed.arrays import F32, FLOAT32
 from pyembed.errors import DirtyError, FormatError, LockedError, ReadOnlyError, TableError
 from pyembed.manifest import Manifest
 
-HEADER_BYTES = (
-    4096  # so that rows start on a page, and a row whose size divides a page stays on one
-)
+# So that rows start on a page, and a row whose size divides a page stays on one.
+HEADER_BYTES = 4096
+PACE_BYTES = 64 << 20  # written between two syncs of a table that is being made
 
 
 def sync(fd: int) -> None:
@@ -210,11 +211,7 @@ def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None
         if rows is not None:
             allocate(fd, 0, HEADER_BYTES + 4 * rows * stride, path)
         write_all(fd, npy_header(rows or 0, stride))
-        written = 0
-        for chunk in chunks:
-            if chunk.size:
-                write_all(fd, np.ascontiguousarray(chunk, np.float32))
-            written += chunk.shape[0]
+        written = _write_paced(fd, chunks)
         if rows is None:
             os.pwrite(fd, npy_header(written, stride), 0)
         elif written != rows:
@@ -227,6 +224,29 @@ def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None
         raise
     finally:
         os.close(fd)
+
+
+def _write_paced(fd: int, chunks: Iterable[F32]) -> int:
+    """Write chunks of rows while a helper thread syncs those before.
+
+    So the disk works from the start, and never owes more than two paces of memory; the system's
+    own limits are a tenth of memory, after which a writer stalls.
+    """
+    written = unsynced = 0
+    with ThreadPoolExecutor(1, "pyembed-sync") as pool:
+        syncing: Future[None] | None = None
+        for chunk in chunks:
+            if chunk.size:
+                write_all(fd, np.ascontiguousarray(chunk, np.float32))
+            written += chunk.shape[0]
+            unsynced += chunk.nbytes
+            if unsynced >= PACE_BYTES:
+                if syncing is not None:
+                    syncing.result()
+                syncing, unsynced = pool.submit(sync, fd), 0
+        if syncing is not None:
+            syncing.result()
+    return written
 
 
 class Store:
