@@ -44,8 +44,11 @@ def _cases(quick: bool) -> Iterator[tuple[int, list[tuple[int, str]]]]:
         yield 300, [(65536, "uniform")]
         return
     for dim in DIMS:
-        streams = STREAMS + MORE_STREAMS if dim == 64 else STREAMS
-        yield dim, [(n, stream) for n in SIZES for stream in streams]
+        cases = [(n, stream) for n in LARGE for stream in STREAMS]
+        if dim == 64:
+            cases = [(1, "uniform"), (64, "uniform"), *cases]
+            cases += [(65536, stream) for stream in MORE_STREAMS]
+        yield dim, cases
 
 
 def _inference() -> AbstractContextManager[Any]:
@@ -92,4 +95,4 @@ def run(quick: bool, emit: Callable[[Row], None]) -> None:
             case = {"N": n, "dim": dim, "rows": f"{rows / 1e6:.3g} M", "ids": stream}
             with _inference():
                 contenders = _contenders(table, weight, n, batches)
-                emit(timed_row(TABLE, case, contenders, BARS, rounds=5 if quick else 9))
+                emit(timed_row(TABLE, case, contenders, BARS, rounds=5 if quick else 7))

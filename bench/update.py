@@ -11,7 +11,8 @@ optimizer of FBGEMM that is parallel on a CPU, so our Adagrad, which moves twice
 held against it. torch and FBGEMM train one array on huge pages; torch allocates its own states.
 
 Checked before timing: a step of every contender on every case, against float64, on up to 4096
-touched rows with the most frequent among them, rtol 1e-5 and atol 1e-6; untouched rows bit for bit.
+touched rows with the most frequent among them, rtol 1e-5 and atol 1e-6 (torch's SGD, which rounds
+for every occurrence, 100 times that); untouched rows bit for bit.
 Gradients are odd multiples of 1/64, whose sums are exact in any order, so the tolerance covers the
 rule and not the order of summation. It refuses to time an optimizer a peer does not have.
 """
@@ -189,7 +190,9 @@ def _check_step(trainer: Any, call: Callable[[Any], None], x: Any, ids: Array, g
     before, still = trainer.read(touched), trainer.read(others)
     call(x)
     wanted = _oracle(trainer.rule, before, g, trainer.steps)
-    close = np.allclose(trainer.read(touched)[0], wanted, rtol=1e-5, atol=1e-6)
+    # torch's SGD adds every occurrence to the weight by itself, and a hot row has 100,000 of them.
+    loose = 100 if trainer.name == "torch" and trainer.rule == "SGD" else 1
+    close = np.allclose(trainer.read(touched)[0], wanted, rtol=1e-5 * loose, atol=1e-6 * loose)
     check(f"{trainer.name} {trainer.rule}", close)
     same = all(map(np.array_equal, still, trainer.read(others)))
     check(f"{trainer.name} {trainer.rule} (untouched rows)", same)
@@ -261,7 +264,7 @@ def run(quick: bool, emit: Callable[[Row], None]) -> None:
             for stream in UNIFORM if quick else (*UNIFORM, "zipf 1.05 hashed"):
                 batches = workloads.batches(stream, ROWS, n, how_many)
                 case = {"optimizer": optimizer, "N": n, "dim": DIM, "rows": rows, "ids": stream}
-                for row in _case(case, ours, others, batches, rounds=3 if quick else 7):
+                for row in _case(case, ours, others, batches, rounds=3 if quick else 5):
                     emit(row)
         del ours, others
         gc.collect()  # up to 6 GB of tables and states

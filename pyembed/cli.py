@@ -8,13 +8,17 @@ Exit status: 0 done, 1 failed or interrupted, 2 wrong arguments.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pyembed import Table, __version__, build, init, show_config
 from pyembed.errors import ArgumentError, PyembedError
+from pyembed.train.neighbours import Model
+from pyembed.train.skipgram import train_skipgram
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except KeyboardInterrupt:
-        print("pyembed: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"pyembed: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 1
     except ArgumentError as error:
         print(f"pyembed: {error}", file=sys.stderr)
@@ -115,17 +119,54 @@ def _info(a: argparse.Namespace) -> None:
     _show(facts, a.json)
 
 
+# Options of `train skipgram`: what each sets in `train_skipgram`, whose defaults they share.
+SKIPGRAM_OPTIONS: dict[str, str] = {
+    "dim": "floats of a vector",
+    "window": "most words between a word and its context",
+    "negative": "false pairs for each true one",
+    "min_count": "words that occur less often are dropped",
+    "epochs": "passes over the text",
+    "lr": "learning rate at the start",
+    "sample": "threshold of the subsampling of frequent words, 0 for none",
+    "minn": "shortest n-gram",
+    "maxn": "longest n-gram",
+    "buckets": "rows that the n-grams share, 0 for no n-grams",
+    "seed": "of everything random",
+}
+
+
 def _add_train(commands: Any) -> None:
     p = commands.add_parser("train", help="train a model whose tables may be larger than memory")
     models = p.add_subparsers(dest="model", required=True, metavar="MODEL")
     s = models.add_parser("skipgram", help="word vectors from text: skip-gram, negative sampling")
     s.add_argument("corpus", nargs="+", help="files, or folders that are searched for text")
     s.add_argument("-o", "--output", required=True, help="folder to make; must not exist")
+    parameters = inspect.signature(train_skipgram).parameters
+    for name, meaning in SKIPGRAM_OPTIONS.items():
+        default = parameters[name].default
+        option = "--" + name.replace("_", "-")
+        s.add_argument(option, type=type(default), default=default, help=f"{meaning} ({default})")
+    s.add_argument("--suffix", action="append", help="of the files to read in a folder; repeatable")
+    s.add_argument("--exclude", action="append", default=[], help="pattern of names not to read")
+    s.add_argument("--encoding-errors", choices=["strict", "replace"], default="strict")
+    s.add_argument("--threads", type=int)
+    s.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     s.set_defaults(run=_train_skipgram)
 
 
 def _train_skipgram(a: argparse.Namespace) -> None:
-    raise NotImplementedError
+    settings = {name: getattr(a, name) for name in SKIPGRAM_OPTIONS}
+    result = train_skipgram(
+        a.corpus,
+        a.output,
+        **settings,
+        **({"suffixes": a.suffix} if a.suffix else {}),
+        exclude=a.exclude,
+        encoding_errors=a.encoding_errors,
+        num_threads=a.threads,
+        progress=False if a.quiet else None,
+    )
+    _show(asdict(result) | {"path": str(result.path)}, False)
 
 
 def _add_similar(commands: Any) -> None:
@@ -138,7 +179,15 @@ def _add_similar(commands: Any) -> None:
 
 
 def _similar(a: argparse.Namespace) -> None:
-    raise NotImplementedError
+    with Model(a.model) as model:
+        found = dict(zip(a.words, model.similar(a.words, a.topn), strict=True))
+    if a.json:
+        print(json.dumps(found, indent=2))
+        return
+    for word, neighbours in found.items():
+        print(word)
+        for neighbour, cosine in neighbours:
+            print(f"  {cosine:.3f}  {neighbour}")
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
@@ -147,4 +196,4 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
         return
     for name, value in facts.items():
         text = f"{value:,}" if isinstance(value, int) else value
-        print(f"{name + ':':<12} {text}")
+        print(f"{name + ':':<18} {text}")

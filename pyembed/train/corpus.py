@@ -1,13 +1,16 @@
-"""Text to token ids: finds the files of a corpus, splits them into words and counts them, in fixed memory.
+"""Text to token ids: finds the files of a corpus, splits them into words and counts the words.
 
-A corpus is read once. Every word gets a provisional id when it is first seen, and the ids go to a file of int32 with
-`LINE_END` after each line. Once all counts are known, `choose_vocabulary` maps provisional ids to rows, most frequent first. So
-memory grows with the number of different words and not with the length of the text, and later passes read 4 bytes a word.
+A corpus is read once. Every word gets a provisional id when it is first seen, and the ids go to a
+file of int32 with `LINE_END` after each line. Once all counts are known, `choose_vocabulary` maps
+provisional ids to rows, most frequent first. So memory grows with the number of different words
+and not with the length of the text, and a later pass reads 4 bytes a word.
 
-A word is a letter or underscore and what follows it of letters, digits and underscores; case is kept. So identifiers
-of source code stay whole, and numbers, signs and the letter of an escape such as ``\\n`` are no words. A sentence is a line.
+A word is a letter or underscore and what follows it of letters, digits and underscores; case is
+kept. So identifiers of source code stay whole, and numbers, signs and escapes such as ``\\n`` are
+no words. A sentence is a line.
 
-Not done here: other encodings than UTF-8, markup, stemming, and any guess about a file that cannot be read (`CorpusError`).
+Not done here: encodings other than UTF-8, markup, stemming, and any guess about a file that cannot
+be read.
 """
 
 from __future__ import annotations
@@ -89,12 +92,13 @@ def find_files(
     Parameters
     ----------
     paths : sequence of path-like
-        Files, which are taken as they are, and folders, which are searched recursively without following links to folders.
+        Files, which are taken as they are, and folders, which are searched recursively; links to
+        folders are not followed.
     suffixes : sequence of str
         Endings of the file names that are taken from a folder.
     exclude : sequence of str
-        Shell patterns. Inside a folder, a file or folder is left out when a pattern matches its name or its path
-        relative to that folder (with ``/``).
+        Shell patterns. A file or folder within a folder of `paths` is left out when a pattern
+        matches its name, or its path relative to that folder (with ``/``).
 
     Returns
     -------
@@ -107,7 +111,7 @@ def find_files(
         A path does not exist, a folder cannot be listed, or nothing was found.
     """
     if isinstance(paths, str | os.PathLike):
-        raise ArgumentError(f"paths is the single path {os.fspath(paths)!r}; give a list of paths")
+        raise ArgumentError(f"paths = {os.fspath(paths)!r}; allowed: a list of paths")
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -115,12 +119,12 @@ def find_files(
         elif path.exists():
             found.append(path)
         else:
-            raise CorpusError(f"there is no file or folder {str(path)!r}")
+            raise CorpusError(f"{path}: there is no such file or folder")
     if not found:
         where = ", ".join(repr(os.fspath(path)) for path in paths) or "no path"
         raise CorpusError(
-            f"no text file was found in {where}: from a folder, files ending in {' '.join(suffixes)}"
-            " are taken (see --suffix and --exclude); a file given by name is always read"
+            f"no text was found in {where}; of a folder, files are read that end in "
+            f"{' '.join(suffixes)} and are not excluded. Give --suffix, or files by name"
         )
     return found
 
@@ -129,7 +133,7 @@ def _walk(root: Path, suffixes: tuple[str, ...], exclude: Sequence[str]) -> Iter
     """Yield the wanted regular files under `root`, names sorted in each folder."""
 
     def unreadable(error: OSError) -> None:
-        raise CorpusError(f"cannot list {error.filename!r}: {error.strerror}") from error
+        raise CorpusError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
     for folder, subfolders, names in os.walk(root, onerror=unreadable):
         base = Path(folder).relative_to(root)
@@ -148,12 +152,14 @@ def _matches(relative: Path, patterns: Sequence[str]) -> bool:
 
 
 def read_pieces(path: StrPath, encoding_errors: EncodingErrors = "strict") -> Iterator[str]:
-    """Yield the text of a UTF-8 file in pieces of about a mebibyte that end at a line end, or else at a space.
+    """Yield the text of a UTF-8 file in pieces of about a mebibyte.
+
+    A piece ends at a line end; in a line longer than that, at a space.
 
     Raises
     ------
     CorpusError
-        The file cannot be read, or (``"strict"``) is not UTF-8; the message names file, byte and remedy.
+        The file cannot be read, or with ``"strict"`` is not UTF-8; the message names the byte.
     """
     offset = 0
     for piece in _byte_pieces(path):
@@ -161,18 +167,18 @@ def read_pieces(path: StrPath, encoding_errors: EncodingErrors = "strict") -> It
             yield piece.decode("utf-8", encoding_errors)
         except UnicodeDecodeError as error:
             raise CorpusError(
-                f"{os.fspath(path)!r} is not UTF-8: byte {piece[error.start]:#04x} at offset"
-                f" {offset + error.start} ({error.reason}); convert the file, leave it out with --exclude,"
-                " or read such bytes as U+FFFD with --encoding-errors replace"
+                f"{path}: byte {piece[error.start]:#04x} at offset {offset + error.start} is not "
+                f"UTF-8 ({error.reason}); convert the file, leave it out with --exclude, or read "
+                "such bytes as no part of a word with --encoding-errors replace"
             ) from error
         offset += len(piece)
 
 
 def _byte_pieces(path: StrPath) -> Iterator[bytes]:
-    """Yield the bytes of a file in pieces that end where a word cannot go on: after 0x0A or, in a long line, 0x20."""
+    """Yield the bytes of a file in pieces that end after 0x0A or, in a long line, after 0x20."""
     rest = b""
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             while block := file.read(_PIECE_BYTES):
                 data = rest + block
                 cut = data.rfind(b"\n") + 1 or data.rfind(b" ") + 1
@@ -180,14 +186,14 @@ def _byte_pieces(path: StrPath) -> Iterator[bytes]:
                     yield data[:cut]
                 elif len(data) > _LONGEST_WORD_BYTES:
                     raise CorpusError(
-                        f"{os.fspath(path)!r} has {len(data)} bytes without a line end or a space:"
-                        " this is no text; leave it out with --exclude"
+                        f"{path}: {len(data)} bytes without a line end or a space; this is no "
+                        "text, leave it out with --exclude"
                     )
                 rest = data[cut:]
     except CorpusError:
         raise
     except OSError as error:
-        raise CorpusError(f"cannot read {os.fspath(path)!r}: {error.strerror}") from error
+        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from error
     if rest:
         yield rest
 
@@ -218,16 +224,20 @@ def encode_corpus(
         A file cannot be read or decoded, or no file holds a word.
     """
     if encoding_errors not in ("strict", "replace"):
-        raise ArgumentError(
-            f"encoding_errors = {encoding_errors!r} is neither 'strict' nor 'replace'"
-        )
+        raise ArgumentError(f"encoding_errors = {encoding_errors!r}; allowed: 'strict', 'replace'")
     new_id = itertools.count()
     ids: defaultdict[str, int] = defaultdict(new_id.__next__)
     ids["\n"]  # the first id: LINE_END
     counts = np.zeros(1, np.int64)
     line_end = np.array([LINE_END], np.int32)
-    bar = tqdm(files, "reading", unit="file", disable=None if progress is None else not progress, leave=False)
-    with open(output, "wb") as out, bar:
+    bar = tqdm(
+        files,
+        "reading",
+        unit="file",
+        disable=None if progress is None else not progress,
+        leave=False,
+    )
+    with Path(output).open("wb") as out, bar:
         for path in bar:
             for text in read_pieces(path, encoding_errors):
                 tokens = tokenize(text)
@@ -235,11 +245,10 @@ def encode_corpus(
                 counts = _add(counts, np.bincount(block, minlength=len(ids)))
                 block.tofile(out)
             line_end.tofile(out)
+            counts[LINE_END] += 1
     words = int(counts[LINE_END + 1 :].sum())
     if words == 0:
-        raise CorpusError(
-            f"no word was found in {len(files)} file(s), the first being {os.fspath(files[0])!r}"
-        )
+        raise CorpusError(f"no word in {len(files)} file(s), of which {files[0]} is the first")
     return EncodedCorpus(Path(output), list(ids), counts, words, len(files))
 
 
@@ -268,13 +277,13 @@ def choose_vocabulary(
         `min_count` is not positive or leaves less than two words.
     """
     if min_count < 1:
-        raise ArgumentError(f"min_count = {min_count} is outside 1 and up")
+        raise ArgumentError(f"min_count = {min_count}; allowed: 1 or more")
     frequent = np.flatnonzero(corpus.counts >= min_count)
     frequent = frequent[frequent != LINE_END]
     if len(frequent) < 2:
         raise ArgumentError(
-            f"min_count = {min_count} leaves {len(frequent)} of the {len(corpus.types) - 1} words of the corpus;"
-            " at least 2 are needed: give more text or a smaller min_count"
+            f"min_count = {min_count} leaves {len(frequent)} of {len(corpus.types) - 1} different "
+            "words; 2 or more are needed. Give more text, or a smaller min_count"
         )
     chosen = np.array(
         sorted(frequent.tolist(), key=lambda i: (-corpus.counts[i], corpus.types[i])), np.int64

@@ -1,4 +1,4 @@
-"""What a trained model knows: nearest words, and a picture of the most frequent ones.
+"""What a trained model knows: the nearest words of a word.
 
 Vectors are composed from the input table block by block, so memory does not grow with the
 vocabulary. Words are compared by cosine after the mean vector of the text (each word as often as
@@ -19,11 +19,11 @@ from pyembed.errors import ArgumentError, FormatError
 from pyembed.table import Table
 from pyembed.train.corpus import StrPath
 from pyembed.train.skipgram import INPUT
-from pyembed.train.subword import F32, I64, Parts
+from pyembed.train.subword import F32, I64, Ngrams, Parts
 from pyembed.vocab import Vocab
 
-_BLOCK = 1 << 13  # words composed at a time
-_GROUPS = 8  # colours of a plot
+_TINY = np.finfo(np.float32).tiny
+_BLOCK = 1 << 11  # words composed at a time
 
 
 class Model:
@@ -53,21 +53,22 @@ class Model:
             raise
 
     def _read_meta(self) -> None:
-        meta, size = self.table.meta, len(self.vocab)
-        ngrams = [meta.get(name) for name in ("minn", "maxn", "buckets")]
-        if meta.get("model") != "skipgram" or not all(type(n) is int for n in ngrams):
-            raise FormatError(f"{self.table.path}: not the input table of a skip-gram model")
-        self._minn, self._maxn, self._buckets = ngrams
-        if size + self._buckets != self.table.rows or self.vocab.counts is None or size == 0:
+        where, meta, size = self.table.path, self.table.meta, len(self.vocab)
+        try:
+            self.ngrams = Ngrams(*(int(meta[name]) for name in ("minn", "maxn", "buckets")))
+        except (KeyError, TypeError, ValueError):
+            raise FormatError(f"{where}: not the input table of a skip-gram model") from None
+        counts = self.vocab.counts
+        if counts is None or not size or size + self.ngrams.buckets != self.table.rows:
             raise FormatError(
-                f"{self.table.path}: {size} words and {self._buckets} n-gram rows do not make "
+                f"{where}: {size} words and {self.ngrams.buckets} n-gram rows do not make "
                 f"{self.table.rows} rows, or counts are missing; restore its vocab.* files"
             )
-        self.parts = Parts.of_vocabulary(list(self.vocab), self._minn, self._maxn, self._buckets)
-        total = sum(
-            self.vocab.counts[rows] @ vectors.astype(np.float64) for rows, vectors in self._blocks()
-        )
-        self._mean = (total / self.vocab.counts.sum()).astype(np.float32)
+        self.parts = Parts.of_vocabulary(list(self.vocab), self.ngrams)
+        mean = np.zeros(self.table.dim)
+        for rows, vectors in self._blocks():
+            mean += counts[rows] @ vectors.astype(np.float64)
+        self._mean: F32 = (mean / max(int(counts.sum()), 1)).astype(np.float32)
 
     def close(self) -> None:
         """Let go of the table."""
@@ -96,27 +97,22 @@ class Model:
         ArgumentError
             A word is unknown and the model has no n-grams of it; names close spellings.
         """
-        return self._directions(np.stack([self._vector(word) for word in words]))
+        return self._directions(np.concatenate([self._vector(word) for word in words]))
 
     def _vector(self, word: str) -> F32:
-        if word in self.vocab:
-            return self.parts.compose(self.table, np.array([self.vocab[word]]))[0]
-        if self._buckets:
-            parts = Parts.of_unknown(
-                word, len(self.vocab), self._minn, self._maxn, self._buckets
-            )
-            if parts.rows.size:
-                return parts.compose(self.table, np.zeros(1, np.int64))[0]
         try:
-            self.vocab[word]
+            row = self.vocab[word]
         except KeyError as error:
-            raise ArgumentError(f"the word {error.args[0]}") from None
-        raise AssertionError("unreachable: the word is in the vocabulary")
+            parts = Parts.of_unknown(word, len(self.vocab), self.ngrams)
+            if parts.rows.size == 0:
+                raise ArgumentError(f"the word {error.args[0]}") from None
+            return parts.compose(self.table, np.zeros(1, np.int64))
+        return self.parts.compose(self.table, np.array([row]))
 
     def _directions(self, vectors: F32) -> F32:
         vectors = vectors - self._mean
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), _TINY)
+        return vectors
 
     def similar(self, words: Sequence[str], topn: int = 10) -> list[list[tuple[str, float]]]:
         """For each word, the `topn` words of the vocabulary with the largest cosine, best first.
@@ -127,27 +123,20 @@ class Model:
         if topn < 1:
             raise ArgumentError(f"topn = {topn}; allowed: 1 or more")
         queries = self.directions(words)
-        own = np.array([self.vocab[word] if word in self.vocab else -1 for word in words])[:, None]
-        best = np.full((len(words), 0), 0, np.float32)
-        rows_of_best = np.zeros((len(words), 0), np.int64)
+        best = np.empty((len(words), 0), np.float32)
+        best_rows = np.empty((len(words), 0), np.int64)
         for rows, vectors in self._blocks():
             cosines = queries @ self._directions(vectors).T
-            cosines[rows == own] = -np.inf
             best = np.concatenate([best, cosines], axis=1)
-            rows_of_best = np.concatenate(
-                [rows_of_best, np.broadcast_to(rows, cosines.shape)], axis=1
-            )
-            order = np.argsort(-best, axis=1, kind="stable")[:, :topn]
+            best_rows = np.concatenate([best_rows, np.broadcast_to(rows, cosines.shape)], axis=1)
+            order = np.argsort(-best, axis=1, kind="stable")[:, : topn + 1]
             best = np.take_along_axis(best, order, axis=1)
-            rows_of_best = np.take_along_axis(rows_of_best, order, axis=1)
-        return [
-            [
-                (self.vocab.token(row), cosine)
-                for row, cosine in zip(rows, cosines, strict=True)
-                if cosine > -np.inf
-            ]
-            for rows, cosines in zip(rows_of_best.tolist(), best.tolist(), strict=True)
-        ]
+            best_rows = np.take_along_axis(best_rows, order, axis=1)
+        found = []
+        for i, word in enumerate(words):
+            named = zip(map(self.vocab.token, best_rows[i].tolist()), best[i].tolist(), strict=True)
+            found.append([(other, cosine) for other, cosine in named if other != word][:topn])
+        return found
 
 
 def similar(directory: StrPath, word: str, topn: int = 10) -> list[tuple[str, float]]:

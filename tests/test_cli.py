@@ -1,0 +1,112 @@
+"""The command line: what it prints, its exit status, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyembed import Table
+from pyembed.cli import main
+
+
+def test_build_and_info(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """build makes a table and says what it made; info says it again, as JSON too."""
+    command = ["build", "-o", str(path), "--rows", "1000", "--dim", "8", "--seed", "4"]
+    assert main([*command, "--init", "uniform:-1,1", "--optimizer", "adagrad"]) == 0
+    assert "1,000" in capsys.readouterr().out
+    with Table.open(path, "r") as t:
+        assert t.columns == {"weight": 8, "sum": 8}
+        assert -1 <= t.weight.min() < t.weight.max() <= 1
+    assert main(["info", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["columns"] == {"weight": 8, "sum": 8}
+    assert (facts["rows"], facts["state"]) == (1000, "clean")
+
+
+def test_build_from_vectors(path: Path, tmp_path: Path) -> None:
+    """build takes a file of vectors."""
+    (tmp_path / "v.txt").write_text("a 1 2\nb 3 4\n")
+    assert main(["build", str(tmp_path / "v.txt"), "-o", str(path), "-q"]) == 0
+    assert np.load(path / "rows.npy").tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "required: COMMAND"),
+        (["build", "-o", "x"], 2, "give a file of vectors, or --rows and --dim"),
+        (["build", "v.txt", "-o", "x", "--rows", "3"], 2, "for a fresh table"),
+        (["build", "-o", "x", "--rows", "3", "--dim", "0"], 2, "dim = 0; allowed: 1..65536"),
+        (["build", "-o", "x", "--rows", "3", "--dim", "2", "--init", "gauss"], 2, "normal"),
+        (["build", "missing.txt", "-o", "x"], 1, "missing.txt"),
+        (["build", "-o", ".", "--rows", "3", "--dim", "2"], 1, "choose a new name"),
+        (["info", "missing"], 1, "missing"),
+        (["similar", "missing", "word"], 1, "missing"),
+        (["train", "skipgram", "missing", "-o", "x"], 1, "missing"),
+        (["train", "skipgram", ".", "-o", "x", "--dim", "0"], 2, "dim = 0; allowed: 1 or more"),
+    ],
+)
+def test_errors(
+    arguments: list[str],
+    status: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wrong arguments end with 2, failures with 1; one message on stderr, nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        got = main(arguments)
+    except SystemExit as error:  # argparse's own
+        got = int(error.code or 0)
+    captured = capsys.readouterr()
+    assert (got, captured.out) == (status, "")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_and_similar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Word vectors from a text, and the neighbours of a word."""
+    rng = np.random.default_rng(0)
+    topics = [["sun", "moon", "star", "sky"], ["salt", "milk", "bread", "meal"]]
+    lines = [" ".join(rng.choice(topics[i % 2], 10)) for i in range(600)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    model = str(tmp_path / "model")
+    options = ["--dim", "16", "--epochs", "10", "--buckets", "100", "--sample", "0", "-q"]
+    assert main(["train", "skipgram", str(tmp_path / "text.txt"), "-o", model, *options]) == 0
+    assert "words_per_second" in capsys.readouterr().out
+    assert main(["similar", model, "sun", "milk", "-n", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {word for word, _ in found["sun"]} == {"moon", "star", "sky"}
+    assert {word for word, _ in found["milk"]} == {"salt", "bread", "meal"}
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    """doctor prints what a bug report needs."""
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["simd"]
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C during a build ends it soon, with status 1 and no half-made table."""
+    command = [sys.executable, "-m", "pyembed", "build", "-q", "-o", str(tmp_path / "t")]
+    arguments = [*command, "--rows", "100000000", "--dim", "8"]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as child:
+        for _ in range(1000):
+            if list(tmp_path.glob("*.creating-*/rows.npy")):
+                break
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=30)
+    assert child.returncode == 1
+    assert "interrupted" in errors
+    assert list(tmp_path.iterdir()) == []
