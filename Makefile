@@ -11,7 +11,7 @@ SOURCES = $(wildcard pyembed/*.pyx pyembed/*.pxi pyembed/_kernels/*) setup.py py
 .PHONY: demo test bench lint debug build clean
 
 demo: build
-	$(PY) -m pip install -q '.[plot]' --no-build-isolation --no-deps && $(PY) -m pip install -q matplotlib
+	$(PY) -m pip install -q matplotlib
 	$(PY) examples/demo.py
 
 test: build

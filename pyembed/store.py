@@ -32,6 +32,7 @@ import os
 import secrets
 import shutil
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -46,7 +47,8 @@ from pyembed.manifest import Manifest
 
 # So that rows start on a page, and a row whose size divides a page stays on one.
 HEADER_BYTES = 4096
-PACE_BYTES = 64 << 20  # written between two syncs of a table that is being made
+PIECE_BYTES = 8 << 20  # of a table that is being made, per write
+WRITERS = 2  # of them under way: 1 leaves the disk waiting, 4 gains nothing
 
 
 def sync(fd: int) -> None:
@@ -210,8 +212,12 @@ def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None
     try:
         if rows is not None:
             allocate(fd, 0, HEADER_BYTES + 4 * rows * stride, path)
-        write_all(fd, npy_header(rows or 0, stride))
-        written = _write_paced(fd, chunks)
+        written = 0
+        with _DirectWriter(fd, path) as writer:
+            writer.write(npy_header(rows or 0, stride))
+            for chunk in chunks:
+                writer.write(np.ascontiguousarray(chunk, np.float32))
+                written += chunk.shape[0]
         if rows is None:
             os.pwrite(fd, npy_header(written, stride), 0)
         elif written != rows:
@@ -226,27 +232,66 @@ def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None
         os.close(fd)
 
 
-def _write_paced(fd: int, chunks: Iterable[F32]) -> int:
-    """Write chunks of rows while a helper thread syncs those before.
+class _DirectWriter:
+    """Writes a file from its start, past the page cache, while the next bytes are made.
 
-    So the disk works from the start, and never owes more than two paces of memory; the system's
-    own limits are a tenth of memory, after which a writer stalls.
+    Through the page cache a new table would be copied once more, would push everybody else's pages
+    out, and would stall at the system's limit of unwritten pages. Where the file system takes no
+    O_DIRECT, the same pieces are written in the usual way.
     """
-    written = unsynced = 0
-    with ThreadPoolExecutor(1, "pyembed-sync") as pool:
-        syncing: Future[None] | None = None
-        for chunk in chunks:
-            if chunk.size:
-                write_all(fd, np.ascontiguousarray(chunk, np.float32))
-            written += chunk.shape[0]
-            unsynced += chunk.nbytes
-            if unsynced >= PACE_BYTES:
-                if syncing is not None:
-                    syncing.result()
-                syncing, unsynced = pool.submit(sync, fd), 0
-        if syncing is not None:
-            syncing.result()
-    return written
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self._fd = fd
+        try:
+            self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+        except OSError:
+            self._direct = os.dup(fd)
+        self._pool = ThreadPoolExecutor(WRITERS, "pyembed-write")
+        self._piece = mmap.mmap(-1, PIECE_BYTES)  # being filled; page-aligned, as O_DIRECT wants
+        self._free = [mmap.mmap(-1, PIECE_BYTES) for _ in range(WRITERS)]
+        self._writing: deque[tuple[Future[None], mmap.mmap]] = deque()
+        self._at = self._filled = 0  # where the piece begins in the file, and how full it is
+
+    def write(self, data: Any) -> None:
+        """Take more bytes; what they were made in may be used again at once."""
+        view = memoryview(data).cast("B")
+        while view:
+            take = min(len(view), PIECE_BYTES - self._filled)
+            self._piece[self._filled : self._filled + take] = view[:take]
+            self._filled += take
+            view = view[take:]
+            if self._filled == PIECE_BYTES:
+                self._send()
+
+    def _send(self) -> None:
+        task = self._pool.submit(_write_at, self._direct, memoryview(self._piece), self._at)
+        self._writing.append((task, self._piece))
+        self._at, self._filled = self._at + PIECE_BYTES, 0
+        if not self._free:
+            task, piece = self._writing.popleft()
+            task.result()
+            self._free.append(piece)
+        self._piece = self._free.pop()
+
+    def __enter__(self) -> _DirectWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._pool.shutdown()  # waits
+        try:
+            if kind is None:
+                for task, _ in self._writing:
+                    task.result()
+                # The last piece is no multiple of a block.
+                _write_at(self._fd, memoryview(self._piece)[: self._filled], self._at)
+        finally:
+            os.close(self._direct)
+
+
+def _write_at(fd: int, view: memoryview, at: int) -> None:
+    while view:
+        count = os.pwrite(fd, view, at)
+        view, at = view[count:], at + count
 
 
 class Store:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyembed
-from pyembed import Table, build, init
+from pyembed import Table, build, init, store
 from pyembed.errors import FormatError
 from pyembed.vocab import Vocab
 
@@ -71,3 +71,11 @@ def test_peak_memory_does_not_grow(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (tmp_path / "t" / "rows.npy").stat().st_size == 4096 + 1_250_000 * 512
     assert int(run.stdout) < 300_000
+
+
+def test_large_tables_are_written_whole(tmp_path: Path) -> None:
+    """Pieces that are written past the page cache, several at a time, end where they belong."""
+    rows, dim = 3 * store.PIECE_BYTES // (4 * 37), 37
+    build.from_initializer(tmp_path / "t", rows, dim, init.normal(), seed=8)
+    with Table.open(tmp_path / "t", "r") as t:
+        assert np.array_equal(t.weight, Table.memory(rows, dim, init=init.normal(), seed=8).weight)
