@@ -17,9 +17,10 @@ except ImportError as error:
         "in a clone of the repository: make build; else: pip install pyembed-tables"
     ) from error
 
-from pyembed import errors, grouping, init, optim
+from pyembed import errors, functional, grouping, init, optim
 from pyembed.config import show_config
 from pyembed.embedding import Embedding
+from pyembed.embedding_bag import EmbeddingBag
 from pyembed.errors import PyembedError
 from pyembed.grouping import SparseGrad
 from pyembed.table import Table
@@ -28,10 +29,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Embedding",
+    "EmbeddingBag",
     "PyembedError",
     "SparseGrad",
     "Table",
     "errors",
+    "functional",
     "grouping",
     "init",
     "optim",

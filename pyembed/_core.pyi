@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RULES: Final[dict[str, tuple[int, tuple[str, ...]]]]
+BAG_MODES: Final[dict[str, int]]
 
 _F32 = NDArray[np.float32]
 _I64 = NDArray[np.int64]
@@ -45,6 +46,8 @@ def sum_groups(
     out: _F32,
     scale_by_count: bool,
     threads: int,
+    bag_of: _I64 | None = None,
+    coef: _F32 | None = None,
 ) -> None: ...
 def add_groups(
     column: Column,
@@ -56,6 +59,8 @@ def add_groups(
     skip_row: int,
     scale_by_count: bool,
     threads: int,
+    bag_of: _I64 | None = None,
+    coef: _F32 | None = None,
 ) -> None: ...
 def update(
     columns: tuple[Column, ...],
@@ -68,4 +73,24 @@ def update(
     skip_row: int,
     scale_by_count: bool,
     threads: int,
+    bag_of: _I64 | None = None,
+    coef: _F32 | None = None,
 ) -> None: ...
+def renorm(
+    column: Column, rows: _I64, max_norm: float, p: float, threads: int
+) -> tuple[int, int]: ...
+def reduce_bags(
+    column: Column,
+    ids: _Ids,
+    starts: _I64,
+    weights: _F32 | None,
+    mode: str,
+    skip_row: int,
+    out: _F32,
+    which: _I64 | None,
+    threads: int,
+) -> None: ...
+def bag_dots(
+    column: Column, ids: _I64, bag_of: _I64, grad: _F32, skip_row: int, out: _F32, threads: int
+) -> None: ...
+def sum_elements(starts: _I64, positions: _I64, grad: _F32, out: _F32) -> None: ...

@@ -8,7 +8,8 @@ here are `IdError` and an output that overlaps with the table, and they come bef
 The parts:
 - this file: kernels table, columns, arrays, the id check
 - _core_rows.pxi: gather, scatter_add, all_finite, fill
-- _core_groups.pxi: group (ids to unique rows), and the loops over unique rows: sum, add, update
+- _core_groups.pxi: group (ids to unique rows), and the loops over unique rows: sum, add, update, renorm
+- _core_bags.pxi: the loops over bags: reduce, dots; and the gradient of a maximum
 
 Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here; a loop over columns is in _kernels/.
 """
@@ -44,6 +45,11 @@ cdef extern from "_kernels/kernels.h" nogil:
         void (*add_row)(float *acc_d, const float *src_d, int64_t d) noexcept nogil
         void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d) noexcept nogil
         void (*scale_row)(float *dst_d, float alpha, int64_t d) noexcept nogil
+        void (*divide_row)(float *dst_d, float by, int64_t d) noexcept nogil
+        void (*max_row)(float *best_d, const float *src_d, int64_t d) noexcept nogil
+        void (*max_which_row)(float *best_d, int64_t *which_d, const float *src_d, int64_t id, int64_t d) noexcept nogil
+        float (*dot_row)(const float *a_d, const float *b_d, int64_t d) noexcept nogil
+        double (*norm_row)(const float *src_d, double p, int64_t d) noexcept nogil
         int (*finite_span)(const float *src_d, int64_t d) noexcept nogil
         pe_update_row update[PE_RULES]
         void (*uniform_block)(float *dst, uint64_t seed, uint64_t block, float low, float width) noexcept nogil
@@ -267,3 +273,4 @@ cdef extern from *:
 
 include "_core_rows.pxi"
 include "_core_groups.pxi"
+include "_core_bags.pxi"

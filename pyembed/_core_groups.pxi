@@ -172,8 +172,11 @@ def group(cnp.ndarray ids not None, int64_t rows, int threads):
 
 
 cdef struct Batch:
-    # A grouped batch as the loops below see it. starts and order are NULL if gradient u belongs to row u.
+    # A grouped batch as the loops below see it. starts and order are NULL if gradient u belongs to row u. In a batch of bags,
+    # position p takes gradient bag_n[p], times coef_n[p] if there are coefficients; both are NULL otherwise.
     int64_t u
+    const int64_t *bag_n
+    const float *coef_n
     const int64_t *rows
     const int64_t *starts
     const int64_t *order
@@ -184,7 +187,8 @@ cdef struct Batch:
 
 
 cdef int _batch(Batch *b, cnp.ndarray rows, cnp.ndarray starts, cnp.ndarray order, cnp.ndarray grad, int64_t d,
-                int64_t table_rows) except -1:
+                int64_t table_rows, cnp.ndarray bag_of, cnp.ndarray coef) except -1:
+    """bag_of: int64, the gradient row of each position, all within grad (the caller made it); coef: float32 or None."""
     cdef int64_t n
     if not (_is_int64(rows) and (starts is None or (_is_int64(starts) and _is_int64(order)))):
         raise TypeError("groups are int64")
@@ -200,7 +204,14 @@ cdef int _batch(Batch *b, cnp.ndarray rows, cnp.ndarray starts, cnp.ndarray orde
         b.order = <const int64_t *>cnp.PyArray_DATA(order)
     if b.u and not 0 <= b.rows[0] <= b.rows[b.u - 1] < table_rows:
         raise ValueError(f"the groups are not of this table: rows {b.rows[0]}..{b.rows[b.u - 1]} of {table_rows}")
-    b.grad_nd = _floats(grad, n * d)
+    b.bag_n, b.coef_n = NULL, NULL
+    if bag_of is not None:
+        if not _is_int64(bag_of) or cnp.PyArray_SIZE(bag_of) != n or starts is None:
+            raise ValueError("bag_of must be int64, one for each position")
+        b.bag_n = <const int64_t *>cnp.PyArray_DATA(bag_of)
+        if coef is not None:
+            b.coef_n = _floats(coef, n)
+    b.grad_nd = _floats(grad, cnp.PyArray_SIZE(grad) if bag_of is not None else n * d)
     b.d = d
     b.skip_row = -1
     b.scale_by_count = False
@@ -222,6 +233,11 @@ cdef int64_t _run_begin(const Batch *b, int t, int threads) noexcept nogil:
     return lo
 
 
+cdef inline const float *_at(const Batch *b, int64_t p) noexcept nogil:
+    """The gradient of position p."""
+    return b.grad_nd + (p if b.bag_n is NULL else b.bag_n[p]) * b.d
+
+
 cdef inline const float *_row_gradient(const pe_kernels *k, const Batch *b, int64_t u, float *sum_d) noexcept nogil:
     """The gradient of unique row u: its only one where it lies, or the sum in position order in sum_d."""
     cdef int64_t p, first, last
@@ -229,14 +245,19 @@ cdef inline const float *_row_gradient(const pe_kernels *k, const Batch *b, int6
     if b.starts is NULL:
         return b.grad_nd + u * b.d
     first, last = b.starts[u], b.starts[u + 1]
-    only = b.grad_nd + b.order[first] * b.d
-    if last - first == 1:
+    only = _at(b, b.order[first])
+    if last - first == 1 and b.coef_n is NULL:
         return only
     k.copy_row(sum_d, only, b.d)
+    if b.coef_n is not NULL:
+        k.scale_row(sum_d, b.coef_n[b.order[first]], b.d)
     for p in range(first + 1, last):
-        pe_prefetch_read(b.grad_nd + b.order[min(p + 8, last - 1)] * b.d, b.d)
-        k.add_row(sum_d, b.grad_nd + b.order[p] * b.d, b.d)
-    if b.scale_by_count:
+        pe_prefetch_read(_at(b, b.order[min(p + 8, last - 1)]), b.d)
+        if b.coef_n is NULL:
+            k.add_row(sum_d, _at(b, b.order[p]), b.d)
+        else:
+            k.axpy_row(sum_d, _at(b, b.order[p]), b.coef_n[b.order[p]], b.d)
+    if b.scale_by_count and last - first > 1:
         k.scale_row(sum_d, 1.0 / <float>(last - first), b.d)
     return sum_d
 
@@ -245,7 +266,7 @@ cdef inline void _prefetch_gradient(const Batch *b, int64_t u) noexcept nogil:
     if b.starts is NULL:
         pe_prefetch_read(b.grad_nd + u * b.d, b.d)
     else:
-        pe_prefetch_read(b.grad_nd + b.order[b.starts[u]] * b.d, b.d)
+        pe_prefetch_read(_at(b, b.order[b.starts[u]]), b.d)
 
 
 cdef float *_scratch(int64_t d, int threads) except NULL:
@@ -267,13 +288,14 @@ cdef void _sum_run(const pe_kernels *k, const Batch *b, int64_t lo, int64_t hi, 
             k.copy_row(out_ud + u * b.d, g, b.d)
 
 
-def sum_groups(rows, starts, order, cnp.ndarray grad not None, cnp.ndarray out not None, bint scale_by_count, int threads):
+def sum_groups(rows, starts, order, cnp.ndarray grad not None, cnp.ndarray out not None, bint scale_by_count, int threads,
+               bag_of=None, coef=None):
     """out[u] = the gradient of unique row u, summed in position order."""
     cdef Batch b
     cdef int t
     cdef const pe_kernels *k = kernels
     cdef int64_t d = cnp.PyArray_DIM(out, 1)
-    _batch(&b, rows, starts, order, grad, d, (<int64_t>1 << 62))
+    _batch(&b, rows, starts, order, grad, d, (<int64_t>1 << 62), bag_of, coef)
     b.scale_by_count = scale_by_count
     cdef float *out_ud = _floats_out(out, b.u * d, None)
     with nogil:
@@ -293,13 +315,13 @@ cdef void _add_run(const pe_kernels *k, const Batch *b, int64_t lo, int64_t hi, 
 
 
 def add_groups(Column column not None, rows, starts, order, cnp.ndarray grad not None, float alpha, int64_t skip_row,
-               bint scale_by_count, int threads):
+               bint scale_by_count, int threads, bag_of=None, coef=None):
     """row += alpha * (sum of its gradients in position order): the same bits for any number of threads."""
     cdef Batch b
     cdef int t
     cdef const pe_kernels *k = kernels
     _require_writable(column)
-    _batch(&b, rows, starts, order, grad, column.dim, column.rows)
+    _batch(&b, rows, starts, order, grad, column.dim, column.rows, bag_of, coef)
     b.skip_row, b.scale_by_count = skip_row, scale_by_count
     cdef float *sums = _scratch(b.d, threads)
     with nogil:
@@ -341,7 +363,7 @@ cdef void _update_run(const pe_kernels *k, const Batch *b, const Rule *rule, int
 
 
 def update(tuple columns not None, rows, starts, order, cnp.ndarray grad not None, str name, tuple hyper not None,
-           int64_t skip_row, bint scale_by_count, int threads):
+           int64_t skip_row, bint scale_by_count, int threads, bag_of=None, coef=None):
     """One optimizer step over the unique rows: sum, scale and update in one pass.
 
     `columns`: the weight and the rule's state columns; `name`: "sgd", "adagrad", "adam";
@@ -365,7 +387,7 @@ def update(tuple columns not None, rows, starts, order, cnp.ndarray grad not Non
             raise ValueError("the columns of a rule have one shape")
         rule.data[t], rule.stride[t] = column.data, column.stride
     column = columns[0]
-    _batch(&b, rows, starts, order, grad, column.dim, column.rows)
+    _batch(&b, rows, starts, order, grad, column.dim, column.rows, bag_of, coef)
     b.skip_row, b.scale_by_count = skip_row, scale_by_count
     cdef float *sums = _scratch(b.d, threads)
     with nogil:
@@ -374,6 +396,42 @@ def update(tuple columns not None, rows, starts, order, cnp.ndarray grad not Non
                 pe_leave_cpu(caller)
             _update_run(k, &b, &rule, _run_begin(&b, t, threads), _run_begin(&b, t + 1, threads), sums + t * (b.d + 16))
     free(sums)
+
+
+cdef void _renorm_run(const pe_kernels *k, Column column, const int64_t *rows_u, int64_t lo, int64_t hi, double max_norm,
+                      double p, int64_t *clipped, int64_t *nans) noexcept nogil:
+    cdef int64_t u
+    cdef double norm
+    cdef float *row
+    for u in range(lo, hi):
+        if u + UPDATE_AHEAD < hi:
+            pe_prefetch_write(column.data + rows_u[u + UPDATE_AHEAD] * column.stride, column.dim)
+        row = column.data + rows_u[u] * column.stride
+        norm = k.norm_row(row, p, column.dim)
+        if norm > max_norm:
+            k.scale_row(row, <float>(max_norm / (norm + 1e-7)), column.dim)
+            clipped[0] += 1
+        elif norm != norm:
+            nans[0] += 1
+
+
+def renorm(Column column not None, cnp.ndarray rows not None, double max_norm, double p, int threads):
+    """Scale unique rows whose p-norm exceeds max_norm down to it; (rows scaled, rows with NaN, which stay as they are)."""
+    cdef int64_t u = cnp.PyArray_SIZE(rows)
+    cdef int t
+    cdef const pe_kernels *k = kernels
+    cdef cnp.ndarray counts = cnp.PyArray_ZEROS(2, [threads, 16], cnp.NPY_INT64, 0)
+    cdef int64_t *counts_t = <int64_t *>cnp.PyArray_DATA(counts)
+    _require_writable(column)
+    if not _is_int64(rows):
+        raise TypeError("rows are int64")
+    _check_ids(rows, True, column.rows, threads)
+    cdef const int64_t *rows_u = <const int64_t *>cnp.PyArray_DATA(rows)
+    with nogil:
+        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
+            _renorm_run(k, column, rows_u, _split(u, t, threads), _split(u, t + 1, threads), max_norm, p,
+                        counts_t + 16 * t, counts_t + 16 * t + 1)
+    return int((<object>counts)[:, 0].sum()), int((<object>counts)[:, 1].sum())
 
 
 # name → (index in pe_kernels.update, names of the state columns); the weight comes first

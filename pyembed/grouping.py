@@ -65,6 +65,12 @@ class SparseGrad(NamedTuple):
     ids: I64
     values: F32
 
+    def to_dense(self, rows: int) -> F32:
+        """The same gradient as an array of shape (rows, dim)."""
+        dense = np.zeros((rows, self.values.shape[1]), np.float32)
+        dense[self.ids] = self.values
+        return dense
+
 
 def sum_duplicates(
     ids: ArrayLike,
@@ -87,3 +93,23 @@ def sum_duplicates(
     workers = threads.for_work(grad.size, threads.resolve(num_threads))
     _core.sum_groups(*groups, grad, values, scale_by_count, workers)
     return SparseGrad(groups.rows, values)
+
+
+def dense_gradient(
+    ids: ArrayLike,
+    grad: ArrayLike,
+    num_rows: int,
+    dim: int,
+    skip_row: int = -1,
+    scale_by_count: bool = False,
+    num_threads: int | None = None,
+) -> F32:
+    """The gradient of a whole table: an array of shape (num_rows, dim), zero outside the batch."""
+    ids = as_ids(ids)
+    values = as_values(grad, (*ids.shape, dim), "grad")
+    groups = group(ids, num_rows, num_threads)
+    dense = np.zeros((num_rows, dim), np.float32)
+    workers = threads.for_work(values.size, threads.resolve(num_threads))
+    column = _core.Column(dense)
+    _core.add_groups(column, *groups, values, 1.0, skip_row, scale_by_count, workers)
+    return dense

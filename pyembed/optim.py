@@ -10,17 +10,30 @@ Same bits for any number of threads and any SIMD level.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pyembed import _core, grouping, threads
-from pyembed.arrays import as_ids, as_values, require_finite
-from pyembed.embedding import Embedding
+from pyembed.arrays import F32, as_ids, as_values, require_finite
+from pyembed.bags import Bags, require_bags
+from pyembed.embedding import Layer
+from pyembed.embedding_bag import EmbeddingBag
 from pyembed.errors import ArgumentError, DTypeError
 from pyembed.grouping import SparseGrad
 from pyembed.table import Table
+
+
+class _Batch(NamedTuple):
+    """Gradients grouped by row, as `_core.update` takes them."""
+
+    rows: np.ndarray
+    starts: np.ndarray | None
+    order: np.ndarray | None
+    values: F32
+    bag_of: np.ndarray | None = None
+    coef: F32 | None = None
 
 
 class Optimizer:
@@ -37,11 +50,12 @@ class Optimizer:
 
     rule: ClassVar[str]
 
-    def __init__(self, target: Embedding | Table, lr: float, nonfinite: str = "raise") -> None:
-        if not isinstance(target, (Embedding, Table)):
-            raise DTypeError(f"{type(target).__name__}; allowed: an Embedding or a Table")
-        self._layer = target if isinstance(target, Embedding) else None
-        self.table = target.table if isinstance(target, Embedding) else target
+    def __init__(self, target: Layer | Table, lr: float, nonfinite: str = "raise") -> None:
+        if not isinstance(target, (Layer, Table)):
+            allowed = "an Embedding, an EmbeddingBag or a Table"
+            raise DTypeError(f"{type(target).__name__}; allowed: {allowed}")
+        self._layer = target if isinstance(target, Layer) else None
+        self.table = target.table if isinstance(target, Layer) else target
         if nonfinite not in ("raise", "allow"):
             raise ArgumentError(f"nonfinite = {nonfinite!r}; allowed: 'raise', 'allow'")
         self.nonfinite = nonfinite
@@ -59,14 +73,14 @@ class Optimizer:
     def lr(self, value: float) -> None:
         self._lr = _in_range("lr", value, 0.0)
 
-    def step(self, ids: ArrayLike | SparseGrad, grad: ArrayLike | None = None) -> None:
+    def step(self, ids: ArrayLike | Bags | SparseGrad, grad: ArrayLike | None = None) -> None:
         """Update the rows of a batch.
 
         Parameters
         ----------
-        ids : integers of any shape, or a SparseGrad
-        grad : float32 array of shape ids.shape + (dim,)
-            The gradient of the rows; not given with a SparseGrad.
+        ids : integers of any shape, Bags of `EmbeddingBag.bags`, or a SparseGrad
+        grad : float32 array of shape ids.shape + (dim,), or (bags, dim)
+            The gradient of what the layer returned; not given with a SparseGrad.
 
         Raises
         ------
@@ -74,37 +88,62 @@ class Optimizer:
             Before anything is written.
         """
         self._refuse_frozen()
+        batch = self._batch(ids, grad)
         table, layer = self.table, self._layer
-        if isinstance(ids, SparseGrad):
-            rows, starts, order, values, scale = *self._from_sparse(ids, grad), False
-        else:
-            ids = as_ids(ids)
-            if grad is None:
-                raise ArgumentError("step(ids, grad): grad is missing")
-            values = as_values(grad, (*ids.shape, table.dim), "grad")
-            rows, starts, order = grouping.group(ids, table.rows, table.num_threads)
-            scale = layer is not None and layer.scale_grad_by_freq
-        workers = threads.for_work(values.size, table.num_threads)
+        scale = layer is not None and layer.scale_grad_by_freq and batch.starts is not None
+        workers = threads.for_work(
+            batch.values.size if batch.order is None else batch.order.size * table.dim,
+            table.num_threads,
+        )
         if self.nonfinite == "raise":
-            require_finite(values, "grad", workers)
+            require_finite(batch.values, "grad", workers)
         skip = -1 if layer is None or layer.padding_idx is None else layer.padding_idx
         with table.changing(self._state) as columns:
             self.steps += 1
             _core.update(
-                columns, rows, starts, order, values, self.rule, self._hyper(), skip, scale, workers
+                columns,
+                batch.rows,
+                batch.starts,
+                batch.order,
+                batch.values,
+                self.rule,
+                self._hyper(),
+                skip,
+                scale,
+                workers,
+                batch.bag_of,
+                batch.coef,
             )
 
-    def _from_sparse(
-        self, sparse: SparseGrad, grad: ArrayLike | None
-    ) -> tuple[np.ndarray, None, None, np.ndarray]:
-        if grad is not None:
-            raise ArgumentError("step(sparse_grad): the gradient is given twice")
+    def _batch(self, ids: ArrayLike | Bags | SparseGrad, grad: ArrayLike | None) -> _Batch:
+        """What the caller gave, checked and grouped."""
+        table = self.table
+        if isinstance(ids, SparseGrad):
+            if grad is not None:
+                raise ArgumentError("step(sparse_grad): the gradient is given twice")
+            return self._sparse_batch(ids)
+        if grad is None:
+            raise ArgumentError("step(ids, grad): grad is missing")
+        if isinstance(self._layer, EmbeddingBag):
+            bags = require_bags(ids)
+            if self._layer.mode == "max":
+                return self._sparse_batch(self._layer.sparse_gradient(bags, grad))
+            values = self._layer.check_gradient(bags, grad)
+            groups = grouping.group(bags.ids, table.rows, table.num_threads)
+            return _Batch(*groups, values, bags.bag_of, self._layer.coefficients(bags))
+        if isinstance(ids, Bags):
+            raise DTypeError("Bags; allowed here: ids, since the target is no EmbeddingBag")
+        ids = as_ids(ids)
+        values = as_values(grad, (*ids.shape, table.dim), "grad")
+        return _Batch(*grouping.group(ids, table.rows, table.num_threads), values)
+
+    def _sparse_batch(self, sparse: SparseGrad) -> _Batch:
         rows = as_ids(sparse.ids)
         values = as_values(sparse.values, (*rows.shape, self.table.dim), "values")
         if rows.ndim != 1 or (rows.size > 1 and (np.diff(rows) <= 0).any()):
             raise ArgumentError("a SparseGrad has unique ascending ids; use step(ids, grad)")
         _core.check_ids(rows, self.table.rows, 1)
-        return rows, None, None, values
+        return _Batch(rows, None, None, values)
 
     def _refuse_frozen(self) -> None:
         if self._layer is not None and self._layer.frozen:
@@ -127,7 +166,7 @@ class SGD(Optimizer):
 
     Parameters
     ----------
-    target : Embedding or Table
+    target : Embedding, EmbeddingBag or Table
     lr : float
     nonfinite : {"raise", "allow"}
         What to do with NaN and infinity in a gradient: refuse the batch, or let them through.
@@ -143,7 +182,7 @@ class SGD(Optimizer):
     rule = "sgd"
 
     def __init__(
-        self, target: Embedding | Table, lr: float = 1e-3, *, nonfinite: str = "raise"
+        self, target: Layer | Table, lr: float = 1e-3, *, nonfinite: str = "raise"
     ) -> None:
         super().__init__(target, lr, nonfinite)
 
@@ -156,7 +195,7 @@ class Adagrad(Optimizer):
 
     Parameters
     ----------
-    target : Embedding or Table
+    target : Embedding, EmbeddingBag or Table
     lr : float
     eps : float
     nonfinite : {"raise", "allow"}
@@ -173,7 +212,7 @@ class Adagrad(Optimizer):
 
     def __init__(
         self,
-        target: Embedding | Table,
+        target: Layer | Table,
         lr: float = 1e-2,
         eps: float = 1e-10,
         *,
@@ -200,7 +239,7 @@ class Adam(Optimizer):
 
     Parameters
     ----------
-    target : Embedding or Table
+    target : Embedding, EmbeddingBag or Table
     lr : float
     betas : pair of float
         Each in [0, 1).
@@ -220,7 +259,7 @@ class Adam(Optimizer):
 
     def __init__(
         self,
-        target: Embedding | Table,
+        target: Layer | Table,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -9,6 +9,8 @@ Legend: n ids, u unique rows, d floats of a row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,8 +45,21 @@ def group(ids: NDArray[np.integer], rows: int) -> tuple[I64, I64, I64]:
     return unique, np.append(starts, flat.size).astype(np.int64), order
 
 
-def sum_groups(rows: I64, starts: I64, order: I64, grad: F32, scale_by_count: bool = False) -> F32:
-    """out[u] = sum of grad[p] for p in group u, in position order; times 1 / count if scaled."""
+def sum_groups(
+    rows: I64,
+    starts: I64,
+    order: I64,
+    grad: F32,
+    scale_by_count: bool = False,
+    bag_of: I64 | None = None,
+    coef: F32 | None = None,
+) -> F32:
+    """out[u] = sum of grad[p] for p in group u, in position order; times 1 / count if scaled.
+
+    With bags, position p has the gradient ``coef[p] * grad[bag_of[p]]``.
+    """
+    if bag_of is not None:
+        grad = grad[bag_of] if coef is None else coef[:, None] * grad[bag_of]
     out = np.empty((rows.size, grad.shape[-1]), np.float32)
     for u in range(rows.size):
         positions = order[starts[u] : starts[u + 1]]
@@ -89,6 +104,85 @@ def update(
         w[r] -= lr * (m[r] / (np.sqrt(v[r]) + eps))
     else:
         raise ValueError(name)
+
+
+def lane_sum(terms: NDArray[Any]) -> Any:
+    """Lane i mod 16 sums every sixteenth term, then the lanes are summed in halves."""
+    lanes: NDArray[np.floating] = np.zeros(16, terms.dtype)
+    for at in range(0, terms.size, 16):
+        part = terms[at : at + 16]
+        lanes[: part.size] += part
+    for half in (8, 4, 2, 1):
+        lanes[:half] += lanes[half : 2 * half]
+    return lanes[0]
+
+
+def norm(row: F32, p: float) -> float:
+    """The p-norm in double; NaN if a NaN is among the elements."""
+    x = np.abs(row.astype(np.float64))
+    if np.isnan(x).any():
+        return float("nan")
+    if p == 2:
+        return float(np.sqrt(lane_sum(x * x)))
+    if p == 1:
+        return float(lane_sum(x))
+    if p == 0:
+        return float(np.count_nonzero(x))
+    if p == np.inf:
+        return float(x.max(initial=0))
+    return float(lane_sum(x**p) ** (1 / p))
+
+
+def renorm(column: F32, rows: I64, max_norm: float, p: float) -> tuple[int, int]:
+    """Rows with a larger norm n times float32(max_norm / (n + 1e-7)); (scaled, with NaN)."""
+    norms = [norm(column[row], p) for row in rows]
+    for row, n in zip(rows, norms, strict=True):
+        if n > max_norm:
+            column[row] *= np.float32(max_norm / (n + 1e-7))
+    return sum(n > max_norm for n in norms), sum(n != n for n in norms)
+
+
+def reduce_bags(
+    column: F32,
+    ids: NDArray[np.integer],
+    starts: I64,
+    weights: F32 | None,
+    mode: str,
+    skip_row: int,
+) -> tuple[F32, I64]:
+    """Sum, mean or maximum of each bag without skip_row; and which id gave each maximum, or -1."""
+    d = column.shape[1]
+    out = np.zeros((starts.size - 1, d), np.float32)
+    which = np.full((starts.size - 1, d), -1, np.int64)
+    for b in range(starts.size - 1):
+        taken = [p for p in range(starts[b], starts[b + 1]) if ids[p] != skip_row]
+        for first, p in enumerate(taken):
+            row = column[ids[p]]
+            if mode == "max":
+                wins = np.ones(d, bool) if first == 0 else row > out[b]
+                out[b][wins], which[b][wins] = row[wins], ids[p]
+            else:
+                out[b] += row if weights is None else weights[p] * row
+        if mode == "mean" and len(taken) > 1:
+            out[b] /= np.float32(len(taken))
+    return out, which
+
+
+def bag_dots(column: F32, ids: I64, bag_of: I64, grad: F32, skip_row: int) -> F32:
+    """out[p] = grad[bag_of[p]] . column[ids[p]], 0 for skip_row"""
+    dots = [
+        lane_sum(grad[b] * column[i]) if i != skip_row else 0
+        for i, b in zip(ids, bag_of, strict=True)
+    ]
+    return np.array(dots, np.float32)
+
+
+def sum_elements(starts: I64, positions: I64, grad: F32, out: F32) -> None:
+    """out[u, p % d] += grad.flat[p] for the positions p of group u"""
+    d = out.shape[1]
+    for u in range(out.shape[0]):
+        for p in positions[starts[u] : starts[u + 1]]:
+            out[u, p % d] += grad.flat[p]
 
 
 ROTATIONS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))

@@ -1,39 +1,30 @@
-"""Table: rows of float32 in memory or in a file, and what can be done with the rows that ids name.
+"""Table: where rows come from, how they grow, and how they are kept: memory, a file, an array.
 
-It checks arguments, decides on threads, and says in the manifest that rows are about to change.
-It knows neither optimizers (they ask for columns) nor bytes on disk (`store` does).
+What can be done with the rows is in `rows`. This file says in the manifest that they are about to
+change. It knows neither optimizers (they ask for columns) nor bytes on disk (`store` does).
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from pyembed import _core, grouping, manifest, store, threads
 from pyembed import init as initialisers
-from pyembed.arrays import (
-    F32,
-    as_ids,
-    as_output,
-    as_values,
-    require_count,
-    require_float32,
-)
-from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
+from pyembed import manifest, store, threads
+from pyembed.arrays import F32, require_count, require_float32
+from pyembed.errors import ArgumentError
 from pyembed.init import Initializer
 from pyembed.layout import fresh_rows, row_columns
+from pyembed.rows import Rows
 
 
-class Table:
+class Table(Rows):
     """Rows of float32: a weight, and the columns of state that go with it.
 
     Made by `Table.create` and `Table.open` (a file), `Table.memory` and `Table.from_array`.
@@ -72,22 +63,12 @@ class Table:
     def __init__(
         self, backing: store.Store | None, array: F32, columns: dict[str, int], workers: int
     ) -> None:
+        super().__init__(array, columns, workers)
         self.path = backing.path if backing else None
-        self.num_threads = workers
         self._store = backing
         self._state = manifest.Manifest(array.shape[0], columns)
-        self._turn = threading.RLock()  # step, commit, append and close take turns
-        self._attach(array, columns)
         if backing is not None:
             self._finalizer = weakref.finalize(self, backing.abandon)
-
-    def _attach(self, array: F32, columns: Mapping[str, int]) -> None:
-        self._columns: dict[str, _core.Column] = {}
-        at = 0
-        for name, width in columns.items():
-            self._columns[name] = _core.Column(array[:, at : at + width])
-            at += width
-        self._weight: _core.Column | None = self._columns["weight"]
 
     # --- making one ---------------------------------------------------------------------------
 
@@ -223,38 +204,23 @@ class Table:
         except ValueError as error:
             raise ArgumentError(f"{error}; use np.ascontiguousarray(array)") from None
 
-    # --- what it is ---------------------------------------------------------------------------
+    # --- while it is open ---------------------------------------------------------------------
 
-    @property
-    def _open_weight(self) -> _core.Column:
-        if self._weight is None:
-            raise ClosedError(f"the table {self.path or 'in memory'} was closed; open it again")
-        return self._weight
+    def _announce_change(self) -> None:
+        if self._store is None:
+            super()._announce_change()
+        else:
+            self._store.mark_dirty()
 
-    @property
-    def rows(self) -> int:
-        return self._open_weight.rows
+    def _may_add_columns(self) -> bool:
+        return self._store is None
 
-    @property
-    def dim(self) -> int:
-        return self._open_weight.dim
-
-    @property
-    def columns(self) -> dict[str, int]:
-        return {name: column.dim for name, column in self._columns.items()}
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * self.rows * sum(self.columns.values())
-
-    @property
-    def weight(self) -> F32:
-        return self.column("weight")
-
-    @property
-    def writable(self) -> bool:
-        """Whether rows may be changed."""
-        return self._open_weight.writable
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A file is opened again by its path; memory travels with its bytes.
+        if self._store is not None:
+            return _reopen, (str(self.path), self._store.mode, self.num_threads)
+        columns = {name: self.column(name) for name in self.columns}
+        return _rebuild, (columns, self.num_threads)
 
     @property
     def _manifest(self) -> manifest.Manifest:
@@ -273,154 +239,11 @@ class Table:
         """ "clean" right after a commit, "dirty" once rows have changed since."""
         return self._manifest.state
 
-    def column(self, name: str) -> F32:
-        """A read-only view of one column, shape (rows, its width).
-
-        Raises
-        ------
-        ArgumentError
-            If there is none of this name.
-        """
-        _ = self._open_weight
-        if name not in self._columns:
-            raise ArgumentError(f"no column {name!r}; this table has {', '.join(self._columns)}")
-        view = self._columns[name].array.view()
-        view.flags.writeable = False
-        return view
-
     def __repr__(self) -> str:
         if self._weight is None:
             return f"<pyembed.Table {self.path or 'in memory'}: closed>"
         widths = ", ".join(f"{name} {width}" for name, width in self.columns.items())
         return f"<pyembed.Table {self.path or 'in memory'}: {self.rows:,} rows of {widths}>"
-
-    # --- rows ---------------------------------------------------------------------------------
-
-    def gather(self, ids: ArrayLike, out: F32 | None = None) -> F32:
-        """Copy the rows that `ids` name.
-
-        Parameters
-        ----------
-        ids : integers of any shape
-            int64 and int32 are used as they are. Must not change during the call.
-        out : float32 array of shape ids.shape + (dim,), optional
-            Where to put them.
-
-        Returns
-        -------
-        float32 array of shape ids.shape + (dim,)
-            `out`, or a fresh array.
-
-        Raises
-        ------
-        IdError
-            If an id is outside ``0 .. rows-1``; `out` is then untouched.
-        DTypeError, ArgumentError, ClosedError
-        """
-        weight = self._open_weight
-        ids = as_ids(ids)
-        if out is not None:
-            out = as_output(out, (*ids.shape, weight.dim))
-        return _core.gather(
-            weight, ids, out, threads.for_work(ids.size * weight.dim, self.num_threads)
-        )
-
-    def scatter_add(
-        self, ids: ArrayLike, values: ArrayLike, alpha: float = 1.0, deterministic: bool = False
-    ) -> None:
-        """Add ``alpha * values[i]`` to row ``ids[i]``, duplicates included.
-
-        Any number of threads may call this at once; each row is added to under a lock, so no
-        addition is lost. With duplicate ids the order of the additions may depend on threads,
-        and so may the last bits; `deterministic` sums them in the order of the batch instead.
-
-        Raises
-        ------
-        IdError, DTypeError, ArgumentError, ReadOnlyError
-            Before anything is written.
-        """
-        weight = self._open_weight
-        ids = as_ids(ids)
-        values = as_values(values, (*ids.shape, weight.dim), "values")
-        workers = threads.for_work(values.size, self.num_threads)
-        if deterministic:
-            groups = grouping.group(ids, weight.rows, self.num_threads)
-            with self.changing() as (column,):
-                _core.add_groups(column, *groups, values, alpha, -1, False, workers)
-            return
-        if ids.size:  # the check comes before the manifest is touched
-            _core.check_ids(ids, weight.rows, workers)
-        (column,) = self._begin_change(())
-        _core.scatter_add(column, ids, values, alpha, workers)
-
-    @contextmanager
-    def writing(self, ids: ArrayLike) -> Iterator[F32]:
-        """A writable view of the weight, for as long as the block lasts, to set rows by hand.
-
-        `ids` are the rows that the block may change; it yields an array of shape (rows, dim).
-
-        Examples
-        --------
-        >>> t = Table.memory(rows=3, dim=2)
-        >>> with t.writing([2]) as weight:
-        ...     weight[2] = 5
-        >>> t.gather(2)
-        array([5., 5.], dtype=float32)
-        """
-        ids = as_ids(ids)
-        _core.check_ids(ids, self.rows, self.num_threads)
-        with self.changing() as (column,):
-            view = column.array.view()
-            try:
-                yield view
-            finally:
-                view.flags.writeable = False
-
-    @contextmanager
-    def changing(self, state: tuple[str, ...] = ()) -> Iterator[tuple[_core.Column, ...]]:
-        """The weight and state columns, to be changed by a kernel, while nobody else may.
-
-        Raises
-        ------
-        ReadOnlyError
-        ArgumentError
-            If a table on disk has no such column.
-        """
-        with self._turn:
-            yield self._begin_change(state)
-
-    def _begin_change(self, state: tuple[str, ...]) -> tuple[_core.Column, ...]:
-        weight = self._open_weight
-        if self._store is not None:
-            self._store.mark_dirty()
-        elif not weight.writable:
-            raise ReadOnlyError("the array under this table is read-only; give a writable one")
-        if not state:
-            return (weight,)
-        self.ensure_columns(state)
-        return (weight, *(self._columns[name] for name in state))
-
-    def ensure_columns(self, names: tuple[str, ...]) -> None:
-        """State columns as wide as the weight: a table in memory adds those that are missing.
-
-        Raises
-        ------
-        ArgumentError
-            If a table on disk lacks one, or one has another width.
-        """
-        weight = self._open_weight
-        for name in names:
-            if name not in self._columns:
-                if self._store is not None:
-                    raise ArgumentError(
-                        f"{self.path} has no column {name!r}, only {', '.join(self._columns)}; "
-                        "name the optimizer when the table is made: "
-                        f"Table.create(path, {weight.rows}, {weight.dim}, optimizer=...)"
-                    )
-                self._columns[name] = _core.Column(store.anonymous(weight.rows, weight.dim))
-            if self._columns[name].dim != weight.dim:
-                width = self._columns[name].dim
-                raise ArgumentError(f"column {name!r} has width {width}; expected {weight.dim}")
 
     def append(self, n: int, init: Initializer | None = None, seed: int = 0) -> None:
         """Add `n` rows at the end.
@@ -462,7 +285,7 @@ class Table:
         ReadOnlyError
         """
         with self._turn:
-            _ = self._open_weight
+            _ = self.weight_column
             if self._store is not None:
                 self._store.commit(meta)
             else:
@@ -498,3 +321,14 @@ class Table:
     ) -> None:
         # After an exception the rows are not what the caller wanted: they are not committed.
         self._finish(commit=kind is None)
+
+
+def _reopen(path: str, mode: str, num_threads: int) -> Table:
+    return Table.open(path, mode, num_threads=num_threads)
+
+
+def _rebuild(columns: dict[str, F32], num_threads: int) -> Table:
+    widths = {name: array.shape[1] for name, array in columns.items()}
+    rows = store.anonymous(len(columns["weight"]), sum(widths.values()))
+    np.concatenate(list(columns.values()), axis=1, out=rows)
+    return Table(None, rows, widths, num_threads)

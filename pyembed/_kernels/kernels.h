@@ -34,6 +34,12 @@ typedef struct {
     void (*add_row)(float *acc_d, const float *src_d, int64_t d);                /* acc += src */
     void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d);  /* acc += alpha * src */
     void (*scale_row)(float *dst_d, float alpha, int64_t d);                     /* dst *= alpha */
+    void (*divide_row)(float *dst_d, float by, int64_t d);                       /* dst /= by */
+    void (*max_row)(float *best_d, const float *src_d, int64_t d);               /* best = src > best ? src : best */
+    /* as max_row, and where src wins, which = id */
+    void (*max_which_row)(float *best_d, int64_t *which_d, const float *src_d, int64_t id, int64_t d);
+    float (*dot_row)(const float *a_d, const float *b_d, int64_t d);             /* 16 lanes and a tree */
+    double (*norm_row)(const float *src_d, double p, int64_t d);                 /* p-norm in double, 16 lanes; NaN if any */
     int (*finite_span)(const float *src_d, int64_t d);                           /* 1 if no NaN and no infinity */
     pe_update_row update[PE_RULES];
     /* Block `block` of the stream that `seed` names: PE_BLOCK floats, a function of (seed, block) alone. */

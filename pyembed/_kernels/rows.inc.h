@@ -43,6 +43,70 @@ static void scale_row(float *restrict dst_d, float alpha, int64_t d) {
     for (int64_t i = 0; i < d; i++) dst_d[i] *= alpha;
 }
 
+static void divide_row(float *restrict dst_d, float by, int64_t d) {
+    for (int64_t i = 0; i < d; i++) dst_d[i] /= by;
+}
+
+static void max_row(float *restrict best_d, const float *restrict src_d, int64_t d) {
+    for (int64_t i = 0; i < d; i++) best_d[i] = src_d[i] > best_d[i] ? src_d[i] : best_d[i];
+}
+
+static void max_which_row(float *restrict best_d, int64_t *restrict which_d, const float *restrict src_d, int64_t id,
+                          int64_t d) {
+    for (int64_t i = 0; i < d; i++) which_d[i] = src_d[i] > best_d[i] ? id : which_d[i];
+    max_row(best_d, src_d, d);
+}
+
+/* Reductions: lane i mod 16 sums every sixteenth element, then the lanes are summed in halves. So the order, and the
+ * bits, do not depend on the width of a vector. */
+#define PE_SUM_LANES 16
+#define PE_TREE(lane)                                         \
+    for (int half = PE_SUM_LANES / 2; half; half /= 2)        \
+        for (int l = 0; l < half; l++) lane[l] += lane[l + half];
+#define PE_LANE_SUM(lane, term)                                                     \
+    {                                                                               \
+        int64_t at = 0;                                                             \
+        for (; at + PE_SUM_LANES <= d; at += PE_SUM_LANES)                          \
+            for (int l = 0; l < PE_SUM_LANES; l++) {                                \
+                const int64_t i = at + l;                                           \
+                lane[l] += (term);                                                  \
+            }                                                                       \
+        for (int64_t i = at; i < d; i++) lane[i - at] += (term);                    \
+        PE_TREE(lane)                                                               \
+    }
+
+static float dot_row(const float *restrict a_d, const float *restrict b_d, int64_t d) {
+    float lane[PE_SUM_LANES] = {0};
+    PE_LANE_SUM(lane, a_d[i] * b_d[i])
+    return lane[0];
+}
+
+/* (sum |x|^p)^(1/p); p = 0 counts what is not zero, p = inf takes the largest. NaN if a NaN is among them. */
+static double norm_row(const float *restrict src_d, double p, int64_t d) {
+    double lane[PE_SUM_LANES] = {0};
+    if (p == 2.0) {
+        PE_LANE_SUM(lane, (double)src_d[i] * (double)src_d[i])
+        return sqrt(lane[0]);
+    }
+    if (p == 1.0) {
+        PE_LANE_SUM(lane, fabs((double)src_d[i]))
+        return lane[0];
+    }
+    double largest = 0.0;
+    for (int64_t i = 0; i < d; i++) {
+        const double x = fabs((double)src_d[i]);
+        if (x != x) return x;
+        largest = x > largest ? x : largest;
+    }
+    if (p == 0.0) {
+        PE_LANE_SUM(lane, (double)(src_d[i] != 0.0f))
+        return lane[0];
+    }
+    if (isinf(p)) return largest;
+    PE_LANE_SUM(lane, pow(fabs((double)src_d[i]), p))
+    return pow(lane[0], 1.0 / p);
+}
+
 static int finite_span(const float *restrict src_d, int64_t d) {
     /* An exponent of all ones is NaN or infinity. Integers, so the order of the reduction is free. */
     int32_t bad = 0;
@@ -93,6 +157,11 @@ const pe_kernels PE_CAT(pe_kernels_, PE_LEVEL) = {
     .add_row = add_row,
     .axpy_row = axpy_row,
     .scale_row = scale_row,
+    .divide_row = divide_row,
+    .max_row = max_row,
+    .max_which_row = max_which_row,
+    .dot_row = dot_row,
+    .norm_row = norm_row,
     .finite_span = finite_span,
     .update = {[PE_SGD] = sgd_row, [PE_ADAGRAD] = adagrad_row, [PE_ADAM] = adam_row},
     .uniform_block = uniform_block,

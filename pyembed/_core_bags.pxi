@@ -1,0 +1,153 @@
+# Loops over bags: runs of consecutive positions, described by starts_b1 (bag b holds positions starts_b1[b] up to
+# starts_b1[b + 1] - 1). Legend as in _core.pyx, and b bags.
+
+cdef enum:
+    BAG_SUM
+    BAG_MEAN
+    BAG_MAX
+
+BAG_MODES = {"sum": BAG_SUM, "mean": BAG_MEAN, "max": BAG_MAX}
+
+
+cdef struct Bags:
+    int64_t b
+    const int64_t *starts
+    const float *weight_n                         # per-sample weights, or NULL
+    int64_t skip_row                              # the padding row, or -1
+    int mode
+
+
+cdef void _bag_span(const pe_kernels *k, const Bags *bags, Column column, const ids_t *ids, int64_t lo, int64_t hi,
+                    float *out_bd, int64_t *which_bd) noexcept nogil:
+    cdef int64_t bag, p, i, d = column.dim, stride = column.stride, taken, ahead = _rows_ahead(d, AHEAD_FLOATS)
+    cdef int64_t end = bags.starts[hi]
+    cdef float *out_d
+    cdef const float *row_d
+    for p in range(bags.starts[lo], min(bags.starts[lo] + ahead, end)):
+        pe_prefetch_read(column.data + ids[p] * stride, d)
+    for bag in range(lo, hi):
+        out_d = out_bd + bag * d
+        taken = 0
+        for p in range(bags.starts[bag], bags.starts[bag + 1]):
+            if p + ahead < end:
+                pe_prefetch_read(column.data + ids[p + ahead] * stride, d)
+            if ids[p] == bags.skip_row:
+                continue
+            row_d = column.data + ids[p] * stride
+            if bags.mode == BAG_MAX:
+                if taken == 0:
+                    k.copy_row(out_d, row_d, d)
+                    if which_bd is not NULL:
+                        for i in range(d):
+                            which_bd[bag * d + i] = ids[p]
+                elif which_bd is not NULL:
+                    k.max_which_row(out_d, which_bd + bag * d, row_d, ids[p], d)
+                else:
+                    k.max_row(out_d, row_d, d)
+            else:
+                if taken == 0:
+                    for i in range(d):
+                        out_d[i] = 0
+                if bags.weight_n is NULL:
+                    k.add_row(out_d, row_d, d)
+                else:
+                    k.axpy_row(out_d, row_d, bags.weight_n[p], d)
+            taken += 1
+        if taken == 0:
+            for i in range(d):
+                out_d[i] = 0
+                if which_bd is not NULL:
+                    which_bd[bag * d + i] = -1
+        elif bags.mode == BAG_MEAN and taken > 1:
+            k.divide_row(out_d, <float>taken, d)
+
+
+cdef void _bag_part(const pe_kernels *k, const Bags *bags, Column column, const void *ids, bint wide, int t, int threads,
+                    float *out_bd, int64_t *which_bd) noexcept nogil:
+    cdef int64_t lo = _bag_begin(bags, t, threads), hi = _bag_begin(bags, t + 1, threads)
+    if wide:
+        _bag_span(k, bags, column, <const int64_t *>ids, lo, hi, out_bd, which_bd)
+    else:
+        _bag_span(k, bags, column, <const int32_t *>ids, lo, hi, out_bd, which_bd)
+
+
+cdef int64_t _bag_begin(const Bags *bags, int t, int threads) noexcept nogil:
+    """The first bag of thread t: about equal numbers of positions and bags for each."""
+    cdef int64_t lo = 0, hi = bags.b, mid, target = _split(bags.starts[bags.b] + bags.b, t, threads)
+    while lo < hi:
+        mid = (lo + hi) // 2
+        if bags.starts[mid] + mid < target:
+            lo = mid + 1
+        else:
+            hi = mid
+    return lo if t < threads else bags.b
+
+
+def reduce_bags(Column column not None, cnp.ndarray ids not None, cnp.ndarray starts not None, cnp.ndarray weights, str mode,
+                int64_t skip_row, cnp.ndarray out not None, cnp.ndarray which, int threads):
+    """out[b] = sum, mean or maximum of the rows of bag b, without skip_row; zeros for a bag without rows.
+
+    `starts` is int64, ascending from 0 to the number of ids (the caller's promise); `which`, for the maximum, takes the id
+    that gave each element, or -1.
+    """
+    cdef bint wide = _is_int64(ids)
+    cdef Bags bags
+    cdef int t, caller = pe_this_cpu()
+    cdef const pe_kernels *k = kernels
+    cdef int64_t n = cnp.PyArray_SIZE(ids)
+    cdef int64_t *which_bd = NULL
+    cdef const void *ids_n = cnp.PyArray_DATA(ids)
+    bags.b, bags.mode, bags.skip_row = cnp.PyArray_SIZE(starts) - 1, BAG_MODES[mode], skip_row
+    if not _is_int64(starts) or bags.b < 0:
+        raise TypeError("starts is int64, one more than there are bags")
+    bags.starts = <const int64_t *>cnp.PyArray_DATA(starts)
+    if bags.starts[0] != 0 or bags.starts[bags.b] != n:
+        raise ValueError("starts must go from 0 to the number of ids")
+    bags.weight_n = NULL if weights is None else _floats(weights, n)
+    cdef float *out_bd = _floats_out(out, bags.b * column.dim, column)
+    if which is not None:
+        if not _is_int64(which) or cnp.PyArray_SIZE(which) != bags.b * column.dim:
+            raise TypeError("which is int64, of the shape of out")
+        which_bd = <int64_t *>cnp.PyArray_DATA(which)
+    _check_ids(ids, wide, column.rows, threads)
+    with nogil:
+        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
+            if t:
+                pe_leave_cpu(caller)
+            _bag_part(k, &bags, column, ids_n, wide, t, threads, out_bd, which_bd)
+
+
+def bag_dots(Column column not None, cnp.ndarray ids not None, cnp.ndarray bag_of not None, cnp.ndarray grad not None,
+             int64_t skip_row, cnp.ndarray out not None, int threads):
+    """out[p] = grad[bag_of[p]] . row ids[p], and 0 for skip_row: the gradient of per-sample weights."""
+    cdef int64_t n = cnp.PyArray_SIZE(ids), p, d = column.dim
+    cdef const pe_kernels *k = kernels
+    if not _is_int64(ids) or not _is_int64(bag_of) or cnp.PyArray_SIZE(bag_of) != n:
+        raise TypeError("ids and bag_of are int64 and of one size")
+    cdef const float *grad_bd = _floats(grad, cnp.PyArray_SIZE(grad))
+    cdef float *out_n = _floats_out(out, n, column)
+    cdef const int64_t *ids_n = <const int64_t *>cnp.PyArray_DATA(ids)
+    cdef const int64_t *bag_n = <const int64_t *>cnp.PyArray_DATA(bag_of)
+    _check_ids(ids, True, column.rows, threads)
+    with nogil:
+        for p in prange(n, num_threads=threads, schedule="static", use_threads_if=threads > 1):
+            if ids_n[p] == skip_row:
+                out_n[p] = 0
+            else:
+                out_n[p] = k.dot_row(grad_bd + bag_n[p] * d, column.data + ids_n[p] * column.stride, d)
+
+
+def sum_elements(cnp.ndarray starts not None, cnp.ndarray positions not None, cnp.ndarray grad not None,
+                 cnp.ndarray out not None):
+    """out[u, p % d] += grad.flat[p] for the positions p of group u, in order: the gradient of a maximum."""
+    cdef int64_t u, q, d = cnp.PyArray_DIM(out, 1), groups = cnp.PyArray_DIM(out, 0)
+    if not _is_int64(starts) or not _is_int64(positions):
+        raise TypeError("groups are int64")
+    cdef const float *grad_n = _floats(grad, cnp.PyArray_SIZE(grad))
+    cdef float *out_ud = _floats_out(out, groups * d, None)
+    cdef const int64_t *starts_u1 = <const int64_t *>cnp.PyArray_DATA(starts)
+    cdef const int64_t *position_n = <const int64_t *>cnp.PyArray_DATA(positions)
+    with nogil:
+        for u in range(groups):
+            for q in range(starts_u1[u], starts_u1[u + 1]):
+                out_ud[u * d + position_n[q] % d] += grad_n[position_n[q]]

@@ -1,0 +1,143 @@
+"""A batch of bags: which positions of the ids belong to which bag, checked before use.
+
+A bag is a run of consecutive positions. Offsets that are not what they should be are refused here:
+they never reach a kernel.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pyembed.arrays import F32, IdArray, as_ids, as_values
+from pyembed.errors import ArgumentError, DTypeError
+
+I64 = NDArray[np.int64]
+
+
+class Bags:
+    """Ids cut into bags, as `EmbeddingBag` and the optimizers take them.
+
+    Attributes
+    ----------
+    ids : int64 or int32 array of shape (n,)
+    starts : int64 array of shape (bags + 1,)
+        Bag b holds ``ids[starts[b] : starts[b + 1]]``.
+    weights : float32 array of shape (n,) or None
+        What each row is multiplied with.
+    """
+
+    def __init__(self, ids: IdArray, starts: I64, weights: F32 | None) -> None:
+        self.ids, self.starts, self.weights = ids, starts, weights
+
+    def __len__(self) -> int:
+        return self.starts.size - 1
+
+    @cached_property
+    def bag_of(self) -> I64:
+        """The bag of each position, int64 of shape (n,)."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    @classmethod
+    def from_input(
+        cls,
+        input: ArrayLike,
+        offsets: ArrayLike | None = None,
+        per_sample_weights: ArrayLike | None = None,
+        include_last_offset: bool = False,
+    ) -> Bags:
+        """Bags by torch's conventions.
+
+        Parameters
+        ----------
+        input : integers of shape (n,) or (bags, length)
+            A 2-D input is one bag a row, and takes no offsets.
+        offsets : integers of shape (bags,), or (bags + 1,) with `include_last_offset`
+            Where each bag begins: from 0, never descending, at most n.
+        per_sample_weights : float32 array of the shape of `input`, optional
+        include_last_offset : bool
+            The last offset is n, the end of the last bag. Of no meaning for a 2-D input.
+
+        Examples
+        --------
+        >>> bags = Bags.from_input([5, 6, 7], offsets=[0, 2, 2])
+        >>> bags.starts
+        array([0, 2, 2, 3])
+
+        Raises
+        ------
+        ArgumentError, DTypeError
+        """
+        ids = as_ids(input)
+        if ids.ndim == 2:
+            if offsets is not None:
+                raise ArgumentError("a 2-D input is one bag a row; offsets must then be None")
+            starts = np.arange(ids.shape[0] + 1) * ids.shape[1]
+        elif ids.ndim == 1:
+            starts = _starts(offsets, ids.size, include_last_offset)
+        else:
+            raise ArgumentError(f"the input has {ids.ndim} dimensions; allowed: 1 or 2")
+        weights = None
+        if per_sample_weights is not None:
+            weights = as_values(per_sample_weights, ids.shape, "per_sample_weights").reshape(-1)
+        return cls(ids.reshape(-1), starts, weights)
+
+
+def _starts(offsets: ArrayLike | None, n: int, include_last: bool) -> I64:
+    if offsets is None:
+        raise ArgumentError("a 1-D input needs offsets: where each bag begins")
+    array = as_ids(offsets).astype(np.int64)
+    if array.ndim != 1:
+        raise ArgumentError(f"offsets have {array.ndim} dimensions; allowed: 1")
+    if include_last:
+        if array.size == 0:
+            raise ArgumentError(
+                "offsets are empty; with include_last_offset at least one is needed"
+            )
+        if array[-1] != n:
+            raise ArgumentError(
+                f"offsets[{array.size - 1}] = {array[-1]}; with include_last_offset the last is "
+                f"the number of ids, {n}"
+            )
+        starts = array
+    else:
+        starts = np.append(array, n)
+    if starts[0] != 0:
+        what = "offsets[0]" if array.size else f"there are no bags for {n} ids; offsets[0]"
+        raise ArgumentError(f"{what} = {starts[0]}; allowed: 0")
+    wrong = np.flatnonzero(np.diff(starts) < 0)
+    if wrong.size:
+        at = int(wrong[0]) + 1
+        if at == array.size:
+            raise ArgumentError(f"offsets[{at - 1}] = {starts[at - 1]} is outside 0..{n}")
+        raise ArgumentError(
+            f"offsets[{at}] = {starts[at]} is below offsets[{at - 1}] = {starts[at - 1]}; "
+            "allowed: never descending"
+        )
+    return starts
+
+
+def require_mode(mode: str) -> str:
+    """One of the three reductions.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if mode not in ("sum", "mean", "max"):
+        raise ArgumentError(f"mode = {mode!r}; allowed: 'sum', 'mean', 'max'")
+    return mode
+
+
+def require_bags(batch: object) -> Bags:
+    """A batch that `EmbeddingBag.bags` made.
+
+    Raises
+    ------
+    DTypeError
+    """
+    if not isinstance(batch, Bags):
+        raise DTypeError(f"{type(batch).__name__}; allowed: Bags, as EmbeddingBag.bags makes them")
+    return batch

@@ -1,0 +1,262 @@
+"""EmbeddingBag: the sums, means or maxima of bags of rows, without a copy of each row.
+
+Semantics are torch's, with the differences of docs/torch-compatibility.md: offsets are validated,
+`scale_grad_by_freq` divides by the count of the row itself, and every mode has sparse gradients.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pyembed import _core, grouping, threads
+from pyembed.arrays import F32, as_values
+from pyembed.bags import Bags, require_mode
+from pyembed.embedding import Layer
+from pyembed.errors import ArgumentError
+from pyembed.grouping import SparseGrad
+from pyembed.table import Table
+
+
+class EmbeddingBag(Layer):
+    """A lookup layer that reduces each bag of rows to one.
+
+    Parameters
+    ----------
+    num_embeddings, embedding_dim : int
+        Shape of the weight.
+    max_norm, norm_type, scale_grad_by_freq
+        As for `Embedding`.
+    mode : {"mean", "sum", "max"}
+        "mean" divides by the number of rows in the bag; an empty bag gives zeros. "max" keeps the
+        first of equal elements, and a NaN only if it comes first.
+    sparse : bool
+        `backward` gives a `SparseGrad`.
+    _weight : float32 array, optional
+        Rows to use, without a copy.
+    include_last_offset : bool
+        Offsets end with the number of ids.
+    padding_idx : int, optional
+        A row that is in no sum, mean, count or maximum, and takes no gradient.
+    table, seed, num_threads
+        As for `Embedding`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> b = EmbeddingBag(3, 2, mode="sum", _weight=np.array([[1, 2], [3, 4], [5, 6]], np.float32))
+    >>> b([0, 1, 2], offsets=[0, 2])
+    array([[4., 6.],
+           [5., 6.]], dtype=float32)
+    >>> b.backward([0, 1, 2], np.ones((2, 2), np.float32), offsets=[0, 2])
+    array([[1., 1.],
+           [1., 1.],
+           [1., 1.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        _weight: F32 | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        *,
+        _freeze: bool = False,
+        table: Table | None = None,
+        seed: int | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            _freeze,
+            table,
+            seed,
+            num_threads,
+        )
+        self.mode = require_mode(mode)
+        self.include_last_offset = include_last_offset
+        if self.mode == "max" and scale_grad_by_freq:
+            raise ArgumentError("mode='max' has no gradient to scale by frequency")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: F32 | str | os.PathLike[str] | Table,
+        freeze: bool = True,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        *,
+        num_threads: int | None = None,
+    ) -> EmbeddingBag:
+        """A layer over rows that exist, without a copy; see `Embedding.from_pretrained`."""
+        table = cls._pretrained_table(embeddings, freeze, num_threads)
+        return cls(
+            table.rows,
+            table.dim,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            None,
+            include_last_offset,
+            padding_idx,
+            _freeze=freeze,
+            table=table,
+        )
+
+    def bags(
+        self,
+        input: ArrayLike | Bags,
+        offsets: ArrayLike | None = None,
+        per_sample_weights: ArrayLike | None = None,
+    ) -> Bags:
+        """The batch, checked once: `__call__`, `backward` and ``optimizer.step`` take it as it is.
+
+        Raises
+        ------
+        ArgumentError, DTypeError
+        """
+        if isinstance(input, Bags):
+            if offsets is not None or per_sample_weights is not None:
+                raise ArgumentError("bags have their own offsets and weights")
+            return input
+        if per_sample_weights is not None and self.mode != "sum":
+            raise ArgumentError(f"per_sample_weights need mode='sum', not {self.mode!r}")
+        return Bags.from_input(input, offsets, per_sample_weights, self.include_last_offset)
+
+    def __call__(
+        self,
+        input: ArrayLike | Bags,
+        offsets: ArrayLike | None = None,
+        per_sample_weights: ArrayLike | None = None,
+    ) -> F32:
+        """Reduce each bag: a float32 array of shape (bags, embedding_dim).
+
+        Parameters
+        ----------
+        input, offsets, per_sample_weights
+            See `Bags.from_input`; or the result of `bags` alone.
+
+        Raises
+        ------
+        IdError, ArgumentError, DTypeError
+        """
+        bags = self.bags(input, offsets, per_sample_weights)
+        self._renorm(bags.ids)
+        return self._reduce(bags, None)
+
+    def _reduce(self, bags: Bags, which: NDArray[np.int64] | None) -> F32:
+        table = self.table
+        out = np.empty((len(bags), table.dim), np.float32)
+        workers = threads.for_work(bags.ids.size * table.dim, table.num_threads)
+        column = table.weight_column
+        _core.reduce_bags(
+            column, bags.ids, bags.starts, bags.weights, self.mode, self._skip, out, which, workers
+        )
+        return out
+
+    def backward(
+        self,
+        input: ArrayLike | Bags,
+        grad: ArrayLike,
+        offsets: ArrayLike | None = None,
+        per_sample_weights: ArrayLike | None = None,
+    ) -> F32 | SparseGrad:
+        """The gradient of the weight, given that of the reduced rows.
+
+        Parameters
+        ----------
+        grad : float32 array of shape (bags, embedding_dim)
+
+        Returns
+        -------
+        float32 array of shape (num_embeddings, embedding_dim), or with ``sparse=True`` a SparseGrad
+        """
+        bags = self.bags(input, offsets, per_sample_weights)
+        sparse = self.sparse_gradient(bags, grad)
+        return sparse if self.sparse else sparse.to_dense(self.table.rows)
+
+    def sparse_gradient(self, bags: Bags, grad: ArrayLike) -> SparseGrad:
+        """The gradient of the touched rows."""
+        values = self.check_gradient(bags, grad)
+        if self.mode == "max":
+            return self._max_gradient(bags, values)
+        table = self.table
+        groups = grouping.group(bags.ids, table.rows, table.num_threads)
+        sums = np.empty((groups.rows.size, table.dim), np.float32)
+        workers = threads.for_work(bags.ids.size * table.dim, table.num_threads)
+        coef, scale = self.coefficients(bags), self.scale_grad_by_freq
+        _core.sum_groups(*groups, values, sums, scale, workers, bags.bag_of, coef)
+        return self._without_padding(groups.rows, sums)
+
+    def check_gradient(self, bags: Bags, grad: ArrayLike) -> F32:
+        """The gradient as the kernels take it.
+
+        Raises
+        ------
+        ArgumentError, DTypeError
+        """
+        return as_values(grad, (len(bags), self.table.dim), "grad")
+
+    def coefficients(self, bags: Bags) -> F32 | None:
+        """What the gradient of a bag is multiplied with for each of its positions; None for 1."""
+        if self.mode == "sum":
+            return bags.weights
+        counted = np.ones(bags.ids.size, np.int64) if self._skip < 0 else bags.ids != self._skip
+        sizes = np.bincount(bags.bag_of, counted, len(bags)).astype(np.float32)
+        inverse: F32 = np.reciprocal(sizes.clip(1), dtype=np.float32)
+        return inverse[bags.bag_of]
+
+    def _max_gradient(self, bags: Bags, grad: F32) -> SparseGrad:
+        which = np.empty((len(bags), self.table.dim), np.int64)
+        self._reduce(bags, which)
+        won = np.flatnonzero(which >= 0)
+        groups = grouping.group(which.reshape(-1)[won], self.table.rows, self.table.num_threads)
+        values = np.zeros((groups.rows.size, self.table.dim), np.float32)
+        _core.sum_elements(groups.starts, won[groups.order], grad, values)
+        return SparseGrad(groups.rows, values)
+
+    def per_sample_weights_grad(
+        self, input: ArrayLike | Bags, grad: ArrayLike, offsets: ArrayLike | None = None
+    ) -> F32:
+        """The gradient of per_sample_weights: the product of each row with its bag's gradient.
+
+        Returns
+        -------
+        float32 array of shape (n,)
+            Zero at the padding row.
+        """
+        if self.mode != "sum":
+            raise ArgumentError(f"per_sample_weights need mode='sum', not {self.mode!r}")
+        bags = self.bags(input, offsets)
+        values = self.check_gradient(bags, grad)
+        out = np.empty(bags.ids.size, np.float32)
+        workers = threads.for_work(bags.ids.size * self.table.dim, self.table.num_threads)
+        ids = bags.ids.astype(np.int64, copy=False)
+        _core.bag_dots(self.table.weight_column, ids, bags.bag_of, values, self._skip, out, workers)
+        return out
+
+    def _settings(self) -> list[str]:
+        last = [] if self.padding_idx is None else [f"padding_idx={self.padding_idx}"]
+        return [*super()._settings(), f"mode={self.mode!r}", *last]

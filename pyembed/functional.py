@@ -1,0 +1,96 @@
+"""The layers as functions of any float32 array: plain, row-strided, or an np.memmap.
+
+Nothing is copied: `renorm_`, and a `max_norm`, change the rows of the array that is given.
+"""
+
+from __future__ import annotations
+
+from numpy.typing import ArrayLike
+
+from pyembed.arrays import F32
+from pyembed.embedding import Embedding
+from pyembed.embedding_bag import EmbeddingBag
+from pyembed.rows import Renormed
+from pyembed.table import Table
+
+
+def embedding(
+    input: ArrayLike,
+    weight: F32,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+) -> F32:
+    """Look rows up; see `pyembed.Embedding`.
+
+    Parameters
+    ----------
+    input : integers of any shape
+    weight : float32 array of shape (rows, dim)
+    padding_idx : int, optional
+        Checked, and of no other effect on a lookup.
+    max_norm, norm_type
+        Rows of the batch with a larger norm are scaled down to it first, in `weight`.
+
+    Returns
+    -------
+    float32 array of shape input.shape + (dim,)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> embedding([2, 0], np.eye(3, dtype=np.float32))
+    array([[0., 0., 1.],
+           [1., 0., 0.]], dtype=float32)
+    """
+    return Embedding.from_pretrained(
+        weight, padding_idx=padding_idx, max_norm=max_norm, norm_type=norm_type
+    )(input)
+
+
+def embedding_bag(
+    input: ArrayLike,
+    weight: F32,
+    offsets: ArrayLike | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    mode: str = "mean",
+    per_sample_weights: ArrayLike | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> F32:
+    """Reduce bags of rows; see `pyembed.EmbeddingBag`.
+
+    Returns
+    -------
+    float32 array of shape (bags, dim)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> embedding_bag([[0, 1]], np.array([[1, 2], [3, 6]], np.float32))
+    array([[2., 4.]], dtype=float32)
+    """
+    return EmbeddingBag.from_pretrained(
+        weight,
+        max_norm=max_norm,
+        norm_type=norm_type,
+        mode=mode,
+        include_last_offset=include_last_offset,
+        padding_idx=padding_idx,
+    )(input, offsets, per_sample_weights)
+
+
+def renorm_(weight: F32, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Renormed:
+    """Scale the rows that `ids` name down to a norm, in place; see `pyembed.Table.renorm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rows = np.array([[3, 4], [3, 4]], np.float32)
+    >>> renorm_(rows, [0], max_norm=1.0)
+    Renormed(scaled=1, with_nan=0)
+    >>> rows[1]
+    array([3., 4.], dtype=float32)
+    """
+    return Table.from_array(weight).renorm(ids, max_norm, norm_type)

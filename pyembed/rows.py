@@ -1,0 +1,262 @@
+"""Rows: what can be done with the rows that ids name, wherever they lie.
+
+It checks arguments, decides on threads, and announces a change before it makes one. It knows
+columns, and neither files nor optimizers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from numpy.typing import ArrayLike
+
+from pyembed import _core, grouping, store, threads
+from pyembed.arrays import F32, as_ids, as_output, as_values
+from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
+
+
+class Renormed(NamedTuple):
+    """What `Rows.renorm` did: rows that were scaled, and rows with a NaN, which it left alone."""
+
+    scaled: int
+    with_nan: int
+
+
+class Rows:
+    """float32 rows cut into columns. `Table` adds where they come from and how they are kept."""
+
+    path: Path | None = None
+
+    def __init__(self, array: F32, columns: Mapping[str, int], num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._turn = threading.RLock()  # step, commit, append and close take turns
+        self._attach(array, columns)
+
+    def _attach(self, array: F32, columns: Mapping[str, int]) -> None:
+        self._columns: dict[str, _core.Column] = {}
+        at = 0
+        for name, width in columns.items():
+            self._columns[name] = _core.Column(array[:, at : at + width])
+            at += width
+        self._weight: _core.Column | None = self._columns["weight"]
+
+    @property
+    def weight_column(self) -> _core.Column:
+        """The weight as the kernels take it."""
+        if self._weight is None:
+            raise ClosedError(f"the table {self.path or 'in memory'} was closed; open it again")
+        return self._weight
+
+    @property
+    def rows(self) -> int:
+        return self.weight_column.rows
+
+    @property
+    def dim(self) -> int:
+        return self.weight_column.dim
+
+    @property
+    def columns(self) -> dict[str, int]:
+        return {name: column.dim for name, column in self._columns.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.rows * sum(self.columns.values())
+
+    @property
+    def weight(self) -> F32:
+        return self.column("weight")
+
+    @property
+    def writable(self) -> bool:
+        """Whether rows may be changed."""
+        return self.weight_column.writable
+
+    def column(self, name: str) -> F32:
+        """A read-only view of one column, shape (rows, its width).
+
+        Raises
+        ------
+        ArgumentError
+            If there is none of this name.
+        """
+        _ = self.weight_column
+        if name not in self._columns:
+            raise ArgumentError(f"no column {name!r}; this table has {', '.join(self._columns)}")
+        view = self._columns[name].array.view()
+        view.flags.writeable = False
+        return view
+
+    def gather(self, ids: ArrayLike, out: F32 | None = None) -> F32:
+        """Copy the rows that `ids` name.
+
+        Parameters
+        ----------
+        ids : integers of any shape
+            int64 and int32 are used as they are. Must not change during the call.
+        out : float32 array of shape ids.shape + (dim,), optional
+            Where to put them.
+
+        Returns
+        -------
+        float32 array of shape ids.shape + (dim,)
+            `out`, or a fresh array.
+
+        Raises
+        ------
+        IdError
+            If an id is outside ``0 .. rows-1``; `out` is then untouched.
+        DTypeError, ArgumentError, ClosedError
+        """
+        weight = self.weight_column
+        ids = as_ids(ids)
+        if out is not None:
+            out = as_output(out, (*ids.shape, weight.dim))
+        return _core.gather(
+            weight, ids, out, threads.for_work(ids.size * weight.dim, self.num_threads)
+        )
+
+    def scatter_add(
+        self, ids: ArrayLike, values: ArrayLike, alpha: float = 1.0, deterministic: bool = False
+    ) -> None:
+        """Add ``alpha * values[i]`` to row ``ids[i]``, duplicates included.
+
+        Any number of threads may call this at once; each row is added to under a lock, so no
+        addition is lost. With duplicate ids the order of the additions may depend on threads,
+        and so may the last bits; `deterministic` sums them in the order of the batch instead.
+
+        Raises
+        ------
+        IdError, DTypeError, ArgumentError, ReadOnlyError
+            Before anything is written.
+        """
+        weight = self.weight_column
+        ids = as_ids(ids)
+        values = as_values(values, (*ids.shape, weight.dim), "values")
+        workers = threads.for_work(values.size, self.num_threads)
+        if deterministic:
+            groups = grouping.group(ids, weight.rows, self.num_threads)
+            with self.changing() as (column,):
+                _core.add_groups(column, *groups, values, alpha, -1, False, workers)
+            return
+        if ids.size:  # the check comes before the manifest is touched
+            _core.check_ids(ids, weight.rows, workers)
+        (column,) = self._begin_change(())
+        _core.scatter_add(column, ids, values, alpha, workers)
+
+    def renorm(self, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Renormed:
+        """Scale the rows that `ids` name, each once, down to a p-norm of at most `max_norm`.
+
+        A row with a larger norm n is multiplied by ``max_norm / (n + 1e-7)``, torch's rule. The
+        norm is summed in double, so that it does not overflow; rows with a NaN stay as they are.
+
+        Parameters
+        ----------
+        ids : integers of any shape
+        max_norm : float
+            0 or more; inf changes nothing.
+        norm_type : float
+            p: 0 counts what is not zero, inf takes the largest.
+
+        Raises
+        ------
+        IdError, DTypeError, ArgumentError, ReadOnlyError
+            Before anything is written.
+
+        Examples
+        --------
+        >>> import numpy as np, pyembed
+        >>> t = pyembed.Table.from_array(np.array([[3, 4], [0, 1]], np.float32))
+        >>> t.renorm([0, 1, 0], max_norm=1.0)
+        Renormed(scaled=1, with_nan=0)
+        >>> t.gather(0)
+        array([0.6, 0.8], dtype=float32)
+        """
+        for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
+            if not value >= 0:
+                raise ArgumentError(f"{name} = {value}; allowed: 0 or more, inf included")
+        weight = self.weight_column
+        unique = grouping.group(ids, weight.rows, self.num_threads).rows
+        workers = threads.for_work(unique.size * weight.dim, self.num_threads)
+        with self.changing() as (column,):
+            return Renormed(*_core.renorm(column, unique, max_norm, norm_type, workers))
+
+    @contextmanager
+    def writing(self, ids: ArrayLike) -> Iterator[F32]:
+        """A writable view of the weight, for as long as the block lasts, to set rows by hand.
+
+        `ids` are the rows that the block may change; it yields an array of shape (rows, dim).
+
+        Examples
+        --------
+        >>> import pyembed
+        >>> t = pyembed.Table.memory(rows=3, dim=2)
+        >>> with t.writing([2]) as weight:
+        ...     weight[2] = 5
+        >>> t.gather(2)
+        array([5., 5.], dtype=float32)
+        """
+        ids = as_ids(ids)
+        _core.check_ids(ids, self.rows, self.num_threads)
+        with self.changing() as (column,):
+            view = column.array.view()
+            try:
+                yield view
+            finally:
+                view.flags.writeable = False
+
+    @contextmanager
+    def changing(self, state: tuple[str, ...] = ()) -> Iterator[tuple[_core.Column, ...]]:
+        """The weight and state columns, to be changed by a kernel, while nobody else may.
+
+        Raises
+        ------
+        ReadOnlyError
+        ArgumentError
+            If a table on disk has no such column.
+        """
+        with self._turn:
+            yield self._begin_change(state)
+
+    def _begin_change(self, state: tuple[str, ...]) -> tuple[_core.Column, ...]:
+        weight = self.weight_column
+        self._announce_change()
+        if not state:
+            return (weight,)
+        self.ensure_columns(state)
+        return (weight, *(self._columns[name] for name in state))
+
+    def ensure_columns(self, names: tuple[str, ...]) -> None:
+        """State columns as wide as the weight: a table in memory adds those that are missing.
+
+        Raises
+        ------
+        ArgumentError
+            If a table on disk lacks one, or one has another width.
+        """
+        weight = self.weight_column
+        for name in names:
+            if name not in self._columns:
+                if not self._may_add_columns():
+                    raise ArgumentError(
+                        f"{self.path} has no column {name!r}, only {', '.join(self._columns)}; "
+                        "name the optimizer when the table is made: "
+                        f"Table.create(path, {weight.rows}, {weight.dim}, optimizer=...)"
+                    )
+                self._columns[name] = _core.Column(store.anonymous(weight.rows, weight.dim))
+            if self._columns[name].dim != weight.dim:
+                width = self._columns[name].dim
+                raise ArgumentError(f"column {name!r} has width {width}; expected {weight.dim}")
+
+    def _announce_change(self) -> None:
+        """Called before rows change. A table on disk says so in its manifest."""
+        if not self.weight_column.writable:
+            raise ReadOnlyError("the array under this table is read-only; give a writable one")
+
+    def _may_add_columns(self) -> bool:
+        """Whether a state column that is missing can be put beside the others."""
+        return True
