@@ -48,10 +48,13 @@ class Layer:
         sparse: bool,
         _weight: F32 | None,
         _freeze: bool,
+        device: object,
+        dtype: object,
         table: Table | None,
         seed: int | None,
         num_threads: int | None,
     ) -> None:
+        _require_cpu_float32(device, dtype)
         rows = require_count(num_embeddings, "num_embeddings", 0, MAX_ROWS)
         dim = require_count(embedding_dim, "embedding_dim", 1, MAX_DIM)
         self.padding_idx = _wrapped(padding_idx, rows)
@@ -180,6 +183,8 @@ class Embedding(Layer):
         Rows to use, without a copy; they are not initialised.
     _freeze : bool
         Optimizers refuse the layer.
+    device, dtype
+        "cpu" and float32, or None.
     table : Table, optional
         Rows to use, in memory or on disk; they are not initialised.
     seed : int, optional
@@ -209,6 +214,8 @@ class Embedding(Layer):
         sparse: bool = False,
         _weight: F32 | None = None,
         _freeze: bool = False,
+        device: object = None,
+        dtype: object = None,
         *,
         table: Table | None = None,
         seed: int | None = None,
@@ -224,6 +231,8 @@ class Embedding(Layer):
             sparse,
             _weight,
             _freeze,
+            device,
+            dtype,
             table,
             seed,
             num_threads,
@@ -313,6 +322,15 @@ class Embedding(Layer):
     def _settings(self) -> list[str]:
         first = [] if self.padding_idx is None else [f"padding_idx={self.padding_idx}"]
         return [*first, *super()._settings(), *(["sparse=True"] if self.sparse else [])]
+
+
+def _require_cpu_float32(device: object, dtype: object) -> None:
+    """What torch's arguments may say: numpy's and torch's float32 both end in that word."""
+    if device is not None and str(device) != "cpu":
+        raise ArgumentError(f"device = {device}; allowed: 'cpu', or None")
+    name = getattr(dtype, "__name__", str(dtype)).split(".")[-1]
+    if dtype is not None and name not in ("float32", "<f4"):
+        raise ArgumentError(f"dtype = {dtype}; allowed: float32, or None")
 
 
 def _norm(name: str, value: float) -> float:

@@ -40,7 +40,7 @@ class EmbeddingBag(Layer):
         Offsets end with the number of ids.
     padding_idx : int, optional
         A row that is in no sum, mean, count or maximum, and takes no gradient.
-    table, seed, num_threads
+    device, dtype, table, seed, num_threads
         As for `Embedding`.
 
     Examples
@@ -68,6 +68,8 @@ class EmbeddingBag(Layer):
         _weight: F32 | None = None,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
+        device: object = None,
+        dtype: object = None,
         *,
         _freeze: bool = False,
         table: Table | None = None,
@@ -84,6 +86,8 @@ class EmbeddingBag(Layer):
             sparse,
             _weight,
             _freeze,
+            device,
+            dtype,
             table,
             seed,
             num_threads,

@@ -46,8 +46,14 @@ def fresh_rows(
     """Chunks of new rows: the weight from `init`, every other column zero. The buffer is reused."""
     stride = sum(columns.values())
     step = max(1, CHUNK_FLOATS // stride)
-    buffer = np.zeros((min(step, count), stride), np.float32)
+    dim = columns["weight"]
+    init = init.for_shape(first + count, dim)
+    buffer = np.zeros((count if init.whole else min(step, count), stride), np.float32)
+    if init.whole:
+        init.fill(buffer[:, :dim], seed, first, workers)
+        yield buffer
+        return
     for row in range(first, first + count, step):
         chunk = buffer[: min(step, first + count - row)]
-        init.fill(chunk[:, : columns["weight"]], seed, row, workers)
+        init.fill(chunk[:, :dim], seed, row, workers)
         yield chunk

@@ -173,7 +173,8 @@ class Table(Rows):
         widths, workers = row_columns(dim, optimizer, columns), threads.resolve(num_threads)
         array = store.anonymous(rows, sum(widths.values()))
         if init is not None:
-            init.fill(array[:, : widths["weight"]], seed, 0, workers)
+            recipe = init.for_shape(rows, widths["weight"])
+            recipe.fill(array[:, : widths["weight"]], seed, 0, workers)
         return cls(None, array, widths, workers)
 
     @classmethod
@@ -270,7 +271,8 @@ class Table(Rows):
             grown = store.anonymous(rows + n, sum(widths.values()))
             old = [column.array for column in self._columns.values()]
             np.concatenate(old, axis=1, out=grown[:rows])
-            init.fill(grown[rows:, : self.dim], seed, rows, self.num_threads)
+            recipe = init.for_shape(rows + n, self.dim)
+            recipe.fill(grown[rows:, : self.dim], seed, rows, self.num_threads)
             self._attach(grown, widths)
 
     # --- the end ------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,3 +124,92 @@ def test_parse_refuses(text: str) -> None:
     """Anything else names what is allowed or what is no number."""
     with pytest.raises(ArgumentError, match="initialiser"):
         init.parse(text)
+
+
+def test_trunc_normal() -> None:
+    """The cut normal has its distribution, stays inside, and leaves no pile at the bounds."""
+    for mean, std, a, b in [(0.0, 1.0, -2.0, 2.0), (1.0, 2.0, 2.0, 3.0), (0.0, 1.0, -9.0, 0.5)]:
+        recipe = init.trunc_normal(mean, std, a, b)
+        values = np.sort(Table.memory(2000, 100, init=recipe, seed=3).weight.ravel())
+        assert a <= values[0] <= values[-1] <= b
+        assert (values == a).sum() + (values == b).sum() < 3
+        phi = np.array([math.erfc(-(x - mean) / std / math.sqrt(2)) / 2 for x in values])
+        low, high = (math.erfc(-(x - mean) / std / math.sqrt(2)) / 2 for x in (a, b))
+        assert kolmogorov_smirnov(values, (phi - low) / (high - low)) < 2.2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "arguments"),
+    [
+        (init.xavier_uniform(2.0), "xavier_uniform_", {"gain": 2.0}),
+        (init.xavier_normal(0.5), "xavier_normal_", {"gain": 0.5}),
+        (init.kaiming_uniform(0.1), "kaiming_uniform_", {"a": 0.1}),
+        (init.kaiming_uniform(mode="fan_out"), "kaiming_uniform_", {"mode": "fan_out"}),
+        (init.kaiming_normal(nonlinearity="relu"), "kaiming_normal_", {"nonlinearity": "relu"}),
+        (init.trunc_normal(0.2, 0.5, -0.1, 1.0), "trunc_normal_", (0.2, 0.5, -0.1, 1.0)),
+    ],
+)
+def test_scales_are_torchs(recipe: init.Initializer, name: str, arguments: object) -> None:
+    """Fans, gains and modes are torch's: equal deviation and range (200,000 values each)."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    twin = torch.empty(2000, 100)
+    how = getattr(torch.nn.init, name)
+    how(twin, **arguments) if isinstance(arguments, dict) else how(twin, *arguments)  # type: ignore[misc]
+    ours, theirs = Table.memory(2000, 100, init=recipe).weight, twin.numpy()
+    assert abs(ours.std() / theirs.std() - 1) < 0.01
+    assert abs(ours.mean() - theirs.mean()) < 0.01 * theirs.std() + 1e-4
+    if "uniform" in name:
+        assert abs(ours.max() / theirs.max() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (9, 9)])
+def test_orthogonal(shape: tuple[int, int]) -> None:
+    """The shorter side is orthonormal, times gain."""
+    w = Table.memory(*shape, init=init.orthogonal(2.0)).weight.astype(float)
+    square = w.T @ w if shape[0] >= shape[1] else w @ w.T
+    np.testing.assert_allclose(square, 4 * np.eye(min(shape)), atol=1e-5)
+
+
+def test_sparse() -> None:
+    """Each column has exactly ceil(sparsity * rows) zeros."""
+    w = Table.memory(101, 7, init=init.sparse(0.25, std=3.0)).weight
+    assert ((w == 0).sum(axis=0) == 26).all()
+    assert 2.5 < w[w != 0].std() < 3.5
+
+
+def test_ones_and_eye() -> None:
+    """ones fills with one; eye is the identity, in pieces too."""
+    assert (Table.memory(3, 2, init=init.ones()).weight == 1).all()
+    assert np.array_equal(Table.memory(5, 3, init=init.eye()).weight, np.eye(5, 3))
+    part = np.full((2, 3), 9, np.float32)
+    init.eye().fill(part, first_row=1)
+    assert part.tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+def test_recipes_on_disk(tmp_path: Path) -> None:
+    """Recipes that know the shape, or need all rows at once, make the same table on disk."""
+    for recipe in (init.xavier_normal(), init.orthogonal(), init.sparse(0.5), init.trunc_normal()):
+        with Table.create(tmp_path / "t", 300, 20, "adagrad", init=recipe, seed=2) as t:
+            assert np.array_equal(t.weight, Table.memory(300, 20, init=recipe, seed=2).weight)
+        shutil.rmtree(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("name", "param", "gain"),
+    [
+        ("linear", None, 1.0),
+        ("sigmoid", None, 1.0),
+        ("tanh", None, 5 / 3),
+        ("relu", None, math.sqrt(2)),
+        ("leaky_relu", None, 1.4141428569978354),
+        ("leaky_relu", 0.0, math.sqrt(2)),
+        ("leaky_relu", 10.0, math.sqrt(2 / 101)),
+        ("selu", None, 0.75),
+    ],
+)
+def test_gains(name: str, param: float | None, gain: float) -> None:
+    """The recommended gains are torch's; an unknown nonlinearity is refused."""
+    assert init.calculate_gain(name, param) == pytest.approx(gain, rel=1e-15)
+    with pytest.raises(ArgumentError, match="nonlinearity = 'gelu'"):
+        init.calculate_gain("gelu")
