@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench import harness
 
-NAMES = ("gather", "update", "build")
+NAMES = ("gather", "update", "layers", "build")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -68,6 +68,24 @@ void limit_gather(float *out_nd, const float *table, int64_t stride, const int64
     }
 }
 
+/* Store constants, whole lines, plain or past the caches; n is a multiple of LINE, out_n aligned. */
+void limit_fill(float *out_n, int64_t n, int threads, int stream, int64_t loops) {
+    const lane16 ones = (lane16){0} + 1.0f;
+    for (int64_t pass = 0; pass < loops; pass++) {
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < n; i += LINE) {
+                if (stream) stream_row(out_n + i, (const float *)&ones, LINE);
+                else *(lane16 *)(out_n + i) = ones;
+            }
+#ifdef __SSE2__
+            if (stream) _mm_sfence();
+#endif
+        }
+    }
+}
+
 /* First unique row whose gradient rows start at or after position p. */
 static int64_t first_row(const int64_t *starts_u, int64_t u, int64_t p) {
     int64_t low = 0, high = u;

@@ -47,6 +47,7 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(target)
     p, i = c_void_p, c_int64
     library.limit_gather.argtypes = [p, p, i, p, i, i, i, c_int, i, c_int, i]
+    library.limit_fill.argtypes = [p, i, c_int, c_int, i]
     library.limit_update.argtypes = [p, i, i, p, p, p, p, i, i, i, p, c_int, i, *[c_float] * 2, i]
     return library
 
@@ -84,6 +85,16 @@ def gather(out: Array, weight: Array, batches: Sequence[Array]) -> Contender:
         partial(library.limit_gather, *case, *v) for v in product(teams, PREFETCH_ROWS, streams)
     ]
     return Contender("limit", inputs=batches, run=_fastest(variants))
+
+
+def fill(array: Array) -> Contender:
+    """A contender that stores 1.0 into every float of ``array``, from ``aligned``."""
+    library = _library()
+    if isinstance(library, str):
+        return Contender("limit", absent=library)
+    case = (array.ctypes.data, array.size, THREADS)
+    variants = [partial(library.limit_fill, *case, stream) for stream in (0, 1)]
+    return Contender("limit", inputs=(array,), run=_fastest(variants))
 
 
 def update(weight: Array, columns: int, batches: Sequence[Array], grad: Array) -> Contender:

@@ -15,6 +15,7 @@ import numpy as np
 from bench.harness import THREADS, Array, Contender, progress
 
 LR = 0.01
+POOLING = {"FBGEMM bag": "SUM", "FBGEMM nobag": "NONE"}  # two ways to look one row up an id
 
 
 @cache
@@ -53,11 +54,11 @@ def why_no_fbgemm() -> str:
     return module if isinstance(module, str) else ""
 
 
-def table(weight: Array, optimizer: str, bag: bool) -> Any:
+def table(weight: Array, optimizer: str, pooling: str) -> Any:
     """An FBGEMM CPU table that trains ``weight`` in place; call only where FBGEMM is there.
 
-    ``optimizer`` names a member of FBGEMM's ``EmbOptimType``. int64 ids and fp32 throughout; ids
-    are not bounds-checked, which favours FBGEMM.
+    ``optimizer`` and ``pooling`` name members of FBGEMM's ``EmbOptimType`` and ``PoolingMode``.
+    int64 ids and fp32 throughout; ids are not bounds-checked, which favours FBGEMM.
     """
     module = _fbgemm()
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -71,7 +72,7 @@ def table(weight: Array, optimizer: str, bag: bool) -> Any:
     return module.SplitTableBatchedEmbeddingBagsCodegen(
         [(rows, dim, EmbeddingLocation.HOST, module.ComputeDevice.CPU)],
         optimizer=getattr(EmbOptimType, optimizer),
-        pooling_mode=PoolingMode.SUM if bag else PoolingMode.NONE,
+        pooling_mode=getattr(PoolingMode, pooling),
         learning_rate=LR,
         eps=1e-8,
         bounds_check_mode=BoundsCheckMode.NONE,
@@ -107,11 +108,11 @@ def gathers(weight: Array, out: Array, batches: list[Array]) -> list[Contender]:
         found.append(Contender(select, lambda ids: t.index_select(w, 0, ids, out=o), tensors))
         found.append(Contender(lookup, partial(t.nn.functional.embedding, weight=w), tensors))
     reason = why_no_fbgemm()
-    for name, bag in (("FBGEMM bag", True), ("FBGEMM nobag", False)):
+    for name, pooling in POOLING.items():
         if reason:
             found.append(Contender(name, absent=reason))
             continue
         inputs = fbgemm_inputs(batches)
-        module = table(weight, "EXACT_SGD", bag)
+        module = table(weight, "EXACT_SGD", pooling)
         found.append(Contender(name, partial(_unpack, module), inputs))
     return found

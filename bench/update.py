@@ -144,7 +144,7 @@ class Fbgemm:
     def __init__(self, name: str, optimizer: str, weight: Array) -> None:
         self.name = name
         self.rule = {"Adagrad": "row-wise Adagrad"}.get(optimizer, optimizer)
-        self.table = peers.table(weight, FBGEMM[optimizer], bag=name == "FBGEMM bag")
+        self.table = peers.table(weight, FBGEMM[optimizer], peers.POOLING[name])
 
     def use(self, batches: list[Array], grad: Array) -> tuple[Sequence[Any], Sequence[Any]]:
         self.grad, inputs = peers.tensor(grad), peers.fbgemm_inputs(batches)
@@ -177,8 +177,8 @@ def _oracle(rule: str, parts: list[Array], g: Array, t: int) -> Array:
     return np.subtract(w, peers.LR * change)
 
 
-def _check_step(trainer: Any, call: Callable[[Any], None], x: Any, ids: Array, grad: Array) -> None:
-    """Take one step and compare it with the oracle."""
+def check_step(trainer: Any, call: Callable[[Any], None], x: Any, ids: Array, grad: Array) -> None:
+    """Take one step and compare it with the oracle; ``grad`` holds a row for every id."""
     rng = np.random.default_rng(2)
     unique, counts = np.unique(ids, return_counts=True)
     hot = unique[np.argsort(counts)[-64:]]
@@ -234,10 +234,10 @@ def _case(
             alone += [t] if t.name != "torch" else []
             continue
         trained, applied = t.use(batches, grad)
-        _check_step(t, t.train, trained[0], ids, grad)
+        check_step(t, t.train, trained[0], ids, grad)
         both.append(Contender(t.name, t.train, trained))
         if applied:
-            _check_step(t, t.apply, applied[0], ids, grad)
+            check_step(t, t.apply, applied[0], ids, grad)
             alone.append(Contender(t.name, t.apply, applied))
     both.insert(1, Contender("pyembed out=", ours.train_out, batches))
     alone.insert(1, _grouping(batches))

@@ -17,13 +17,14 @@ except ImportError as error:
         "in a clone of the repository: make build; else: pip install pyembed-tables"
     ) from error
 
-from pyembed import errors, functional, grouping, init, optim
+from pyembed import build, errors, functional, grouping, init, optim
 from pyembed.config import show_config
 from pyembed.embedding import Embedding
 from pyembed.embedding_bag import EmbeddingBag
 from pyembed.errors import PyembedError
 from pyembed.grouping import SparseGrad
 from pyembed.table import Table
+from pyembed.vocab import Vocab
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,8 @@ __all__ = [
     "PyembedError",
     "SparseGrad",
     "Table",
+    "Vocab",
+    "build",
     "errors",
     "functional",
     "grouping",

@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RULES: Final[dict[str, tuple[int, tuple[str, ...]]]]
+STREAM_FLOATS: Final[int]
 BAG_MODES: Final[dict[str, int]]
 
 _F32 = NDArray[np.float32]

@@ -43,6 +43,7 @@ cdef extern from "_kernels/kernels.h" nogil:
         void (*copy_row)(float *dst_d, const float *src_d, int64_t d) noexcept nogil
         void (*stream_row)(float *dst_d, const float *src_d, int64_t d) noexcept nogil
         void (*add_row)(float *acc_d, const float *src_d, int64_t d) noexcept nogil
+        void (*add4_row)(float *acc_d, const float *const *src_4d, int64_t d) noexcept nogil
         void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d) noexcept nogil
         void (*scale_row)(float *dst_d, float alpha, int64_t d) noexcept nogil
         void (*divide_row)(float *dst_d, float by, int64_t d) noexcept nogil
@@ -238,10 +239,10 @@ cdef int _check_ids(cnp.ndarray ids, bint wide, int64_t rows, int threads) excep
     for extent in reversed((<object>ids).shape):
         index.append(found % extent)
         found //= extent
-    where = ", ".join(str(i) for i in reversed(index))
+    where = f"ids[{', '.join(str(i) for i in reversed(index))}]" if index else "ids"
     value = (<object>ids).reshape(-1)[bad]
     allowed = f"0..{rows - 1}" if rows else "an empty table"
-    raise IdError(f"ids[{where}] = {value} is outside {allowed}")
+    raise IdError(f"{where} = {value} is outside {allowed}")
 
 
 def check_ids(cnp.ndarray ids not None, int64_t rows, int threads):

@@ -120,6 +120,31 @@ cdef cnp.ndarray _int64s(int64_t n):
     return cnp.PyArray_EMPTY(1, &shape, cnp.NPY_INT64, 0)
 
 
+# One scratch buffer is kept between calls: given back to the system it costs a page fault for every 4 KiB of the next
+# batch, 0.8 ms instead of 0.12 ms for 65536 ids. Taken and given back under the GIL.
+cdef void *spare = NULL
+cdef size_t spare_size = 0
+cdef size_t MAX_SPARE = 32 << 20
+
+
+cdef void *_take(size_t size) noexcept:
+    global spare, spare_size
+    cdef void *taken = spare
+    if spare_size < size:
+        return malloc(size)
+    spare, spare_size = NULL, 0
+    return taken
+
+
+cdef void _give_back(void *buffer, size_t size) noexcept:
+    global spare, spare_size
+    if spare_size >= size or size > MAX_SPARE:
+        free(buffer)
+        return
+    free(spare)
+    spare, spare_size = buffer, size
+
+
 cdef inline int _bits(int64_t below) noexcept nogil:
     """Bits that hold every integer 0 .. below - 1."""
     cdef int bits = 0
@@ -137,8 +162,9 @@ def group(cnp.ndarray ids not None, int64_t rows, int threads):
     _check_ids(ids, wide, rows, threads)
     if row_bits + position_bits > 64:
         raise ValueError(f"{n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
-    cdef uint64_t *keys = <uint64_t *>malloc((2 * n + 1) * sizeof(uint64_t))
-    cdef int64_t *counts = <int64_t *>malloc((1 << DIGIT_BITS) * threads * sizeof(int64_t))
+    cdef size_t keys_size = (2 * n + 1) * sizeof(uint64_t)
+    cdef uint64_t *keys = <uint64_t *>_take(keys_size)
+    cdef int64_t *counts = <int64_t *>malloc(<size_t>(1 << DIGIT_BITS) * threads * sizeof(int64_t))
     cdef uint64_t *sorted_keys
     cdef int64_t *rows_u
     cdef int64_t *starts_u1
@@ -166,7 +192,7 @@ def group(cnp.ndarray ids not None, int64_t rows, int threads):
         if u and rows_u[u - 1] >= rows:           # another thread changed the ids after they were checked
             raise RuntimeError("the ids changed while they were grouped")
     finally:
-        free(keys)
+        _give_back(keys, keys_size)
         free(counts)
     return rows_array, starts_array, order_array
 

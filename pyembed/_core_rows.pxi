@@ -3,7 +3,8 @@
 # An output that does not fit into the caches is stored past them: 300 floats x 65536 in 3.3 ms instead of 3.7, x 1 M in
 # 49 ms instead of 60. A smaller one stays in the cache for whoever reads it next, and is made faster: 64 x 65536 in 0.65 ms
 # instead of 0.89. Both are equal at about 64 MB (2 cores of an EPYC 9005, 32 MiB L3).
-cdef int64_t STREAM_FLOATS = (48 << 20) // 4
+STREAM_FLOATS = (48 << 20) // 4                  # for tests
+cdef int64_t stream_floats = STREAM_FLOATS
 
 # Floats per span without a look at pending signals: about 50 ms at 5 GB/s.
 cdef int64_t SPAN_FLOATS = 1 << 26
@@ -62,7 +63,7 @@ def gather(Column column not None, cnp.ndarray ids not None, cnp.ndarray out, in
         out = cnp.PyArray_EMPTY(ndim + 1, shape, cnp.NPY_FLOAT32, 0)
     cdef float *out_nd = _floats_out(out, n * d, column)
     cdef const void *ids_n = cnp.PyArray_DATA(ids)
-    cdef bint stream = n * d >= STREAM_FLOATS
+    cdef bint stream = n * d >= stream_floats
     if n * d == 0:
         return out
     if threads == 1 and n <= span:

@@ -33,8 +33,15 @@ def as_ids(ids: ArrayLike) -> IdArray:
         If an unsigned id is beyond int64.
     """
     if type(ids) is np.ndarray and (ids.dtype is INT64 or ids.dtype is INT32):
-        return ids if ids.flags.c_contiguous else np.asarray(ids, order="C")
-    array = np.asarray(ids)
+        flags = ids.flags
+        return ids if flags.c_contiguous and flags.aligned else np.array(ids, order="C")
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        raise DTypeError(
+            "ids are lists of several lengths; allowed: a rectangular array; join them and use "
+            "EmbeddingBag with offsets, or pad them and give padding_idx"
+        ) from None
     if array.dtype.kind not in "iu":
         if array.size or isinstance(ids, np.ndarray):
             raise DTypeError(
@@ -45,8 +52,14 @@ def as_ids(ids: ArrayLike) -> IdArray:
         where = tuple(int(i) for i in np.argwhere(array > np.iinfo(np.int64).max)[0])
         raise IdError(f"ids[{', '.join(map(str, where))}] = {array[where]} is beyond any table")
     if array.dtype == INT32:
-        return np.asarray(array, dtype=np.int32, order="C")
-    return np.asarray(array, dtype=np.int64, order="C")
+        return _plain(array, INT32)
+    return _plain(array, INT64)
+
+
+def _plain(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """C-contiguous and aligned, of this dtype; a copy only if it is not."""
+    array = np.asarray(array, dtype=dtype, order="C")
+    return array if array.flags.aligned else array.copy()
 
 
 def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
@@ -66,7 +79,7 @@ def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
         )
     if array.shape != shape:
         raise ArgumentError(f"{name} has shape {array.shape}; expected {shape}: ids.shape + (dim,)")
-    return np.asarray(array, dtype=np.float32, order="C")
+    return _plain(array, FLOAT32)
 
 
 def as_output(out: Any, shape: tuple[int, ...]) -> F32:
@@ -80,10 +93,21 @@ def as_output(out: Any, shape: tuple[int, ...]) -> F32:
     require_float32(out, "out")
     if out.shape != shape:
         raise ArgumentError(f"out has shape {out.shape}; expected {shape}: ids.shape + (dim,)")
-    if not out.flags.c_contiguous or not out.flags.writeable:
-        raise ArgumentError("out must be C-contiguous and writable")
+    if not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):
+        raise ArgumentError("out must be C-contiguous, aligned and writable")
     checked: F32 = out
     return checked
+
+
+def require_apart(values: F32, rows: F32, name: str) -> None:
+    """Refuse values that are the rows they are to change: they would change under the loop.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if np.may_share_memory(values, rows):
+        raise ArgumentError(f"{name} shares memory with the table; use {name}.copy()")
 
 
 def require_float32(array: Any, name: str) -> None:

@@ -139,5 +139,7 @@ def require_bags(batch: object) -> Bags:
     DTypeError
     """
     if not isinstance(batch, Bags):
-        raise DTypeError(f"{type(batch).__name__}; allowed: Bags, as EmbeddingBag.bags makes them")
+        raise DTypeError(
+            f"{type(batch).__name__}; allowed: Bags; use step(layer.bags(input, offsets), grad)"
+        )
     return batch

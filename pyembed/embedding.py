@@ -65,6 +65,10 @@ class Layer:
         self.frozen = _freeze
         if table is not None and _weight is not None:
             raise ArgumentError("both table and _weight are given; give one")
+        if seed is not None and (table is not None or _weight is not None):
+            raise ArgumentError(
+                "seed is for a fresh weight; the rows that are given stay as they are"
+            )
         if _weight is not None:
             self.table = Table.from_array(_weight, num_threads=num_threads)
         else:

@@ -144,6 +144,8 @@ class EmbeddingBag(Layer):
         if isinstance(input, Bags):
             if offsets is not None or per_sample_weights is not None:
                 raise ArgumentError("bags have their own offsets and weights")
+            if input.weights is not None and self.mode != "sum":
+                raise ArgumentError(f"per_sample_weights need mode='sum', not {self.mode!r}")
             return input
         if per_sample_weights is not None and self.mode != "sum":
             raise ArgumentError(f"per_sample_weights need mode='sum', not {self.mode!r}")

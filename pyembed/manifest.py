@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyembed import _core
@@ -88,14 +88,18 @@ def encode(manifest: Manifest) -> bytes:
     ArgumentError
         If the user's meta is no JSON or too large.
     """
-    body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    body = {"format": FORMAT, "version": VERSION, **vars(manifest)}
     try:
+        if type(manifest.meta) is not dict:
+            raise ValueError(f"it is a {type(manifest.meta).__name__}")
         body["crc32c"] = _checksum(body)
         text = json.dumps(body, indent=2, allow_nan=False).encode() + b"\n"
         if json.loads(text)["meta"] != manifest.meta:
             raise ValueError("keys must be strings, and tuples would come back as lists")
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"meta cannot be stored: {error}; allowed: plain JSON") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError(
+            f"meta cannot be stored: {error}; allowed: a dict of plain JSON"
+        ) from None
     if len(text) > MAX_BYTES:
         raise ArgumentError(
             f"meta makes a manifest of {len(text)} bytes; allowed: {MAX_BYTES}; "
@@ -113,8 +117,8 @@ def decode(text: bytes, source: str) -> Manifest:
         Naming `source` and what is wrong.
     """
     try:
-        body = json.loads(text)
-    except ValueError as error:
+        body = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{source}: not JSON ({error}); restore it from a copy") from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise FormatError(f"{source}: not a pyembed table")
@@ -132,6 +136,10 @@ def decode(text: bytes, source: str) -> Manifest:
     except (TypeError, ArgumentError) as error:
         raise FormatError(f"{source}: {error}") from None
     return manifest
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _validate(m: Manifest) -> None:

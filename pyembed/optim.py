@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyembed import _core, grouping, threads
-from pyembed.arrays import F32, as_ids, as_values, require_finite
+from pyembed.arrays import F32, as_ids, as_values, require_apart, require_count, require_finite
 from pyembed.bags import Bags, require_bags
 from pyembed.embedding import Layer
 from pyembed.embedding_bag import EmbeddingBag
@@ -59,11 +59,19 @@ class Optimizer:
         if nonfinite not in ("raise", "allow"):
             raise ArgumentError(f"nonfinite = {nonfinite!r}; allowed: 'raise', 'allow'")
         self.nonfinite = nonfinite
-        self.steps = 0
+        self._steps = 0
         self.lr = lr
         self._refuse_frozen()
         self._state: tuple[str, ...] = _core.RULES[self.rule][1]
         self.table.ensure_columns(self._state)
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._steps = require_count(value, "steps", 0, 2**62)
 
     @property
     def lr(self) -> float:
@@ -97,9 +105,12 @@ class Optimizer:
         )
         if self.nonfinite == "raise":
             require_finite(batch.values, "grad", workers)
+            if batch.coef is not None:
+                require_finite(batch.coef, "per_sample_weights", workers)
         skip = -1 if layer is None or layer.padding_idx is None else layer.padding_idx
+        require_apart(batch.values, table.weight_column.array, "grad")
+        hyper = self._hyper(self.steps + 1)
         with table.changing(self._state) as columns:
-            self.steps += 1
             _core.update(
                 columns,
                 batch.rows,
@@ -107,13 +118,14 @@ class Optimizer:
                 batch.order,
                 batch.values,
                 self.rule,
-                self._hyper(),
+                hyper,
                 skip,
                 scale,
                 workers,
                 batch.bag_of,
                 batch.coef,
             )
+            self.steps += 1
 
     def _batch(self, ids: ArrayLike | Bags | SparseGrad, grad: ArrayLike | None) -> _Batch:
         """What the caller gave, checked and grouped."""
@@ -138,7 +150,7 @@ class Optimizer:
         return _Batch(*grouping.group(ids, table.rows, table.num_threads), values)
 
     def _sparse_batch(self, sparse: SparseGrad) -> _Batch:
-        rows = as_ids(sparse.ids)
+        rows = as_ids(sparse.ids).astype(np.int64, copy=False)
         values = as_values(sparse.values, (*rows.shape, self.table.dim), "values")
         if rows.ndim != 1 or (rows.size > 1 and (np.diff(rows) <= 0).any()):
             raise ArgumentError("a SparseGrad has unique ascending ids; use step(ids, grad)")
@@ -149,7 +161,7 @@ class Optimizer:
         if self._layer is not None and self._layer.frozen:
             raise ArgumentError("the layer is frozen; use from_pretrained(..., freeze=False)")
 
-    def _hyper(self) -> tuple[float, float, float, float]:
+    def _hyper(self, step: int) -> tuple[float, float, float, float]:
         """(lr, eps, 1 - beta1, 1 - beta2) of this step, see `pe_hyper` in _kernels/kernels.h."""
         return self.lr, 0.0, 0.0, 0.0
 
@@ -221,7 +233,7 @@ class Adagrad(Optimizer):
         super().__init__(target, lr, nonfinite)
         self.eps = _in_range("eps", eps, 0.0)
 
-    def _hyper(self) -> tuple[float, float, float, float]:
+    def _hyper(self, step: int) -> tuple[float, float, float, float]:
         return self.lr, self.eps, 0.0, 0.0
 
     def _parameters(self) -> dict[str, Any]:
@@ -270,11 +282,11 @@ class Adam(Optimizer):
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ArgumentError(f"betas = {betas}; allowed: two numbers, each 0 <= beta < 1")
         self.betas = (float(betas[0]), float(betas[1]))
-        self.eps = _in_range("eps", eps, math.ulp(0.0))
+        self.eps = _in_range("eps", eps, float(np.finfo(np.float32).smallest_subnormal))
 
-    def _hyper(self) -> tuple[float, float, float, float]:
+    def _hyper(self, step: int) -> tuple[float, float, float, float]:
         b1, b2 = self.betas
-        lr = self.lr * math.sqrt(1 - b2**self.steps) / (1 - b1**self.steps)
+        lr = self.lr * math.sqrt(1 - b2**step) / (1 - b1**step)
         return lr, self.eps, 1 - b1, 1 - b2
 
     def _parameters(self) -> dict[str, Any]:
@@ -283,6 +295,9 @@ class Adam(Optimizer):
 
 def _in_range(name: str, value: float, low: float) -> float:
     """A finite hyper-parameter of at least `low`."""
-    if not (math.isfinite(value) and value >= low):
-        raise ArgumentError(f"{name} = {value}; allowed: a finite number >= {low:g}")
+    with np.errstate(over="ignore"):
+        used = float(np.float32(value))  # what the kernels compute with
+    if not (math.isfinite(used) and used >= low):
+        allowed = f"a number >= {low:g} that float32 holds"
+        raise ArgumentError(f"{name} = {value}; allowed: {allowed}")
     return float(value)

@@ -128,9 +128,10 @@ def norm(row: F32, p: float) -> float:
         return float(lane_sum(x))
     if p == 0:
         return float(np.count_nonzero(x))
-    if p == np.inf:
-        return float(x.max(initial=0))
-    return float(lane_sum(x**p) ** (1 / p))
+    largest = float(x.max(initial=0))
+    if p == np.inf or largest in (0, np.inf):
+        return largest
+    return largest * float(lane_sum((x / largest) ** p) ** (1 / p))
 
 
 def renorm(column: F32, rows: I64, max_norm: float, p: float) -> tuple[int, int]:

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from numpy.typing import ArrayLike
 
-from pyembed import _core, grouping, store, threads
-from pyembed.arrays import F32, as_ids, as_output, as_values
+from pyembed import _core, files, grouping, threads
+from pyembed.arrays import F32, as_ids, as_output, as_values, require_apart
 from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
 
 
@@ -26,6 +27,31 @@ class Renormed(NamedTuple):
     with_nan: int
 
 
+class _Turns:
+    """Who may work on the rows: many additions at once, or one of everything else alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.RLock())
+        self._adding = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._condition:
+            self._adding += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._adding -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: self._adding == 0)
+            yield
+
+
 class Rows:
     """float32 rows cut into columns. `Table` adds where they come from and how they are kept."""
 
@@ -33,7 +59,8 @@ class Rows:
 
     def __init__(self, array: F32, columns: Mapping[str, int], num_threads: int) -> None:
         self.num_threads = num_threads
-        self._turn = threading.RLock()  # step, commit, append and close take turns
+        self._turns = _Turns()
+        self._open_blocks = 0  # of writing(), in which a commit would be half of one
         self._attach(array, columns)
 
     def _attach(self, array: F32, columns: Mapping[str, int]) -> None:
@@ -116,6 +143,8 @@ class Rows:
         ids = as_ids(ids)
         if out is not None:
             out = as_output(out, (*ids.shape, weight.dim))
+            if np.may_share_memory(out, ids):
+                raise ArgumentError("out shares memory with the ids; give it memory of its own")
         return _core.gather(
             weight, ids, out, threads.for_work(ids.size * weight.dim, self.num_threads)
         )
@@ -134,19 +163,20 @@ class Rows:
         IdError, DTypeError, ArgumentError, ReadOnlyError
             Before anything is written.
         """
-        weight = self.weight_column
+        weight, alpha = self.weight_column, float(alpha)
         ids = as_ids(ids)
         values = as_values(values, (*ids.shape, weight.dim), "values")
+        require_apart(values, weight.array, "values")
         workers = threads.for_work(values.size, self.num_threads)
         if deterministic:
             groups = grouping.group(ids, weight.rows, self.num_threads)
             with self.changing() as (column,):
                 _core.add_groups(column, *groups, values, alpha, -1, False, workers)
             return
-        if ids.size:  # the check comes before the manifest is touched
-            _core.check_ids(ids, weight.rows, workers)
-        (column,) = self._begin_change(())
-        _core.scatter_add(column, ids, values, alpha, workers)
+        _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
+        with self._turns.shared():
+            (column,) = self._begin_change(())
+            _core.scatter_add(column, ids, values, alpha, workers)
 
     def renorm(self, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Renormed:
         """Scale the rows that `ids` name, each once, down to a p-norm of at most `max_norm`.
@@ -204,9 +234,11 @@ class Rows:
         _core.check_ids(ids, self.rows, self.num_threads)
         with self.changing() as (column,):
             view = column.array.view()
+            self._open_blocks += 1
             try:
                 yield view
             finally:
+                self._open_blocks -= 1
                 view.flags.writeable = False
 
     @contextmanager
@@ -219,7 +251,7 @@ class Rows:
         ArgumentError
             If a table on disk has no such column.
         """
-        with self._turn:
+        with self._turns.alone():
             yield self._begin_change(state)
 
     def _begin_change(self, state: tuple[str, ...]) -> tuple[_core.Column, ...]:
@@ -247,7 +279,7 @@ class Rows:
                         "name the optimizer when the table is made: "
                         f"Table.create(path, {weight.rows}, {weight.dim}, optimizer=...)"
                     )
-                self._columns[name] = _core.Column(store.anonymous(weight.rows, weight.dim))
+                self._columns[name] = _core.Column(files.anonymous(weight.rows, weight.dim))
             if self._columns[name].dim != weight.dim:
                 width = self._columns[name].dim
                 raise ArgumentError(f"column {name!r} has width {width}; expected {weight.dim}")

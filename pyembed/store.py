@@ -1,4 +1,4 @@
-"""The files of a table: create, map, lock, sync, grow. The only file that maps and syncs.
+"""The files of a table as a whole: create, lock, map, commit, grow.
 
 A table is a folder::
 
@@ -21,143 +21,43 @@ any time since the last commit.
    that is full.
 2. Rows are synced before the manifest that commits them.
 3. A table appears under its name complete or not at all.
+4. A file is longer than its manifest only while the manifest says dirty: an append in progress, or
+   one that died, which salvage cuts off.
+5. After a sync that failed nothing is called committed any more: what it lost is unknown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
 import os
 import secrets
 import shutil
+import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyembed import manifest as manifests
-from pyembed.arrays import F32, FLOAT32
+from pyembed.arrays import F32
 from pyembed.errors import DirtyError, FormatError, LockedError, ReadOnlyError, TableError
+from pyembed.files import (
+    HEADER_BYTES,
+    DirectWriter,
+    allocate,
+    npy_header,
+    read_npy_header,
+    replace_file,
+    sync,
+    sync_folder,
+    write_all,
+)
 from pyembed.manifest import Manifest
-
-# So that rows start on a page, and a row whose size divides a page stays on one.
-HEADER_BYTES = 4096
-PIECE_BYTES = 8 << 20  # of a table that is being made, per write
-WRITERS = 2  # of them under way: 1 leaves the disk waiting, 4 gains nothing
-
-
-def sync(fd: int) -> None:
-    """Make what was written to `fd` durable. Every sync of the library passes here."""
-    os.fsync(fd)
-
-
-def npy_header(rows: int, stride: int) -> bytes:
-    """The .npy v1.0 header of a table's rows, HEADER_BYTES long."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {stride}), }}"
-    prefix = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
-    return prefix + text.encode().ljust(HEADER_BYTES - 11) + b"\n"
-
-
-def read_npy_header(path: Path, fd: int) -> tuple[int, int, int]:
-    """(rows, stride, offset of the data) of an .npy file of float32 rows.
-
-    Raises
-    ------
-    FormatError
-        If it is no 2-D C-order little-endian float32 array, or is shorter than it says.
-    """
-    try:
-        with open(fd, "rb", closefd=False) as file:
-            file.seek(0)
-            version = np.lib.format.read_magic(file)
-            reader = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-                version, np.lib.format.read_array_header_2_0
-            )
-            shape, fortran, dtype = reader(file)
-            offset = file.tell()
-    except ValueError as error:
-        raise FormatError(f"{path}: not an .npy file ({error})") from None
-    if dtype != FLOAT32 or dtype.byteorder == ">" or len(shape) != 2 or (fortran and shape[0] > 1):
-        order = "Fortran" if fortran else "C"
-        raise FormatError(
-            f"{path}: {dtype} of shape {shape} in {order} order; allowed: 2-D float32 in C order; "
-            "convert with np.save(path, np.ascontiguousarray(array, '<f4'))"
-        )
-    size, needed = os.fstat(fd).st_size, offset + 4 * shape[0] * shape[1]
-    if size < needed:
-        raise FormatError(f"{path}: {size} bytes; its header asks for {needed}: it was cut short")
-    return shape[0], shape[1], offset
-
-
-def anonymous(rows: int, stride: int) -> F32:
-    """Zeroed rows in memory, page-aligned and on huge pages where the system grants them."""
-    size = 4 * rows * stride
-    if size == 0:
-        return np.zeros((rows, stride), np.float32)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(rows, stride)
-
-
-def allocate(fd: int, offset: int, size: int, path: Path) -> None:
-    """Reserve disk space, so that a full disk is an error here and not a signal later.
-
-    Raises
-    ------
-    TableError
-        If the disk has not enough space (errno ENOSPC).
-    """
-    if size == 0:
-        return
-    before = os.fstat(fd).st_size
-    try:
-        os.posix_fallocate(fd, offset, size)
-    except OSError as error:
-        os.ftruncate(fd, before)
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise TableError(
-            error.errno,
-            f"{error.strerror}: the table needs {size:,} more bytes, {free:,} are free; "
-            "make room or choose another disk",
-            str(path),
-        ) from None
-
-
-def write_all(fd: int, data: Any) -> None:
-    """os.write until everything is written."""
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        sync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Atomically replace a file: temporary file, sync, rename, sync of the folder."""
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        write_all(fd, data)
-        sync(fd)
-    finally:
-        os.close(fd)
-    temporary.replace(path)
-    sync_folder(path.parent)
 
 
 def create(
@@ -213,7 +113,7 @@ def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None
         if rows is not None:
             allocate(fd, 0, HEADER_BYTES + 4 * rows * stride, path)
         written = 0
-        with _DirectWriter(fd, path) as writer:
+        with DirectWriter(fd, path) as writer:
             writer.write(npy_header(rows or 0, stride))
             for chunk in chunks:
                 writer.write(np.ascontiguousarray(chunk, np.float32))
@@ -230,68 +130,6 @@ def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None
         raise
     finally:
         os.close(fd)
-
-
-class _DirectWriter:
-    """Writes a file from its start, past the page cache, while the next bytes are made.
-
-    Through the page cache a new table would be copied once more, would push everybody else's pages
-    out, and would stall at the system's limit of unwritten pages. Where the file system takes no
-    O_DIRECT, the same pieces are written in the usual way.
-    """
-
-    def __init__(self, fd: int, path: Path) -> None:
-        self._fd = fd
-        try:
-            self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
-        except OSError:
-            self._direct = os.dup(fd)
-        self._pool = ThreadPoolExecutor(WRITERS, "pyembed-write")
-        self._piece = mmap.mmap(-1, PIECE_BYTES)  # being filled; page-aligned, as O_DIRECT wants
-        self._free = [mmap.mmap(-1, PIECE_BYTES) for _ in range(WRITERS)]
-        self._writing: deque[tuple[Future[None], mmap.mmap]] = deque()
-        self._at = self._filled = 0  # where the piece begins in the file, and how full it is
-
-    def write(self, data: Any) -> None:
-        """Take more bytes; what they were made in may be used again at once."""
-        view = memoryview(data).cast("B")
-        while view:
-            take = min(len(view), PIECE_BYTES - self._filled)
-            self._piece[self._filled : self._filled + take] = view[:take]
-            self._filled += take
-            view = view[take:]
-            if self._filled == PIECE_BYTES:
-                self._send()
-
-    def _send(self) -> None:
-        task = self._pool.submit(_write_at, self._direct, memoryview(self._piece), self._at)
-        self._writing.append((task, self._piece))
-        self._at, self._filled = self._at + PIECE_BYTES, 0
-        if not self._free:
-            task, piece = self._writing.popleft()
-            task.result()
-            self._free.append(piece)
-        self._piece = self._free.pop()
-
-    def __enter__(self) -> _DirectWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._pool.shutdown()  # waits
-        try:
-            if kind is None:
-                for task, _ in self._writing:
-                    task.result()
-                # The last piece is no multiple of a block.
-                _write_at(self._fd, memoryview(self._piece)[: self._filled], self._at)
-        finally:
-            os.close(self._direct)
-
-
-def _write_at(fd: int, view: memoryview, at: int) -> None:
-    while view:
-        count = os.pwrite(fd, view, at)
-        view, at = view[count:], at + count
 
 
 class Store:
@@ -311,6 +149,9 @@ class Store:
         self.path, self.mode = path, mode
         self.folder = path.is_dir()
         self._lock_fd = self._fd = -1
+        self._pid = os.getpid()
+        self._failed_sync = False
+        self._mutex = threading.Lock()  # several threads may make the first change at once
         flags = (os.O_RDWR if mode == "r+" else os.O_RDONLY) | os.O_CLOEXEC
         try:
             file = path / "rows.npy" if self.folder else path
@@ -350,13 +191,18 @@ class Store:
             )
         size = os.fstat(self._fd).st_size
         expected = HEADER_BYTES + 4 * state.rows * state.stride
-        if (rows, stride, offset, size) != (state.rows, state.stride, HEADER_BYTES, expected):
+        growing = state.state == "dirty" and rows >= state.rows and size > expected
+        sound = (rows == state.rows and size == expected) or growing
+        if not sound or (stride, offset) != (state.stride, HEADER_BYTES):
             raise FormatError(
                 f"{file}: {size} bytes with a header of {offset} for ({rows}, {stride}); its "
                 f"manifest asks for {expected} with {HEADER_BYTES} for "
                 f"({state.rows}, {state.stride}): "
                 "it was cut short, or is of another table; restore it from a copy"
             )
+        if growing and self.mode == "r+":
+            os.pwrite(self._fd, npy_header(state.rows, stride), 0)
+            os.ftruncate(self._fd, expected)
         return state, offset
 
     def _map(self) -> F32:
@@ -365,11 +211,24 @@ class Store:
         if rows == 0:
             return np.zeros((0, stride), np.float32)
         memory = mmap.mmap(self._fd, self._offset + 4 * rows * stride, access=access)
-        if hasattr(mmap, "MADV_RANDOM"):
+        with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
             # The system's read-ahead would read megabytes for one cold row.
             memory.madvise(mmap.MADV_RANDOM)
         flat = np.frombuffer(memory, np.float32, rows * stride, self._offset)
         return flat.reshape(rows, stride)
+
+    def _require_writer(self) -> None:
+        """Refuse a reader, a copy in a forked child, and a table whose sync failed."""
+        if self.mode == "r":
+            raise ReadOnlyError(
+                errno.EROFS, 'the table is open for reading; open it with mode="r+"', str(self.path)
+            )
+        if self._pid != os.getpid():
+            what = "the table was opened before a fork; open it in this process, once it is closed"
+            raise ReadOnlyError(errno.EROFS, what, str(self.path))
+        if self._failed_sync:
+            what = "a sync failed, so rows may be lost; close it, and go on from a copy"
+            raise TableError(errno.EIO, what, str(self.path))
 
     def mark_dirty(self) -> None:
         """Before the first change after a commit: say in the manifest that rows are changing.
@@ -377,20 +236,21 @@ class Store:
         Raises
         ------
         ReadOnlyError
-            If the table was opened for reading.
+            If the table was opened for reading, or in the parent of this process.
+        TableError
+            If a sync failed before.
         """
-        if self.mode == "r":
-            raise ReadOnlyError(
-                errno.EROFS, 'the table is open for reading; open it with mode="r+"', str(self.path)
-            )
-        if self.manifest.state == "clean" and self.mode == "r+":
-            self._set(self.manifest.with_changes(state="dirty"))
+        self._require_writer()
+        with self._mutex:
+            if self.manifest.state == "clean" and self.mode == "r+":
+                self._set(self.manifest.with_changes(state="dirty"))
 
     def commit(self, meta: dict[str, Any] | None) -> None:
         """Sync the rows, then say so in the manifest."""
-        if self.mode != "r+":
-            self.mark_dirty()  # raises for a reader
-            return
+        self._require_writer()
+        if self.mode == "c":
+            what = "a private copy has no commit; open the table with mode='r+'"
+            raise ReadOnlyError(errno.EROFS, what, str(self.path))
         if self.manifest.state == "clean" and meta is None:
             return
         state = self.manifest.with_changes(
@@ -398,31 +258,43 @@ class Store:
             generation=self.manifest.generation + 1,
             meta=self.manifest.meta if meta is None else meta,
         )
-        manifests.encode(state)  # a meta that cannot be stored is refused before anything is synced
-        sync(self._fd)
+        # A meta that cannot be stored is refused before anything is synced; and a copy is kept.
+        state = manifests.decode(manifests.encode(state), str(self.path))
+        self._sync()
         self._set(state)
+
+    def _sync(self) -> None:
+        try:
+            sync(self._fd)
+        except OSError:
+            self._failed_sync = True
+            raise
 
     def append(self, chunks: Iterable[F32], count: int) -> None:
         """Add `count` rows at the end: allocate, write, sync; then header and manifest."""
-        rows, stride = self.manifest.rows, self.manifest.stride
+        before, stride = self.manifest, self.manifest.stride
         if self.mode != "r+" or not self.folder:
             raise ReadOnlyError(
                 errno.EROFS, 'append needs a table folder open "r+"', str(self.path)
             )
-        end = HEADER_BYTES + 4 * rows * stride
-        allocate(self._fd, end, 4 * count * stride, self.path / "rows.npy")
+        end, rows = HEADER_BYTES + 4 * before.rows * stride, before.rows + count
+        self.mark_dirty()
         try:
+            allocate(self._fd, end, 4 * count * stride, self.path / "rows.npy")
             os.lseek(self._fd, end, os.SEEK_SET)
             for chunk in chunks:
                 write_all(self._fd, chunk)
-            sync(self._fd)
+            self._sync()
+            os.pwrite(self._fd, npy_header(rows, stride), 0)
+            self._sync()
+            self._set(self.manifest.with_changes(rows=rows))
         except BaseException:
+            os.pwrite(self._fd, npy_header(before.rows, stride), 0)
             os.ftruncate(self._fd, end)
+            if before.state == "clean":
+                with contextlib.suppress(OSError):  # dirty is the safe side
+                    self._set(before)
             raise
-        self.mark_dirty()
-        os.pwrite(self._fd, npy_header(rows + count, stride), 0)
-        sync(self._fd)
-        self._set(self.manifest.with_changes(rows=rows + count))
         self.array = self._map()
 
     def _set(self, state: Manifest) -> None:
@@ -439,8 +311,12 @@ class Store:
 
     def abandon(self) -> None:
         """The table was dropped, or is open at exit: no work is lost for a forgotten close."""
-        if self.mode == "r+" and self.manifest.state == "dirty":
+        forgotten = self.mode == "r+" and self.manifest.state == "dirty"
+        try:
+            if forgotten and self._pid == os.getpid() and not self._failed_sync:
+                self.commit(None)
+        finally:
+            self.release()
+        if forgotten and self._pid == os.getpid():
             message = f"{self.path} was not closed; its changes are committed now"
             warnings.warn(message, ResourceWarning, stacklevel=2)
-            self.commit(None)
-        self.release()

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pyembed import files, manifest, store, threads
 from pyembed import init as initialisers
-from pyembed import manifest, store, threads
 from pyembed.arrays import F32, require_count, require_float32
 from pyembed.errors import ArgumentError
 from pyembed.init import Initializer
@@ -67,6 +67,7 @@ class Table(Rows):
         self.path = backing.path if backing else None
         self._store = backing
         self._state = manifest.Manifest(array.shape[0], columns)
+        self._borrowed = False  # the rows are the caller's own array
         if backing is not None:
             self._finalizer = weakref.finalize(self, backing.abandon)
 
@@ -154,7 +155,11 @@ class Table(Rows):
             raise ArgumentError(f"live=True needs mode='r', not {mode!r}")
         workers = threads.resolve(num_threads)
         backing = store.Store(Path(path), mode, live, salvage)
-        return cls(backing, backing.array, backing.manifest.columns, workers)
+        try:
+            return cls(backing, backing.array, backing.manifest.columns, workers)
+        except BaseException:
+            backing.release()
+            raise
 
     @classmethod
     def memory(
@@ -171,7 +176,7 @@ class Table(Rows):
         """Make a table in memory, as `create` does; an optimizer adds missing state by itself."""
         rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
         widths, workers = row_columns(dim, optimizer, columns), threads.resolve(num_threads)
-        array = store.anonymous(rows, sum(widths.values()))
+        array = files.anonymous(rows, sum(widths.values()))
         if init is not None:
             recipe = init.for_shape(rows, widths["weight"])
             recipe.fill(array[:, : widths["weight"]], seed, 0, workers)
@@ -195,15 +200,13 @@ class Table(Rows):
         if array.ndim != 2 or not 1 <= array.shape[1] <= manifest.MAX_DIM:
             allowed = f"(rows, dim) with dim in 1..{manifest.MAX_DIM}"
             raise ArgumentError(f"the array has shape {array.shape}; allowed: {allowed}")
+        columns, workers = {"weight": array.shape[1]}, threads.resolve(num_threads)
         try:
-            return cls(
-                None,
-                array.view(np.ndarray),
-                {"weight": array.shape[1]},
-                threads.resolve(num_threads),
-            )
+            table = cls(None, array.view(np.ndarray), columns, workers)
         except ValueError as error:
             raise ArgumentError(f"{error}; use np.ascontiguousarray(array)") from None
+        table._borrowed = True
+        return table
 
     # --- while it is open ---------------------------------------------------------------------
 
@@ -259,8 +262,10 @@ class Table(Rows):
         ReadOnlyError, ArgumentError
         """
         n = require_count(n, "n", 0, manifest.MAX_ROWS - self.rows)
+        if self._borrowed:
+            raise ArgumentError("the rows are an array of yours; append to it, and wrap the result")
         init = init or initialisers.zeros()
-        with self._turn:
+        with self._turns.alone():
             chunks = fresh_rows(self.columns, self.rows, n, init, seed, self.num_threads)
             if self._store is not None:
                 self._store.append(chunks, n)
@@ -268,7 +273,7 @@ class Table(Rows):
                 return
             # State columns that were added beside the weight come into the row here.
             widths, rows = self.columns, self.rows
-            grown = store.anonymous(rows + n, sum(widths.values()))
+            grown = files.anonymous(rows + n, sum(widths.values()))
             old = [column.array for column in self._columns.values()]
             np.concatenate(old, axis=1, out=grown[:rows])
             recipe = init.for_shape(rows + n, self.dim)
@@ -286,20 +291,23 @@ class Table(Rows):
             If meta is no JSON; nothing is committed then.
         ReadOnlyError
         """
-        with self._turn:
+        with self._turns.alone():
             _ = self.weight_column
+            if self._open_blocks:
+                raise ArgumentError("commit inside a writing() block; end the block first")
             if self._store is not None:
                 self._store.commit(meta)
-            else:
-                state, kept = self._state, self._state.meta if meta is None else meta
-                self._state = state.with_changes(generation=state.generation + 1, meta=kept)
+                return
+            state, kept = self._state, self._state.meta if meta is None else meta
+            state = state.with_changes(generation=state.generation + 1, meta=kept)
+            self._state = manifest.decode(manifest.encode(state), "meta")
 
     def close(self) -> None:
         """Commit and let go of the files. Closing twice is allowed."""
         self._finish(commit=True)
 
     def _finish(self, commit: bool) -> None:
-        with self._turn:
+        with self._turns.alone():
             if self._weight is None:
                 return
             try:
@@ -331,6 +339,6 @@ def _reopen(path: str, mode: str, num_threads: int) -> Table:
 
 def _rebuild(columns: dict[str, F32], num_threads: int) -> Table:
     widths = {name: array.shape[1] for name, array in columns.items()}
-    rows = store.anonymous(len(columns["weight"]), sum(widths.values()))
+    rows = files.anonymous(len(columns["weight"]), sum(widths.values()))
     np.concatenate(list(columns.values()), axis=1, out=rows)
     return Table(None, rows, widths, num_threads)

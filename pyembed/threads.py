@@ -19,6 +19,9 @@ from pyembed.errors import ArgumentError
 # about 2 µs, and one core moves 32768 floats from its caches in about 5 µs (EPYC 9005).
 SERIAL_FLOATS = 32768
 
+# Far above any machine's gain; libgomp ends the process when it cannot start a thread.
+MAX_THREADS = 1024
+
 _default: int | None = None
 _forked = False
 
@@ -47,13 +50,15 @@ def resolve(num_threads: int | None) -> int:
     3
     >>> resolve(0)
     Traceback (most recent call last):
-    pyembed.errors.ArgumentError: num_threads = 0; allowed: a positive integer, or None for ...
+    pyembed.errors.ArgumentError: num_threads = 0; allowed: 1..1024, or None for ...
     """
     if num_threads is None:
         return default_num_threads()
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int):
+        num_threads = 0
+    if not 1 <= num_threads <= MAX_THREADS:
         raise ArgumentError(
-            f"num_threads = {num_threads!r}; allowed: a positive integer, or None for "
+            f"num_threads = {num_threads!r}; allowed: 1..{MAX_THREADS}, or None for "
             "PYEMBED_NUM_THREADS, OMP_NUM_THREADS or the processors of this process"
         )
     return num_threads
@@ -70,8 +75,8 @@ def _from_environment() -> int | None:
     for name in ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "").split(",")[0].strip()  # OMP_NUM_THREADS may list levels
         if value:
-            if not value.isascii() or not value.isdigit() or int(value) < 1:
-                raise ArgumentError(f"{name} = {value!r}; allowed: a positive integer; or unset it")
+            if not (value.isascii() and value.isdigit() and 1 <= int(value) <= MAX_THREADS):
+                raise ArgumentError(f"{name} = {value!r}; allowed: 1..{MAX_THREADS}; or unset it")
             return int(value)
     return None
 

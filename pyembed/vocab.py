@@ -24,7 +24,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
-from pyembed import store
+from pyembed import files
 from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError
 
 _TEXT = "vocab.txt"
@@ -121,20 +121,20 @@ class Vocab:
         """
         path = Path(fspath(folder))
         text = "".join(f"{token}\n" for token in self._tokens)
-        files = {_TEXT: text.encode("utf-8", "surrogateescape")}
+        contents = {_TEXT: text.encode("utf-8", "surrogateescape")}
         if self.counts is not None:
             buffer = BytesIO()
             npy.write_array(buffer, self.counts.astype("<i8", copy=False), version=(1, 0))
-            files[_COUNTS] = buffer.getvalue()
-        temporary = {name: path / f"{name}.tmp" for name in files}
+            contents[_COUNTS] = buffer.getvalue()
+        temporary = {name: path / f"{name}.tmp" for name in contents}
         try:
-            for name, data in files.items():
+            for name, data in contents.items():
                 _write_synced(temporary[name], data)
             (path / _COUNTS).unlink(missing_ok=True)
-            store.sync_folder(path)
-            for name in files:
+            files.sync_folder(path)
+            for name in contents:
                 temporary[name].replace(path / name)
-                store.sync_folder(path)
+                files.sync_folder(path)
         except BaseException:
             for leftover in temporary.values():
                 leftover.unlink(missing_ok=True)
@@ -264,4 +264,4 @@ def _write_synced(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
-        store.sync(file.fileno())
+        files.sync(file.fileno())

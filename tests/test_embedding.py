@@ -135,6 +135,8 @@ def test_shape_mismatch() -> None:
         Embedding(3, 4, _weight=rows)
     with pytest.raises(ArgumentError, match="give one"):
         Embedding(3, 2, _weight=rows, table=Table.memory(3, 2))
+    with pytest.raises(ArgumentError, match="seed"):
+        Embedding(3, 2, _weight=rows, seed=1)
     with pytest.raises(DTypeError):
         Embedding(3, 2, _weight=rows.astype(float))  # type: ignore[arg-type]
 

@@ -60,7 +60,7 @@ def test_step_against_reference(
     skip = -1 if padding is None else padding
     for _ in range(2):
         o.step(batch.ids, batch.grad())
-        reference.update(expected, groups[0], sums, o.rule, o._hyper(), skip)
+        reference.update(expected, groups[0], sums, o.rule, o._hyper(o.steps), skip)
     for name, column in zip(names, expected, strict=True):
         assert np.array_equal(e.table.column(name), column)
 

@@ -12,7 +12,14 @@ from strategies import Batch, batches
 
 import pyembed
 from pyembed import Table, reference
-from pyembed.errors import ArgumentError, ClosedError, DTypeError, IdError, ReadOnlyError
+from pyembed.errors import (
+    ArgumentError,
+    ClosedError,
+    DTypeError,
+    IdError,
+    ReadOnlyError,
+    TableError,
+)
 
 Maker = Callable[..., Table]
 
@@ -57,6 +64,12 @@ def test_every_integer_dtype(dtype: str) -> None:
     ids = np.array([5, 99, 0, 5, 7, 3], dtype)[::2]
     assert np.array_equal(t.gather(ids), t.weight[[5, 0, 7]])
     assert np.array_equal(t.gather(ids.tolist()), t.weight[[5, 0, 7]])
+
+
+def test_ragged_ids() -> None:
+    """Lists of several lengths are no batch; the error names both ways to make one."""
+    with pytest.raises(DTypeError, match=r"lists of several lengths.*offsets.*padding_idx"):
+        Table.memory(4, 2).gather([[1], [2, 3]])
 
 
 def test_no_ids(make: Maker) -> None:
@@ -253,3 +266,43 @@ def test_read_only_array() -> None:
         t.scatter_add([0], np.ones((1, 2), np.float32))
     with pytest.raises(ReadOnlyError):
         pyembed.optim.SGD(t).step([0], np.ones((1, 2), np.float32))
+
+
+def test_values_that_are_the_table() -> None:
+    """Values or ids that share memory with what is changed are refused: use a copy."""
+    rows = np.array([[1], [2]], np.float32)
+    t = Table.from_array(rows)
+    for call in (
+        lambda: t.scatter_add([1, 0], t.weight),
+        lambda: pyembed.optim.SGD(t).step([1, 0], t.weight),
+    ):
+        with pytest.raises(ArgumentError, match=r"use (values|grad)\.copy"):
+            call()
+    assert rows.tolist() == [[1], [2]]
+    buffer = np.zeros(8, np.int64)
+    with pytest.raises(ArgumentError, match="shares memory with the ids"):
+        Table.memory(1, 2).gather(buffer, out=buffer.view(np.float32).reshape(8, 2))
+
+
+def test_wrapped_arrays_do_not_grow() -> None:
+    """Appending would leave the caller's array behind, so it is refused."""
+    with pytest.raises(ArgumentError, match="array of yours"):
+        Table.from_array(np.ones((2, 2), np.float32)).append(1)
+
+
+def test_too_many_threads() -> None:
+    """A number of threads that no system starts is refused, before it ends the process."""
+    with pytest.raises(ArgumentError, match=r"allowed: 1\.\.1024"):
+        Table.memory(1000, 64, num_threads=60_000)
+
+
+def test_a_table_larger_than_memory_in_memory() -> None:
+    """What does not fit is an error that names the size and the way out."""
+    with pytest.raises(TableError, match=r"does not fit into memory; use Table\.create"):
+        Table.memory(2**40, 64)
+
+
+def test_unaligned_ids() -> None:
+    """Ids at an odd address are copied."""
+    ids = np.frombuffer(b"\0" + np.arange(4).tobytes(), np.int64, 4, 1)
+    assert Table.memory(4, 1).gather(ids).shape == (4, 1)

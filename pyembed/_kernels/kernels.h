@@ -32,6 +32,7 @@ typedef struct {
     void (*copy_row)(float *dst_d, const float *src_d, int64_t d);
     void (*stream_row)(float *dst_d, const float *src_d, int64_t d); /* as copy, past the caches; see pe_stream_fence */
     void (*add_row)(float *acc_d, const float *src_d, int64_t d);                /* acc += src */
+    void (*add4_row)(float *acc_d, const float *const *src_4d, int64_t d);       /* four add_rows, acc read and written once */
     void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d);  /* acc += alpha * src */
     void (*scale_row)(float *dst_d, float alpha, int64_t d);                     /* dst *= alpha */
     void (*divide_row)(float *dst_d, float by, int64_t d);                       /* dst /= by */

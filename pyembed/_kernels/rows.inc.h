@@ -35,6 +35,11 @@ static void add_row(float *restrict acc_d, const float *restrict src_d, int64_t 
     for (int64_t i = 0; i < d; i++) acc_d[i] += src_d[i];
 }
 
+static void add4_row(float *restrict acc_d, const float *const *src_4d, int64_t d) {
+    const float *restrict a_d = src_4d[0], *restrict b_d = src_4d[1], *restrict c_d = src_4d[2], *restrict e_d = src_4d[3];
+    for (int64_t i = 0; i < d; i++) acc_d[i] = (((acc_d[i] + a_d[i]) + b_d[i]) + c_d[i]) + e_d[i];
+}
+
 static void axpy_row(float *restrict acc_d, const float *restrict src_d, float alpha, int64_t d) {
     for (int64_t i = 0; i < d; i++) acc_d[i] += alpha * src_d[i];
 }
@@ -102,9 +107,9 @@ static double norm_row(const float *restrict src_d, double p, int64_t d) {
         PE_LANE_SUM(lane, (double)(src_d[i] != 0.0f))
         return lane[0];
     }
-    if (isinf(p)) return largest;
-    PE_LANE_SUM(lane, pow(fabs((double)src_d[i]), p))
-    return pow(lane[0], 1.0 / p);
+    if (isinf(p) || largest == 0.0 || isinf(largest)) return largest;
+    PE_LANE_SUM(lane, pow(fabs((double)src_d[i]) / largest, p)) /* relative, so that no power overflows */
+    return largest * pow(lane[0], 1.0 / p);
 }
 
 static int finite_span(const float *restrict src_d, int64_t d) {
@@ -155,6 +160,7 @@ const pe_kernels PE_CAT(pe_kernels_, PE_LEVEL) = {
     .copy_row = copy_row,
     .stream_row = stream_row,
     .add_row = add_row,
+    .add4_row = add4_row,
     .axpy_row = axpy_row,
     .scale_row = scale_row,
     .divide_row = divide_row,

@@ -1,0 +1,209 @@
+"""Bytes to disk: sync, allocate, replace, write past the page cache; the header of .npy files.
+
+The only file that syncs: every sync of the library passes `sync`, so that a test can count them,
+fail them, or drop what came after the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import shutil
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyembed.arrays import F32, FLOAT32
+from pyembed.errors import FormatError, TableError
+
+# So that rows start on a page, and a row whose size divides a page stays on one.
+HEADER_BYTES = 4096
+MAX_STRIDE = 1 << 24  # floats of a row: 256 columns of the widest kind
+PIECE_BYTES = 8 << 20  # of a table that is being made, per write
+WRITERS = 2  # of them under way: 1 leaves the disk waiting, 4 gains nothing
+
+
+def sync(fd: int) -> None:
+    """Make what was written to `fd` durable. Every sync of the library passes here."""
+    os.fsync(fd)
+
+
+def npy_header(rows: int, stride: int) -> bytes:
+    """The .npy v1.0 header of a table's rows, HEADER_BYTES long."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {stride}), }}"
+    prefix = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
+    return prefix + text.encode().ljust(HEADER_BYTES - 11) + b"\n"
+
+
+def read_npy_header(path: Path, fd: int) -> tuple[int, int, int]:
+    """(rows, stride, offset of the data) of an .npy file of float32 rows.
+
+    Raises
+    ------
+    FormatError
+        If it is no 2-D C-order little-endian float32 array, or is shorter than it says.
+    """
+    try:
+        with open(fd, "rb", closefd=False) as file:
+            file.seek(0)
+            version = np.lib.format.read_magic(file)
+            reader = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+                version, np.lib.format.read_array_header_2_0
+            )
+            shape, fortran, dtype = reader(file)
+            offset = file.tell()
+    except ValueError as error:
+        raise FormatError(f"{path}: not an .npy file ({error})") from None
+    if dtype != FLOAT32 or dtype.byteorder == ">" or len(shape) != 2 or (fortran and shape[0] > 1):
+        order = "Fortran" if fortran else "C"
+        raise FormatError(
+            f"{path}: {dtype} of shape {shape} in {order} order; allowed: 2-D float32 in C order; "
+            "convert with np.save(path, np.ascontiguousarray(array, '<f4'))"
+        )
+    if shape[0] < 0 or not 1 <= shape[1] <= MAX_STRIDE or offset % 4:
+        raise FormatError(
+            f"{path}: shape {shape} at byte {offset}; allowed: rows of 1..{MAX_STRIDE} floats that "
+            "begin at a multiple of 4 bytes"
+        )
+    size, needed = os.fstat(fd).st_size, offset + 4 * shape[0] * shape[1]
+    if size < needed:
+        raise FormatError(f"{path}: {size} bytes; its header asks for {needed}: it was cut short")
+    return shape[0], shape[1], offset
+
+
+def anonymous(rows: int, stride: int) -> F32:
+    """Zeroed rows in memory, page-aligned and on huge pages where the system grants them."""
+    size = 4 * rows * stride
+    if size == 0:
+        return np.zeros((rows, stride), np.float32)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError):
+        raise TableError(
+            errno.ENOMEM, f"a table of {size:,} bytes does not fit into memory; use Table.create"
+        ) from None
+    with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(rows, stride)
+
+
+def allocate(fd: int, offset: int, size: int, path: Path) -> None:
+    """Reserve disk space, so that a full disk is an error here and not a signal later.
+
+    Raises
+    ------
+    TableError
+        If the disk has not enough space (errno ENOSPC).
+    """
+    if size == 0:
+        return
+    before = os.fstat(fd).st_size
+    try:
+        os.posix_fallocate(fd, offset, size)
+    except OSError as error:
+        os.ftruncate(fd, before)
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise TableError(
+            error.errno,
+            f"{error.strerror}: the table needs {size:,} more bytes, {free:,} are free; "
+            "make room or choose another disk",
+            str(path),
+        ) from None
+
+
+def write_all(fd: int, data: Any) -> None:
+    """os.write until everything is written."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Atomically replace a file: temporary file, sync, rename, sync of the folder."""
+    temporary = path.with_name(path.name + ".new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(fd, data)
+        sync(fd)
+    finally:
+        os.close(fd)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+class DirectWriter:
+    """Writes a file from its start, past the page cache, while the next bytes are made.
+
+    Through the page cache a new table would be copied once more, would push everybody else's pages
+    out, and would stall at the system's limit of unwritten pages. Where the file system takes no
+    O_DIRECT, the same pieces are written in the usual way.
+    """
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self._fd = fd
+        try:
+            self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+        except OSError:
+            self._direct = os.dup(fd)
+        self._pool = ThreadPoolExecutor(WRITERS, "pyembed-write")
+        self._piece = mmap.mmap(-1, PIECE_BYTES)  # being filled; page-aligned, as O_DIRECT wants
+        self._free = [mmap.mmap(-1, PIECE_BYTES) for _ in range(WRITERS)]
+        self._writing: deque[tuple[Future[None], mmap.mmap]] = deque()
+        self._at = self._filled = 0  # where the piece begins in the file, and how full it is
+
+    def write(self, data: Any) -> None:
+        """Take more bytes; what they were made in may be used again at once."""
+        view = memoryview(data).cast("B")
+        while view:
+            take = min(len(view), PIECE_BYTES - self._filled)
+            self._piece[self._filled : self._filled + take] = view[:take]
+            self._filled += take
+            view = view[take:]
+            if self._filled == PIECE_BYTES:
+                self._send()
+
+    def _send(self) -> None:
+        task = self._pool.submit(write_at, self._direct, memoryview(self._piece), self._at)
+        self._writing.append((task, self._piece))
+        self._at, self._filled = self._at + PIECE_BYTES, 0
+        if not self._free:
+            task, piece = self._writing.popleft()
+            task.result()
+            self._free.append(piece)
+        self._piece = self._free.pop()
+
+    def __enter__(self) -> DirectWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._pool.shutdown()  # waits
+        try:
+            if kind is None:
+                for task, _ in self._writing:
+                    task.result()
+                # The last piece is no multiple of a block.
+                write_at(self._fd, memoryview(self._piece)[: self._filled], self._at)
+        finally:
+            os.close(self._direct)
+
+
+def write_at(fd: int, view: memoryview, at: int) -> None:
+    while view:
+        count = os.pwrite(fd, view, at)
+        view, at = view[count:], at + count

@@ -1,0 +1,91 @@
+"""The examples run, and print what they promise. A metric is checked against its baseline.
+
+Every example is run as a user runs it, but in this process; the library's own source is their data,
+so numbers differ a little between versions of Python, and margins here are wide.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def printed(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What ``main()`` of an example prints; it prints nothing to stderr."""
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+    result = capsys.readouterr()
+    assert not result.err
+    return result.out
+
+
+def numbers(text: str, pattern: str) -> list[float]:
+    """The groups of the last match."""
+    return [float(group) for group in list(re.finditer(pattern, text))[-1].groups()]
+
+
+def test_words_to_vectors(capsys: pytest.CaptureFixture[str]) -> None:
+    """One word is one vector, shapes are kept, unknown words and ids are typed errors."""
+    out = printed("words_to_vectors", capsys)
+    assert "the same word is the same vector: True" in out
+    assert "ids of shape (2, 5) give vectors of shape (2, 5, 4)" in out
+    assert "KeyError: tokens[2] = 'beautifull' is none of" in out and "'beautiful'\n" in out
+    [wrong, largest] = numbers(out, r"IdError: ids\[1\] = (\d+) is outside 0\.\.(\d+)\n")
+    assert wrong == largest + 1
+    assert f"IdError: ids[0, 1] = -1 is outside 0..{largest:.0f}\n" in out
+
+
+def test_pretrained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fine-tuning lowers the loss and moves touched rows alone; frozen rows take no optimizer."""
+    out = printed("pretrained", capsys)
+    [frozen] = numbers(out, r"frozen, train: +loss (\S+),")
+    [tuned] = numbers(out, r"fine-tuned, train: +loss (\S+),")
+    assert tuned < frozen / 2 < 0.35
+    assert "ArgumentError: the layer is frozen" in out
+    assert re.search(r"rows moved, those of the training names alone: True\n", out)
+    tests = re.findall(r"test: +(.*)", out)
+    assert len(tests) == 2 and tests[0] == tests[1]
+
+
+def test_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    """Padding changes no loss and no gradient, in a layer and in bags."""
+    out = printed("padding", capsys)
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", out)]  # printed to six digits
+    assert len(losses) == 3 and max(losses) - min(losses) <= 1e-6 * losses[0]
+    assert out.count(": True") == 4 and "False" not in out
+    assert "at the padding row: 0\n" in out
+
+
+def test_one_hot(capsys: pytest.CaptureFixture[str]) -> None:
+    """A lookup is the product with one-hot vectors, for fewer bytes."""
+    out = printed("one_hot", capsys)
+    assert "forward equal:  True" in out and "backward equal: True" in out
+    [times] = numbers(out, r"(\d+) times fewer")
+    assert times >= 5
+
+
+def test_matrix_factorisation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tables find held-out imports more often than popularity does."""
+    out = printed("matrix_factorisation", capsys)
+    ours, popular = numbers(out, r"two tables (\S+)%, the most imported (\S+)%")
+    assert ours > popular + 5
+
+
+def test_text_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bags of words tell packages apart far better than the most frequent one, also in testing."""
+    out = printed("text_classifier", capsys)
+    train, test = numbers(out, r"train (\S+)%  test (\S+)%")
+    [baseline] = numbers(out, r"always \w+: test (\S+)%")
+    assert train > test > baseline + 25
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_is_explained(path: Path) -> None:
+    """An example says at its top how to run it, and has a test here unless it is the demo."""
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith('"""') and "Run it with" in text.split('"""')[1]
+    assert path.stem == "demo" or f"test_{path.stem}" in globals()
