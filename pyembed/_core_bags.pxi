@@ -27,7 +27,7 @@ cdef int64_t _add_bag(const pe_kernels *k, const Bags *bags, Column column, cons
                       int64_t ahead, float *out_d) noexcept nogil:
     """Sum of a bag, in order, from zero (so that minus zero alone gives zero, as in torch); how many rows were taken.
 
-    Four rows at a time: 0.27 ms instead of 0.43 ms for 2048 bags of 20 rows of 64 floats (2 cores of an EPYC 9005).
+    Four rows at a time, so that the sum passes through memory a quarter as often.
     """
     cdef int64_t p, i, d = column.dim, stride = column.stride, taken = 0
     cdef const float *four[4]
