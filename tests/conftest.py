@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pyembed import _core
+from pyembed import Table, _core
 
 # Fixed seeds: a run that failed can be run again. No deadline: machines are shared.
 settings.register_profile(
@@ -39,3 +40,11 @@ def workers(request: pytest.FixtureRequest) -> int:
 def path(tmp_path: Path) -> Path:
     """Where a table may be made."""
     return tmp_path / "items.pyembed"
+
+
+@pytest.fixture
+def table(path: Path) -> Path:
+    """A committed table of 4 rows with the values 0..7 and Adagrad state."""
+    with Table.create(path, 4, 2, "adagrad") as t, t.writing(range(4)) as weight:
+        weight[:] = np.arange(8).reshape(4, 2)
+    return path

@@ -1,0 +1,145 @@
+"""Tables on disk when things go wrong: failed syncs, dead writers, forks, callers that race."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyembed import Table, files, store
+from pyembed.errors import ArgumentError, DirtyError, ReadOnlyError, TableError
+
+ONES = np.ones((1, 2), np.float32)
+
+
+@pytest.mark.parametrize("fail_at", range(6))
+def test_failed_append_leaves_the_table(
+    table: Path, fail_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever sync of an append fails, the rows are those before, and the table can be opened."""
+    calls = iter(range(1000))
+
+    def failing(fd: int) -> None:
+        if next(calls) == fail_at:
+            raise OSError(errno.EIO, "injected")
+        os.fsync(fd)
+
+    t = Table.open(table)
+    before = t.weight.copy()
+    monkeypatch.setattr(store, "sync", failing)
+    monkeypatch.setattr(files, "sync", failing)
+    with pytest.raises(OSError, match="injected"):
+        t.append(3)
+    monkeypatch.undo()
+    with contextlib.suppress(OSError):
+        t.close()
+    with Table.open(table, salvage=True) as t:
+        assert np.array_equal(t.weight, before)
+
+
+def test_killed_append_can_be_salvaged(table: Path) -> None:
+    """A writer that dies in the middle of an append leaves rows that salvage cuts back."""
+    code = (
+        "import os, signal, numpy, pyembed\n"
+        "def rows():\n"
+        "    yield numpy.ones((3, 4), numpy.float32)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"t = pyembed.Table.open({str(table)!r})\n"
+        "t._store.append(rows(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    with pytest.raises(DirtyError):
+        Table.open(table)
+    with Table.open(table, salvage=True) as t:
+        assert t.weight.tolist() == np.arange(8).reshape(4, 2).tolist()
+        t.append(1)
+    with Table.open(table, "r") as t:
+        assert t.rows == 5
+
+
+def test_failed_sync_is_not_forgotten(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a sync that failed no later commit succeeds: the system reports a lost page once."""
+
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    t = Table.open(table)
+    t.scatter_add([0], ONES)
+    monkeypatch.setattr(store, "sync", failing)
+    with pytest.raises(OSError, match="injected"):
+        t.commit()
+    monkeypatch.undo()
+    for call in (t.commit, lambda: t.scatter_add([0], ONES), t.close):
+        with pytest.raises(TableError, match="a sync failed"):
+            call()
+    with pytest.raises(DirtyError):
+        Table.open(table)
+
+
+def test_forked_child_does_not_commit(table: Path) -> None:
+    """A child that inherits a writer can neither change nor commit its table, by exit either."""
+    code = (
+        "import os, sys, warnings, numpy, pyembed\n"
+        "warnings.simplefilter('ignore')\n"
+        f"t = pyembed.Table.open({str(table)!r})\n"
+        "ones = numpy.ones((1, 2), numpy.float32)\n"
+        "t.scatter_add([0], ones)\n"
+        "if os.fork() == 0:\n"
+        "    try:\n"
+        "        t.scatter_add([0], ones)\n"
+        "    except pyembed.errors.ReadOnlyError:\n"
+        "        sys.exit(7)\n"
+        "_, status = os.wait()\n"
+        "assert os.waitstatus_to_exitcode(status) == 7\n"
+        "assert t.state == 'dirty'\n"
+        f"assert '\"dirty\"' in open({str(table / 'manifest.json')!r}).read()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_first_changes_at_once(table: Path) -> None:
+    """Many threads may make the first change to a clean table; a commit waits for all of them."""
+    with Table.open(table) as t:
+        for _ in range(20):
+            callers = [threading.Thread(target=t.scatter_add, args=([0], ONES)) for _ in range(8)]
+            for caller in callers:
+                caller.start()
+            t.commit()
+            for caller in callers:
+                caller.join()
+        assert t.gather(0).tolist() == [160, 161]
+
+
+def test_warnings_as_errors_lose_nothing(table: Path) -> None:
+    """A forgotten table is committed even where its warning is an error."""
+    code = (
+        "import numpy, pyembed\n"
+        f"t = pyembed.Table.open({str(table)!r})\n"
+        "t.scatter_add([0], numpy.ones((1, 2), numpy.float32))\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, check=False)
+    with Table.open(table, "r") as t:
+        assert t.gather(0).tolist() == [1, 2]
+
+
+def test_commit_refusals(table: Path) -> None:
+    """No commit of a private copy, inside a block that writes, or of meta that is no dict."""
+    with Table.open(table, "c") as t, pytest.raises(ReadOnlyError, match="private copy"):
+        t.commit({"a": 1})
+    with Table.open(table) as t:
+        with t.writing([0]), pytest.raises(ArgumentError, match="writing"):
+            t.commit()
+        for meta in ([1], "text", 5):
+            with pytest.raises(ArgumentError, match="dict"):
+                t.commit(meta)  # type: ignore[arg-type]
+        mine = {"step": 1}
+        t.commit(mine)
+        mine["step"] = 2
+        assert t.meta == {"step": 1}
