@@ -108,9 +108,10 @@ class Optimizer:
             if batch.coef is not None:
                 require_finite(batch.coef, "per_sample_weights", workers)
         skip = -1 if layer is None or layer.padding_idx is None else layer.padding_idx
-        require_apart(batch.values, table.weight_column.array, "grad")
-        hyper = self._hyper(self.steps + 1)
+        for name in ("weight", *self._state):
+            require_apart(batch.values, table.column(name), "grad")
         with table.changing(self._state) as columns:
+            hyper = self._hyper(self.steps + 1)  # in turn, as another thread's step counts too
             _core.update(
                 columns,
                 batch.rows,

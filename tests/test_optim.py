@@ -261,3 +261,13 @@ def test_adam_resumes_exactly(path: Path) -> None:
 def test_repr() -> None:
     """The text names the hyper-parameters."""
     assert repr(optim.Adagrad(Table.memory(1, 1), lr=0.5)) == "Adagrad(lr=0.5, eps=1e-10)"
+
+
+def test_gradient_that_is_the_state() -> None:
+    """A gradient that shares memory with a state column is refused, as with the weight."""
+    t = Table.memory(5, 2)
+    o = optim.Adagrad(t)
+    for name in ("weight", "sum"):
+        with pytest.raises(ArgumentError, match=r"use grad\.copy"):
+            o.step(np.arange(5), t.column(name))
+    assert o.steps == 0
