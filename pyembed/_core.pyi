@@ -78,7 +78,7 @@ def update(
     coef: _F32 | None = None,
 ) -> None: ...
 def renorm(
-    column: Column, rows: _I64, max_norm: float, p: float, threads: int
+    column: Column, ids: _Ids, max_norm: float, p: float, threads: int
 ) -> tuple[int, int]: ...
 def reduce_bags(
     column: Column,

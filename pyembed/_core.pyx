@@ -8,10 +8,11 @@ here are `IdError` and an output that overlaps with the table, and they come bef
 The parts:
 - this file: kernels table, columns, arrays, the id check
 - _core_rows.pxi: gather, scatter_add, all_finite, fill
-- _core_groups.pxi: group (ids to unique rows), and the loops over unique rows: sum, add, update, renorm
+- _core_groups.pxi: group (ids to unique rows)
+- _core_updates.pxi: the loops over unique rows: sum, add, update, renorm
 - _core_bags.pxi: the loops over bags: reduce, dots; and the gradient of a maximum
 
-Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here; a loop over columns is in _kernels/.
+Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here (but for sums, decision 0004); a loop over columns is in _kernels/.
 """
 
 cimport cython
@@ -38,12 +39,22 @@ cdef extern from "_kernels/kernels.h" nogil:
 
     ctypedef void (*pe_update_row)(float *const *col, const float *grad_d, int64_t d, const pe_hyper *h) noexcept nogil
 
+    ctypedef struct pe_sum:
+        const float *base
+        int64_t stride
+        const void *ids_n
+        int wide
+        const float *coef_n
+        int64_t skip
+        int64_t n
+        int64_t beyond
+        int64_t ahead
+
     ctypedef struct pe_kernels:
         const char *name
         void (*copy_row)(float *dst_d, const float *src_d, int64_t d) noexcept nogil
         void (*stream_row)(float *dst_d, const float *src_d, int64_t d) noexcept nogil
-        void (*add_row)(float *acc_d, const float *src_d, int64_t d) noexcept nogil
-        void (*add4_row)(float *acc_d, const float *const *src_4d, int64_t d) noexcept nogil
+        int64_t (*add_rows)(float *acc_d, const pe_sum *s, int64_t d) noexcept nogil
         void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d) noexcept nogil
         void (*scale_row)(float *dst_d, float alpha, int64_t d) noexcept nogil
         void (*divide_row)(float *dst_d, float by, int64_t d) noexcept nogil
@@ -274,4 +285,5 @@ cdef extern from *:
 
 include "_core_rows.pxi"
 include "_core_groups.pxi"
+include "_core_updates.pxi"
 include "_core_bags.pxi"

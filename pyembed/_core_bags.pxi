@@ -23,31 +23,19 @@ cdef inline void _zero(float *out_d, int64_t d) noexcept nogil:
         out_d[i] = 0
 
 
-cdef int64_t _add_bag(const pe_kernels *k, const Bags *bags, Column column, const ids_t *ids, int64_t bag, int64_t end,
-                      int64_t ahead, float *out_d) noexcept nogil:
-    """Sum of a bag, in order, from zero (so that minus zero alone gives zero, as in torch); how many rows were taken.
-
-    Four rows at a time, so that the sum passes through memory a quarter as often.
-    """
-    cdef int64_t p, i, d = column.dim, stride = column.stride, taken = 0
-    cdef const float *four[4]
-    _zero(out_d, d)
-    for p in range(bags.starts[bag], bags.starts[bag + 1]):
-        if p + ahead < end:
-            pe_prefetch_read(column.data + ids[p + ahead] * stride, d)
-        if ids[p] == bags.skip_row:
-            continue
-        if bags.weight_n is not NULL:
-            k.axpy_row(out_d, column.data + ids[p] * stride, bags.weight_n[p], d)
-        else:
-            four[taken & 3] = column.data + ids[p] * stride
-            if taken & 3 == 3:
-                k.add4_row(out_d, four, d)
-        taken += 1
-    if bags.weight_n is NULL:
-        for i in range(taken & 3):
-            k.add_row(out_d, four[i], d)
-    return taken
+cdef inline int64_t _add_bag(const pe_kernels *k, const Bags *bags, Column column, const ids_t *ids, int64_t bag, int64_t end,
+                             int64_t ahead, float *out_d) noexcept nogil:
+    """Sum of a bag, in order, from zero (so that minus zero alone gives zero, as in torch); how many rows were taken."""
+    cdef pe_sum s
+    cdef int64_t first = bags.starts[bag]
+    s.base, s.stride, s.skip, s.ahead = column.data, column.stride, bags.skip_row, ahead
+    s.ids_n, s.wide, s.coef_n = ids + first, ids_t is int64_t, NULL
+    if bags.weight_n is not NULL:
+        s.coef_n = bags.weight_n + first
+    s.n = bags.starts[bag + 1] - first
+    s.beyond = end - first - s.n
+    _zero(out_d, column.dim)
+    return k.add_rows(out_d, &s, column.dim)
 
 
 cdef int64_t _max_bag(const pe_kernels *k, const Bags *bags, Column column, const ids_t *ids, int64_t bag, int64_t end,
@@ -81,7 +69,7 @@ cdef int64_t _max_bag(const pe_kernels *k, const Bags *bags, Column column, cons
 
 cdef void _bag_span(const pe_kernels *k, const Bags *bags, Column column, const ids_t *ids, int64_t lo, int64_t hi,
                     float *out_bd, int64_t *which_bd) noexcept nogil:
-    cdef int64_t bag, p, d = column.dim, taken, ahead = _rows_ahead(d, AHEAD_FLOATS), end = bags.starts[hi]
+    cdef int64_t bag, p, d = column.dim, taken, ahead = _rows_ahead(d, 2048), end = bags.starts[hi]
     for p in range(bags.starts[lo], min(bags.starts[lo] + ahead, end)):
         pe_prefetch_read(column.data + ids[p] * column.stride, d)
     for bag in range(lo, hi):
@@ -138,7 +126,9 @@ def reduce_bags(Column column not None, cnp.ndarray ids not None, cnp.ndarray st
     for i in range(bags.b):
         if bags.starts[i] > bags.starts[i + 1]:
             raise ValueError("starts must ascend")
-    bags.weight_n = NULL if weights is None else _floats(weights, n)
+    bags.weight_n = NULL
+    if weights is not None:
+        bags.weight_n = _floats(weights, n)
     cdef float *out_bd = _floats_out(out, bags.b * column.dim, column)
     if which is not None:
         if not _is_int64(which) or cnp.PyArray_SIZE(which) != bags.b * column.dim:

@@ -88,7 +88,7 @@ class Bags:
 def _starts(offsets: ArrayLike | None, n: int, include_last: bool) -> I64:
     if offsets is None:
         raise ArgumentError("a 1-D input needs offsets: where each bag begins")
-    array = as_ids(offsets).astype(np.int64)
+    array = as_ids(offsets)
     if array.ndim != 1:
         raise ArgumentError(f"offsets have {array.ndim} dimensions; allowed: 1")
     if include_last:
@@ -101,15 +101,16 @@ def _starts(offsets: ArrayLike | None, n: int, include_last: bool) -> I64:
                 f"offsets[{array.size - 1}] = {array[-1]}; with include_last_offset the last is "
                 f"the number of ids, {n}"
             )
-        starts = array
+        starts = array.astype(np.int64)
     else:
-        starts = np.append(array, n)
+        starts = np.empty(array.size + 1, np.int64)
+        starts[:-1], starts[-1] = array, n
     if starts[0] != 0:
         what = "offsets[0]" if array.size else f"there are no bags for {n} ids; offsets[0]"
         raise ArgumentError(f"{what} = {starts[0]}; allowed: 0")
-    wrong = np.flatnonzero(np.diff(starts) < 0)
-    if wrong.size:
-        at = int(wrong[0]) + 1
+    descends = starts[1:] < starts[:-1]
+    if descends.any():
+        at = int(descends.argmax()) + 1
         if at == array.size:
             raise ArgumentError(f"offsets[{at - 1}] = {starts[at - 1]} is outside 0..{n}")
         raise ArgumentError(

@@ -134,8 +134,9 @@ def norm(row: F32, p: float) -> float:
     return largest * float(lane_sum((x / largest) ** p) ** (1 / p))
 
 
-def renorm(column: F32, rows: I64, max_norm: float, p: float) -> tuple[int, int]:
+def renorm(column: F32, ids: NDArray[np.integer], max_norm: float, p: float) -> tuple[int, int]:
     """Rows with a larger norm n times float32(max_norm / (n + 1e-7)); (scaled, with NaN)."""
+    rows = np.unique(ids)
     norms = [norm(column[row], p) for row in rows]
     for row, n in zip(rows, norms, strict=True):
         if n > max_norm:

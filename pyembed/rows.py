@@ -209,11 +209,11 @@ class Rows:
         for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
             if not value >= 0:
                 raise ArgumentError(f"{name} = {value}; allowed: 0 or more, inf included")
-        weight = self.weight_column
-        unique = grouping.group(ids, weight.rows, self.num_threads).rows
-        workers = threads.for_work(unique.size * weight.dim, self.num_threads)
+        weight, ids = self.weight_column, as_ids(ids)
+        workers = threads.for_work(ids.size * weight.dim, self.num_threads)
+        _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
         with self.changing() as (column,):
-            return Renormed(*_core.renorm(column, unique, max_norm, norm_type, workers))
+            return Renormed(*_core.renorm(column, ids, max_norm, norm_type, workers))
 
     @contextmanager
     def writing(self, ids: ArrayLike) -> Iterator[F32]:

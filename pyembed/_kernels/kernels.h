@@ -1,7 +1,7 @@
 /* The table of row kernels: what each one computes, and the contract that all of them keep.
  *
- * A kernel works on one row (or one span) of float32. It allocates nothing, knows no thread, and cannot fail.
- * Legend: d floats in a row; *_d points to d floats; no two pointers of a call overlap.
+ * A kernel works on one row (or one span, or the rows of one sum) of float32. It allocates nothing, knows no thread, and cannot fail.
+ * Legend: d floats in a row; *_d points to d floats, *_nd to n rows; no two pointers of a call overlap.
  *
  * Numerics contract. Every level (baseline, v3) is the same C, compiled without contraction of a*b+c and without
  * -ffast-math, so every level gives the same bits, and pyembed/reference.py gives them too.
@@ -25,14 +25,28 @@ typedef struct {
 /* col[0] is the weight, col[1..] the state columns of the rule, all of the same row. */
 typedef void (*pe_update_row)(float *const *col, const float *grad_d, int64_t d, const pe_hyper *h);
 
+/* The rows of one sum, in order: row ids_n[r] begins at base + ids_n[r] * stride floats. A sum is the one place where a
+ * kernel loops over rows, because it must stay in registers (docs/decisions/0004). */
+typedef struct {
+    const float *base;
+    int64_t stride;
+    const void *ids_n;   /* int64 if wide, else int32 */
+    int wide;
+    const float *coef_n; /* what each row is multiplied with, or NULL */
+    int64_t skip;        /* an id that is not taken, or -1 */
+    int64_t n;
+    int64_t beyond;      /* how many ids follow the n that are summed: their rows come next */
+    int64_t ahead;       /* how many rows ahead memory is asked for */
+} pe_sum;
+
 #define PE_BLOCK 64 /* floats that one call of a random kernel produces */
 
 typedef struct {
     const char *name;
     void (*copy_row)(float *dst_d, const float *src_d, int64_t d);
     void (*stream_row)(float *dst_d, const float *src_d, int64_t d); /* as copy, past the caches; see pe_stream_fence */
-    void (*add_row)(float *acc_d, const float *src_d, int64_t d);                /* acc += src */
-    void (*add4_row)(float *acc_d, const float *const *src_4d, int64_t d);       /* four add_rows, acc read and written once */
+    /* acc += each row of s, in order; how many were taken */
+    int64_t (*add_rows)(float *acc_d, const pe_sum *s, int64_t d);
     void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d);  /* acc += alpha * src */
     void (*scale_row)(float *dst_d, float alpha, int64_t d);                     /* dst *= alpha */
     void (*divide_row)(float *dst_d, float by, int64_t d);                       /* dst /= by */

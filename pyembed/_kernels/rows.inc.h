@@ -11,6 +11,7 @@
 #define PE_STR(a) PE_STR2(a)
 
 #include "random.inc.h"
+#include "sums.inc.h"
 
 static void copy_row(float *restrict dst_d, const float *restrict src_d, int64_t d) {
     for (int64_t i = 0; i < d; i++) dst_d[i] = src_d[i];
@@ -29,15 +30,6 @@ static void stream_row(float *restrict dst_d, const float *restrict src_d, int64
         }
 #endif
     for (; i < d; i++) dst_d[i] = src_d[i];
-}
-
-static void add_row(float *restrict acc_d, const float *restrict src_d, int64_t d) {
-    for (int64_t i = 0; i < d; i++) acc_d[i] += src_d[i];
-}
-
-static void add4_row(float *restrict acc_d, const float *const *src_4d, int64_t d) {
-    const float *restrict a_d = src_4d[0], *restrict b_d = src_4d[1], *restrict c_d = src_4d[2], *restrict e_d = src_4d[3];
-    for (int64_t i = 0; i < d; i++) acc_d[i] = (((acc_d[i] + a_d[i]) + b_d[i]) + c_d[i]) + e_d[i];
 }
 
 static void axpy_row(float *restrict acc_d, const float *restrict src_d, float alpha, int64_t d) {
@@ -86,28 +78,48 @@ static float dot_row(const float *restrict a_d, const float *restrict b_d, int64
     return lane[0];
 }
 
-/* (sum |x|^p)^(1/p); p = 0 counts what is not zero, p = inf takes the largest. NaN if a NaN is among them. */
-static double norm_row(const float *restrict src_d, double p, int64_t d) {
+/* Each norm is a function of its own, so that its lanes live in registers. */
+static double norm2_row(const float *restrict src_d, int64_t d) {
     double lane[PE_SUM_LANES] = {0};
-    if (p == 2.0) {
-        PE_LANE_SUM(lane, (double)src_d[i] * (double)src_d[i])
-        return sqrt(lane[0]);
-    }
-    if (p == 1.0) {
-        PE_LANE_SUM(lane, fabs((double)src_d[i]))
-        return lane[0];
-    }
-    double largest = 0.0;
+    PE_LANE_SUM(lane, (double)src_d[i] * (double)src_d[i])
+    return sqrt(lane[0]);
+}
+
+static double norm1_row(const float *restrict src_d, int64_t d) {
+    double lane[PE_SUM_LANES] = {0};
+    PE_LANE_SUM(lane, fabs((double)src_d[i]))
+    return lane[0];
+}
+
+/* The largest |x|, or NaN if there is one. As integers, positive floats are ordered, and NaN is above infinity. */
+static double norm_inf_row(const float *restrict src_d, int64_t d) {
+    int32_t largest = 0;
     for (int64_t i = 0; i < d; i++) {
-        const double x = fabs((double)src_d[i]);
-        if (x != x) return x;
-        largest = x > largest ? x : largest;
+        int32_t bits;
+        memcpy(&bits, src_d + i, sizeof bits);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
     }
-    if (p == 0.0) {
-        PE_LANE_SUM(lane, (double)(src_d[i] != 0.0f))
-        return lane[0];
-    }
+    float value;
+    memcpy(&value, &largest, sizeof value);
+    return value;
+}
+
+static double norm0_row(const float *restrict src_d, int64_t d) {
+    double lane[PE_SUM_LANES] = {0};
+    PE_LANE_SUM(lane, (double)(src_d[i] != 0.0f))
+    return lane[0];
+}
+
+/* (sum |x|^p)^(1/p); p = 0 counts what is not zero, p = inf takes the largest. NaN if a NaN is among them. */
+static double norm_row(const float *src_d, double p, int64_t d) {
+    if (p == 2.0) return norm2_row(src_d, d);
+    if (p == 1.0) return norm1_row(src_d, d);
+    const double largest = norm_inf_row(src_d, d);
+    if (largest != largest) return largest;
+    if (p == 0.0) return norm0_row(src_d, d);
     if (isinf(p) || largest == 0.0 || isinf(largest)) return largest;
+    double lane[PE_SUM_LANES] = {0};
     PE_LANE_SUM(lane, pow(fabs((double)src_d[i]) / largest, p)) /* relative, so that no power overflows */
     return largest * pow(lane[0], 1.0 / p);
 }
@@ -159,8 +171,7 @@ const pe_kernels PE_CAT(pe_kernels_, PE_LEVEL) = {
     .name = PE_STR(PE_LEVEL),
     .copy_row = copy_row,
     .stream_row = stream_row,
-    .add_row = add_row,
-    .add4_row = add4_row,
+    .add_rows = add_rows,
     .axpy_row = axpy_row,
     .scale_row = scale_row,
     .divide_row = divide_row,

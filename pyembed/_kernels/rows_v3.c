@@ -5,6 +5,7 @@
 
 #ifdef PE_HAVE_V3
 #define PE_LEVEL v3
+#define PE_VECTOR_BYTES 32
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,f16c,fma,bmi,bmi2"))), apply_to = function)
 #else
