@@ -12,7 +12,8 @@ The parts:
 - _core_updates.pxi: the loops over unique rows: sum, add, update, renorm
 - _core_bags.pxi: the loops over bags: reduce, dots; and the gradient of a maximum
 
-Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here (but for sums, decision 0004); a loop over columns is in _kernels/.
+Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here (but for sums of rows, decision 0004);
+a loop over columns is in _kernels/.
 """
 
 cimport cython
@@ -64,8 +65,8 @@ cdef extern from "_kernels/kernels.h" nogil:
         double (*norm_row)(const float *src_d, double p, int64_t d) noexcept nogil
         int (*finite_span)(const float *src_d, int64_t d) noexcept nogil
         pe_update_row update[PE_RULES]
-        void (*uniform_block)(float *dst, uint64_t seed, uint64_t block, float low, float width) noexcept nogil
-        void (*normal_block)(float *dst, uint64_t seed, uint64_t block, float mean, float std) noexcept nogil
+        void (*uniform_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float low, float width) noexcept nogil
+        void (*normal_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float mean, float std) noexcept nogil
 
     const pe_kernels *pe_kernels_named(const char *name) noexcept
     const pe_kernels *pe_kernels_best() noexcept
@@ -129,7 +130,7 @@ def simd_level():
 
 def simd_levels():
     """The levels that this processor has, lowest first."""
-    return [name for name in ("baseline", "v3") if pe_kernels_named(name.encode()) is not NULL]
+    return [name for name in ("baseline", "v3", "v4") if pe_kernels_named(name.encode()) is not NULL]
 
 
 def openmp():

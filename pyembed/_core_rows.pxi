@@ -139,39 +139,41 @@ def all_finite(cnp.ndarray values not None, int threads):
     return good == parts
 
 
-# Floats that one thread makes before it copies them into rows: 16 KiB, well inside the L1 cache.
+# Blocks that one thread makes before it copies them into rows: 16 KiB, well inside the L1 cache.
 cdef enum:
-    FILL_FLOATS = 4096
+    FILL_BLOCKS = 64
 
 
 cdef void _fill_part(const pe_kernels *k, Column column, bint normal, uint64_t seed, int64_t first_row, int64_t row,
-                     int64_t last, float a, float b) noexcept nogil:
+                     int64_t last, float a, float b, bint stream) noexcept nogil:
     """Rows row..last of the column are rows first_row + row .. of the stream: element (r, c) is value r * dim + c."""
-    cdef float made[FILL_FLOATS + PE_BLOCK]
-    cdef int64_t d = column.dim, at, end = (first_row + last) * d, block, col, take, offset
+    cdef float made[FILL_BLOCKS * PE_BLOCK]
+    cdef void (*copy)(float *dst_d, const float *src_d, int64_t d) noexcept nogil
+    copy = k.stream_row if stream else k.copy_row
+    cdef int64_t d = column.dim, at, end = (first_row + last) * d, block, blocks, col, take, offset
     at = (first_row + row) * d
     col = 0
     while at < end:
         block = at // PE_BLOCK
         offset = at - block * PE_BLOCK           # the first elements of the first block belong to another part
-        take = 0
-        while take < FILL_FLOATS and (block * PE_BLOCK + take) < end:
-            if normal:
-                k.normal_block(made + take, seed, <uint64_t>(block + take // PE_BLOCK), a, b)
-            else:
-                k.uniform_block(made + take, seed, <uint64_t>(block + take // PE_BLOCK), a, b)
-            take += PE_BLOCK
-        take = min(take, end - block * PE_BLOCK)
+        blocks = min(FILL_BLOCKS, (end - 1) // PE_BLOCK + 1 - block)
+        if normal:
+            k.normal_blocks(made, seed, <uint64_t>block, blocks, a, b)
+        else:
+            k.uniform_blocks(made, seed, <uint64_t>block, blocks, a, b)
+        take = min(blocks * PE_BLOCK, end - block * PE_BLOCK)
         at = block * PE_BLOCK + take
         while offset < take:                     # the rest of this row, or as much of it as was made
             if take - offset < d - col:
-                k.copy_row(column.data + row * column.stride + col, made + offset, take - offset)
+                copy(column.data + row * column.stride + col, made + offset, take - offset)
                 col += take - offset
                 break
-            k.copy_row(column.data + row * column.stride + col, made + offset, d - col)
+            copy(column.data + row * column.stride + col, made + offset, d - col)
             offset += d - col
             row += 1
             col = 0
+    if stream:
+        pe_stream_fence()
 
 
 def fill(Column column not None, str kind, uint64_t seed, int64_t first_row, float a, float b, int threads):
@@ -182,6 +184,7 @@ def fill(Column column not None, str kind, uint64_t seed, int64_t first_row, flo
     """
     cdef bint normal = kind == "normal"
     cdef int64_t rows = column.rows, lo, hi, span = max(threads, SPAN_FLOATS // max(column.dim, 1))
+    cdef bint stream = rows * column.dim >= stream_floats
     cdef int t, caller = pe_this_cpu()
     cdef const pe_kernels *k = kernels
     if kind != "normal" and kind != "uniform":
@@ -196,5 +199,5 @@ def fill(Column column not None, str kind, uint64_t seed, int64_t first_row, flo
                 if t:
                     pe_leave_cpu(caller)
                 _fill_part(k, column, normal, seed, first_row, lo + _split(hi - lo, t, threads),
-                           lo + _split(hi - lo, t + 1, threads), a, b)
+                           lo + _split(hi - lo, t + 1, threads), a, b, stream)
         PyErr_CheckSignals()

@@ -3,7 +3,7 @@
  * A kernel works on one row (or one span, or the rows of one sum) of float32. It allocates nothing, knows no thread, and cannot fail.
  * Legend: d floats in a row; *_d points to d floats, *_nd to n rows; no two pointers of a call overlap.
  *
- * Numerics contract. Every level (baseline, v3) is the same C, compiled without contraction of a*b+c and without
+ * Numerics contract. Every level (baseline, v3, v4) is the same C, compiled without contraction of a*b+c and without
  * -ffast-math, so every level gives the same bits, and pyembed/reference.py gives them too.
  */
 #ifndef PYEMBED_KERNELS_H
@@ -39,7 +39,7 @@ typedef struct {
     int64_t ahead;       /* how many rows ahead memory is asked for */
 } pe_sum;
 
-#define PE_BLOCK 64 /* floats that one call of a random kernel produces */
+#define PE_BLOCK 64 /* floats of one block of a random stream */
 
 typedef struct {
     const char *name;
@@ -57,15 +57,16 @@ typedef struct {
     double (*norm_row)(const float *src_d, double p, int64_t d);                 /* p-norm in double, 16 lanes; NaN if any */
     int (*finite_span)(const float *src_d, int64_t d);                           /* 1 if no NaN and no infinity */
     pe_update_row update[PE_RULES];
-    /* Block `block` of the stream that `seed` names: PE_BLOCK floats, a function of (seed, block) alone. */
-    void (*uniform_block)(float *dst, uint64_t seed, uint64_t block, float low, float width);
-    void (*normal_block)(float *dst, uint64_t seed, uint64_t block, float mean, float std);
+    /* Blocks from `block` on of the stream that `seed` names: PE_BLOCK floats each, a function of (seed, block) alone. */
+    void (*uniform_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float low, float width);
+    void (*normal_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float mean, float std);
 } pe_kernels;
 
 extern const pe_kernels pe_kernels_baseline;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PE_HAVE_V3 1
-extern const pe_kernels pe_kernels_v3;
+#define PE_HAVE_V4 1
+extern const pe_kernels pe_kernels_v3, pe_kernels_v4;
 #endif
 
 /* The kernels of a level by name: NULL if the name is unknown or this processor lacks the level. */

@@ -27,7 +27,8 @@
         x3[l] += key[(s + 3) % 5] + (s);       \
     }
 
-static inline void threefry_block(uint32_t word[4][PE_LANES], uint64_t seed, uint64_t block) {
+/* Not inlined: GCC 12 takes the words apart otherwise, and a uniform takes 0.46 ns instead of 0.25 (v4). */
+PE_NOINLINE void threefry_block(uint32_t word[4][PE_LANES], uint64_t seed, uint64_t block) {
     const uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
     const uint32_t key[5] = {key0, key1, 0, 0, 0x1BD11BDAu ^ key0 ^ key1};
     uint32_t x0[PE_LANES], x1[PE_LANES], x2[PE_LANES], x3[PE_LANES];
@@ -55,7 +56,7 @@ static inline void threefry_block(uint32_t word[4][PE_LANES], uint64_t seed, uin
 }
 
 /* low + width * k / 2^24, k an integer in 0 .. 2^24 - 1 */
-static void uniform_block(float *restrict dst, uint64_t seed, uint64_t block, float low, float width) {
+PE_INLINE void uniform_block(float *restrict dst, uint64_t seed, uint64_t block, float low, float width) {
     uint32_t word[4][PE_LANES];
     threefry_block(word, seed, block);
     const uint32_t *flat = &word[0][0];
@@ -86,7 +87,7 @@ static inline float log_unit(float u) {
 
 /* Box-Muller: of two words, one is the radius and one the angle, and they make two normals. The radius uses 31 bits,
  * so the tail reaches 6.6 standard deviations. The angle is a quadrant and a signed part of it in [-pi/4, pi/4). */
-static void normal_block(float *restrict dst, uint64_t seed, uint64_t block, float mean, float std) {
+PE_INLINE void normal_block(float *restrict dst, uint64_t seed, uint64_t block, float mean, float std) {
     uint32_t word[4][PE_LANES];
     threefry_block(word, seed, block);
     for (int j = 0; j < 4; j += 2)
@@ -106,4 +107,12 @@ static void normal_block(float *restrict dst, uint64_t seed, uint64_t block, flo
             dst[PE_LANES * j + l] = radius * cosine_signed + mean;
             dst[PE_LANES * (j + 1) + l] = radius * sine_signed + mean;
         }
+}
+
+static void uniform_blocks(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float low, float width) {
+    for (int64_t b = 0; b < blocks; b++) uniform_block(dst + b * PE_BLOCK, seed, block + (uint64_t)b, low, width);
+}
+
+static void normal_blocks(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float mean, float std) {
+    for (int64_t b = 0; b < blocks; b++) normal_block(dst + b * PE_BLOCK, seed, block + (uint64_t)b, mean, std);
 }

@@ -10,6 +10,14 @@
 #define PE_STR2(a) #a
 #define PE_STR(a) PE_STR2(a)
 
+#ifdef __GNUC__
+#define PE_INLINE static inline __attribute__((always_inline))
+#define PE_NOINLINE static __attribute__((noinline))
+#else
+#define PE_INLINE static inline
+#define PE_NOINLINE static
+#endif
+
 #include "random.inc.h"
 #include "sums.inc.h"
 
@@ -181,6 +189,6 @@ const pe_kernels PE_CAT(pe_kernels_, PE_LEVEL) = {
     .norm_row = norm_row,
     .finite_span = finite_span,
     .update = {[PE_SGD] = sgd_row, [PE_ADAGRAD] = adagrad_row, [PE_ADAM] = adam_row},
-    .uniform_block = uniform_block,
-    .normal_block = normal_block,
+    .uniform_blocks = uniform_blocks,
+    .normal_blocks = normal_blocks,
 };

@@ -7,10 +7,8 @@
  */
 #ifdef __GNUC__
 typedef float pe_vector __attribute__((vector_size(PE_VECTOR_BYTES), aligned(4), may_alias));
-#define PE_INLINE static inline __attribute__((always_inline))
 #else
 typedef float pe_vector;
-#define PE_INLINE static inline
 #endif
 #define PE_VECTOR ((int64_t)(sizeof(pe_vector) / sizeof(float)))
 #define PE_FOR_TILE _Pragma("GCC unroll 16") for (int64_t j = 0; j < vectors; j++)
