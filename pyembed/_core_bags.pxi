@@ -163,7 +163,7 @@ def bag_dots(Column column not None, cnp.ndarray ids not None, cnp.ndarray bag_o
 
 
 def sum_elements(cnp.ndarray starts not None, cnp.ndarray positions not None, cnp.ndarray grad not None,
-                 cnp.ndarray out not None):
+                 cnp.ndarray out not None, int threads):
     """out[u, p % d] += grad.flat[p] for the positions p of group u, in order: the gradient of a maximum."""
     cdef int64_t u, q, d = cnp.PyArray_DIM(out, 1), groups = cnp.PyArray_DIM(out, 0)
     if not _is_int64(starts) or not _is_int64(positions):
@@ -173,6 +173,12 @@ def sum_elements(cnp.ndarray starts not None, cnp.ndarray positions not None, cn
     cdef const int64_t *starts_u1 = <const int64_t *>cnp.PyArray_DATA(starts)
     cdef const int64_t *position_n = <const int64_t *>cnp.PyArray_DATA(positions)
     with nogil:
-        for u in range(groups):
-            for q in range(starts_u1[u], starts_u1[u + 1]):
-                out_ud[u * d + position_n[q] % d] += grad_n[position_n[q]]
+        for u in prange(groups, num_threads=threads, schedule="static", use_threads_if=threads > 1):
+            _sum_elements(position_n, starts_u1[u], starts_u1[u + 1], grad_n, out_ud + u * d, d)
+
+
+cdef void _sum_elements(const int64_t *position_n, int64_t lo, int64_t hi, const float *grad_n, float *out_d,
+                        int64_t d) noexcept nogil:
+    cdef int64_t q
+    for q in range(lo, hi):
+        out_d[position_n[q] % d] += grad_n[position_n[q]]

@@ -240,7 +240,8 @@ class EmbeddingBag(Layer):
         won = np.flatnonzero(which >= 0)
         groups = grouping.group(which.reshape(-1)[won], self.table.rows, self.table.num_threads)
         values = np.zeros((groups.rows.size, self.table.dim), np.float32)
-        _core.sum_elements(groups.starts, won[groups.order], grad, values)
+        workers = threads.for_work(won.size, self.table.num_threads)
+        _core.sum_elements(groups.starts, won[groups.order], grad, values, workers)
         return SparseGrad(groups.rows, values)
 
     def per_sample_weights_grad(
