@@ -23,6 +23,7 @@ from pyembed.embedding import Embedding
 from pyembed.embedding_bag import EmbeddingBag
 from pyembed.errors import PyembedError
 from pyembed.grouping import SparseGrad
+from pyembed.lookahead import lookahead
 from pyembed.table import Table
 from pyembed.vocab import Vocab
 
@@ -40,6 +41,7 @@ __all__ = [
     "functional",
     "grouping",
     "init",
+    "lookahead",
     "optim",
     "show_config",
 ]

@@ -7,6 +7,7 @@ here are `IdError` and an output that overlaps with the table, and they come bef
 
 The parts:
 - this file: kernels table, columns, arrays, the id check
+- _core_pages.pxi: rows of a file that are not in memory: notice, and ask for them ahead
 - _core_rows.pxi: gather, scatter_add, all_finite, fill
 - _core_groups.pxi: group (ids to unique rows)
 - _core_updates.pxi: the loops over unique rows: sum, add, update, renorm
@@ -83,6 +84,20 @@ cdef extern from "_kernels/spread.h" nogil:
     int pe_this_cpu() noexcept
     void pe_leave_cpu(int cpu) noexcept
 
+cdef extern from "_kernels/pages.h" nogil:
+    ctypedef struct pe_asker:
+        pass
+
+    void pe_asker_begin(pe_asker *a) noexcept
+    void pe_ask(pe_asker *a, const void *at, int64_t bytes) noexcept
+    void pe_asker_flush(pe_asker *a) noexcept
+    void pe_asker_end(pe_asker *a, int64_t *total) noexcept
+    int pe_page_resident(const void *at) noexcept
+    int64_t pe_major_faults() noexcept
+    int64_t pe_cached_pages(int fd, int64_t *dirty) noexcept
+    int pe_start_write_back(int fd, int64_t at, int64_t bytes) noexcept
+    int pe_page_out(void *at, int64_t bytes) noexcept
+
 cdef extern from "_kernels/crc32c.h" nogil:
     uint32_t pe_crc32c(uint32_t crc, const unsigned char *data, size_t size) noexcept
 
@@ -150,16 +165,20 @@ def crc32c(const unsigned char[::1] data):
 
 @cython.final
 cdef class Column:
-    """float32 rows in somebody's memory: a pointer and a row stride. Keeps the memory's owner alive."""
+    """float32 rows in somebody's memory: a pointer and a row stride. Keeps the memory's owner alive.
+
+    With `pages`, the rows are of a mapped file and may have to be read first.
+    """
 
     cdef readonly cnp.ndarray array
+    cdef readonly Pages pages
     cdef readonly bint writable
     cdef float *data
     cdef readonly int64_t rows
     cdef readonly int64_t dim
     cdef int64_t stride                         # floats from one row to the next
 
-    def __init__(self, cnp.ndarray array not None):
+    def __init__(self, cnp.ndarray array not None, Pages pages=None):
         if cnp.PyArray_NDIM(array) != 2 or cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT32:
             raise TypeError("a column is a 2-D float32 array")
         cdef cnp.npy_intp row_bytes = cnp.PyArray_STRIDE(array, 0), item_bytes = cnp.PyArray_STRIDE(array, 1)
@@ -171,6 +190,7 @@ cdef class Column:
         if not cnp.PyArray_ISBEHAVED_RO(array) or (self.dim > 1 and item_bytes != 4) or row_bytes % 4 or row_bytes < 0:
             raise ValueError("a column's floats must be aligned, native and contiguous within each row")
         self.array = array
+        self.pages = pages
         self.writable = cnp.PyArray_ISWRITEABLE(array)
         self.data = <float *>cnp.PyArray_DATA(array)
         self.stride = row_bytes // 4
@@ -284,6 +304,7 @@ cdef extern from *:
     void _lower "_pe_lower"(int64_t *bad, int64_t found) noexcept nogil
 
 
+include "_core_pages.pxi"
 include "_core_rows.pxi"
 include "_core_groups.pxi"
 include "_core_updates.pxi"

@@ -68,11 +68,15 @@ cdef int64_t _max_bag(const pe_kernels *k, const Bags *bags, Column column, cons
 
 
 cdef void _bag_span(const pe_kernels *k, const Bags *bags, Column column, const ids_t *ids, int64_t lo, int64_t hi,
-                    float *out_bd, int64_t *which_bd) noexcept nogil:
+                    float *out_bd, int64_t *which_bd, bint cold) noexcept nogil:
+    cdef Ahead pages
     cdef int64_t bag, p, d = column.dim, taken, ahead = _rows_ahead(d, 2048), end = bags.starts[hi]
     for p in range(bags.starts[lo], min(bags.starts[lo] + ahead, end)):
         pe_prefetch_read(column.data + ids[p] * column.stride, d)
+    _ahead_begin(&pages, cold, bags.starts[lo], end)
     for bag in range(lo, hi):
+        if bags.starts[bag] >= pages.next:
+            _ask(&pages, bags.starts[bag], column.data, column.stride, d, ids)
         if bags.mode == BAG_MAX:
             _max_bag(k, bags, column, ids, bag, end, ahead, out_bd + bag * d,
                      NULL if which_bd is NULL else which_bd + bag * d)
@@ -80,15 +84,16 @@ cdef void _bag_span(const pe_kernels *k, const Bags *bags, Column column, const 
         taken = _add_bag(k, bags, column, ids, bag, end, ahead, out_bd + bag * d)
         if bags.mode == BAG_MEAN and taken > 1:
             k.divide_row(out_bd + bag * d, <float>taken, d)
+    _ahead_end(&pages, cold, column.pages)
 
 
 cdef void _bag_part(const pe_kernels *k, const Bags *bags, Column column, const void *ids, bint wide, int t, int threads,
-                    float *out_bd, int64_t *which_bd) noexcept nogil:
+                    float *out_bd, int64_t *which_bd, bint cold) noexcept nogil:
     cdef int64_t lo = _bag_begin(bags, t, threads), hi = _bag_begin(bags, t + 1, threads)
     if wide:
-        _bag_span(k, bags, column, <const int64_t *>ids, lo, hi, out_bd, which_bd)
+        _bag_span(k, bags, column, <const int64_t *>ids, lo, hi, out_bd, which_bd, cold)
     else:
-        _bag_span(k, bags, column, <const int32_t *>ids, lo, hi, out_bd, which_bd)
+        _bag_span(k, bags, column, <const int32_t *>ids, lo, hi, out_bd, which_bd, cold)
 
 
 cdef int64_t _bag_begin(const Bags *bags, int t, int threads) noexcept nogil:
@@ -135,11 +140,12 @@ def reduce_bags(Column column not None, cnp.ndarray ids not None, cnp.ndarray st
             raise TypeError("which is int64, of the shape of out")
         which_bd = <int64_t *>cnp.PyArray_DATA(which)
     _check_ids(ids, wide, column.rows, threads)
+    cdef bint cold = _batch_is_cold(column, ids_n, wide, n)
     with nogil:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
             if t:
                 pe_leave_cpu(caller)
-            _bag_part(k, &bags, column, ids_n, wide, t, threads, out_bd, which_bd)
+            _bag_part(k, &bags, column, ids_n, wide, t, threads, out_bd, which_bd, cold)
 
 
 def bag_dots(Column column not None, cnp.ndarray ids not None, cnp.ndarray bag_of not None, cnp.ndarray grad not None,

@@ -21,29 +21,34 @@ cdef inline int64_t _rows_ahead(int64_t dim, int64_t floats) noexcept nogil:
 
 
 cdef void _gather_span(const pe_kernels *k, Column column, const ids_t *ids, int64_t lo, int64_t hi, float *out_nd,
-                       bint stream) noexcept nogil:
+                       bint stream, bint cold) noexcept nogil:
+    cdef Ahead pages
     cdef int64_t i, d = column.dim, stride = column.stride
     cdef int64_t ahead = _rows_ahead(d, STREAM_AHEAD_FLOATS if stream else AHEAD_FLOATS)
     cdef const float *table = column.data
+    _ahead_begin(&pages, cold, lo, hi)
     for i in range(lo, min(lo + ahead, hi)):
         pe_prefetch_read(table + ids[i] * stride, d)
     for i in range(lo, hi):
+        if i >= pages.next:
+            _ask(&pages, i, table, stride, d, ids)
         if i + ahead < hi:
             pe_prefetch_read(table + ids[i + ahead] * stride, d)
         if stream:
             k.stream_row(out_nd + i * d, table + ids[i] * stride, d)
         else:
             k.copy_row(out_nd + i * d, table + ids[i] * stride, d)
+    _ahead_end(&pages, cold, column.pages)
     if stream:
         pe_stream_fence()
 
 
 cdef void _gather_part(const pe_kernels *k, Column column, const void *ids, bint wide, int64_t lo, int64_t hi,
-                       float *out_nd, bint stream) noexcept nogil:
+                       float *out_nd, bint stream, bint cold) noexcept nogil:
     if wide:
-        _gather_span(k, column, <const int64_t *>ids, lo, hi, out_nd, stream)
+        _gather_span(k, column, <const int64_t *>ids, lo, hi, out_nd, stream, cold)
     else:
-        _gather_span(k, column, <const int32_t *>ids, lo, hi, out_nd, stream)
+        _gather_span(k, column, <const int32_t *>ids, lo, hi, out_nd, stream, cold)
 
 
 def gather(Column column not None, cnp.ndarray ids not None, cnp.ndarray out, int threads):
@@ -63,27 +68,34 @@ def gather(Column column not None, cnp.ndarray ids not None, cnp.ndarray out, in
         out = cnp.PyArray_EMPTY(ndim + 1, shape, cnp.NPY_FLOAT32, 0)
     cdef float *out_nd = _floats_out(out, n * d, column)
     cdef const void *ids_n = cnp.PyArray_DATA(ids)
-    cdef bint stream = n * d >= stream_floats
+    cdef bint stream = n * d >= stream_floats, cold
     if n * d == 0:
         return out
+    cold = _batch_is_cold(column, ids_n, wide, n)
+    if cold:
+        span = COLD_SPAN_ROWS
     if threads == 1 and n <= span:
         with nogil:
-            _gather_part(k, column, ids_n, wide, 0, n, out_nd, stream)
+            _gather_part(k, column, ids_n, wide, 0, n, out_nd, stream, cold)
         return out
     for lo in range(0, n, span):
         hi = min(lo + span, n)
         with nogil:
             for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
                 _gather_part(k, column, ids_n, wide, lo + _split(hi - lo, t, threads), lo + _split(hi - lo, t + 1, threads),
-                             out_nd, stream)
+                             out_nd, stream, cold)
         PyErr_CheckSignals()
     return out
 
 
 cdef void _scatter_span(const pe_kernels *k, Column column, const ids_t *ids, int64_t lo, int64_t hi,
-                        const float *values_nd, float alpha) noexcept nogil:
+                        const float *values_nd, float alpha, bint cold) noexcept nogil:
+    cdef Ahead pages
     cdef int64_t i, row, stripe, d = column.dim, stride = column.stride, ahead = _rows_ahead(d, AHEAD_FLOATS)
+    _ahead_begin(&pages, cold, lo, hi)
     for i in range(lo, hi):
+        if i >= pages.next:
+            _ask(&pages, i, column.data, stride, d, ids)
         if i + ahead < hi:
             pe_prefetch_write(column.data + ids[i + ahead] * stride, d)
         row = ids[i]
@@ -91,14 +103,15 @@ cdef void _scatter_span(const pe_kernels *k, Column column, const ids_t *ids, in
         pe_stripe_lock(stripe)
         k.axpy_row(column.data + row * stride, values_nd + i * d, alpha, d)
         pe_stripe_unlock(stripe)
+    _ahead_end(&pages, cold, column.pages)
 
 
 cdef void _scatter_part(const pe_kernels *k, Column column, const void *ids, bint wide, int64_t lo, int64_t hi,
-                        const float *values_nd, float alpha) noexcept nogil:
+                        const float *values_nd, float alpha, bint cold) noexcept nogil:
     if wide:
-        _scatter_span(k, column, <const int64_t *>ids, lo, hi, values_nd, alpha)
+        _scatter_span(k, column, <const int64_t *>ids, lo, hi, values_nd, alpha, cold)
     else:
-        _scatter_span(k, column, <const int32_t *>ids, lo, hi, values_nd, alpha)
+        _scatter_span(k, column, <const int32_t *>ids, lo, hi, values_nd, alpha, cold)
 
 
 def scatter_add(Column column not None, cnp.ndarray ids not None, cnp.ndarray values not None, float alpha, int threads):
@@ -116,9 +129,10 @@ def scatter_add(Column column not None, cnp.ndarray ids not None, cnp.ndarray va
     _check_ids(ids, wide, column.rows, threads)
     if n * column.dim == 0:
         return
+    cdef bint cold = _batch_is_cold(column, ids_n, wide, n)
     with nogil:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
-            _scatter_part(k, column, ids_n, wide, _split(n, t, threads), _split(n, t + 1, threads), values_nd, alpha)
+            _scatter_part(k, column, ids_n, wide, _split(n, t, threads), _split(n, t + 1, threads), values_nd, alpha, cold)
 
 
 cdef inline int _require_writable(Column column) except -1:

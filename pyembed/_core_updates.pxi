@@ -161,14 +161,19 @@ def sum_groups(rows, starts, order, cnp.ndarray grad not None, cnp.ndarray out n
 
 
 cdef void _add_run(const pe_kernels *k, const Batch *b, int64_t lo, int64_t hi, Column column, float alpha,
-                   float *sum_d) noexcept nogil:
+                   float *sum_d, bint cold) noexcept nogil:
+    cdef Ahead pages
     cdef int64_t u
+    _ahead_begin(&pages, cold, lo, hi)
     for u in range(lo, hi):
+        if u >= pages.next:
+            _ask(&pages, u, column.data, column.stride, b.d, b.rows)
         if u + 16 < hi:
             _prefetch_gradient(b, u + 16)
             pe_prefetch_write(column.data + b.rows[u + 16] * column.stride, b.d)
         if b.rows[u] != b.skip_row:
             k.axpy_row(column.data + b.rows[u] * column.stride, _row_gradient(k, b, u, sum_d), alpha, b.d)
+    _ahead_end(&pages, cold, column.pages)
 
 
 def add_groups(Column column not None, rows, starts, order, cnp.ndarray grad not None, float alpha, int64_t skip_row,
@@ -181,10 +186,11 @@ def add_groups(Column column not None, rows, starts, order, cnp.ndarray grad not
     _batch(&b, rows, starts, order, grad, column.dim, column.rows, bag_of, coef)
     b.skip_row, b.scale_by_count = skip_row, scale_by_count
     cdef float *sums = _scratch(b.d, threads)
+    cdef bint cold = _batch_is_cold(column, b.rows, True, b.u)
     with nogil:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
             _add_run(k, &b, _run_begin(&b, t, threads), _run_begin(&b, t + 1, threads), column, alpha,
-                     sums + t * (b.d + 16))
+                     sums + t * (b.d + 16), cold)
     free(sums)
 
 
@@ -199,13 +205,19 @@ cdef struct Rule:
     int columns
     float *data[MAX_COLUMNS]
     int64_t stride[MAX_COLUMNS]
+    int64_t row_floats                            # from the first column's first to the last one's last, in one row
 
 
-cdef void _update_run(const pe_kernels *k, const Batch *b, const Rule *rule, int64_t lo, int64_t hi, float *sum_d) noexcept nogil:
+cdef void _update_run(const pe_kernels *k, const Batch *b, const Rule *rule, int64_t lo, int64_t hi, float *sum_d,
+                      bint cold, Pages known) noexcept nogil:
+    cdef Ahead pages
     cdef int64_t u, row
     cdef int c
     cdef float *col[MAX_COLUMNS]
+    _ahead_begin(&pages, cold, lo, hi)
     for u in range(lo, hi):
+        if u >= pages.next:
+            _ask(&pages, u, rule.data[0], rule.stride[0], rule.row_floats, b.rows)
         if u + UPDATE_AHEAD < hi:
             row = b.rows[u + UPDATE_AHEAD]
             for c in range(rule.columns):
@@ -217,6 +229,7 @@ cdef void _update_run(const pe_kernels *k, const Batch *b, const Rule *rule, int
         for c in range(rule.columns):
             col[c] = rule.data[c] + row * rule.stride[c]
         rule.row(col, _row_gradient(k, b, u, sum_d), b.d, &rule.hyper)
+    _ahead_end(&pages, cold, known)
 
 
 def update(tuple columns not None, rows, starts, order, cnp.ndarray grad not None, str name, tuple hyper not None,
@@ -243,15 +256,19 @@ def update(tuple columns not None, rows, starts, order, cnp.ndarray grad not Non
         if column.dim != (<Column>columns[0]).dim or column.rows != (<Column>columns[0]).rows:
             raise ValueError("the columns of a rule have one shape")
         rule.data[t], rule.stride[t] = column.data, column.stride
+        if 0 <= column.data - rule.data[0] < column.stride:
+            rule.row_floats = column.data - rule.data[0] + column.dim
     column = columns[0]
     _batch(&b, rows, starts, order, grad, column.dim, column.rows, bag_of, coef)
     b.skip_row, b.scale_by_count = skip_row, scale_by_count
     cdef float *sums = _scratch(b.d, threads)
+    cdef bint cold = _batch_is_cold(column, b.rows, True, b.u)
     with nogil:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
             if t:
                 pe_leave_cpu(caller)
-            _update_run(k, &b, &rule, _run_begin(&b, t, threads), _run_begin(&b, t + 1, threads), sums + t * (b.d + 16))
+            _update_run(k, &b, &rule, _run_begin(&b, t, threads), _run_begin(&b, t + 1, threads), sums + t * (b.d + 16),
+                        cold, column.pages)
     free(sums)
 
 
@@ -291,6 +308,8 @@ def renorm(Column column not None, cnp.ndarray ids not None, double max_norm, do
     cdef const uint64_t *keys = batch.keys
     cdef int64_t n = batch.n
     cdef int position_bits = batch.position_bits
+    if _batch_is_cold(column, cnp.PyArray_DATA(ids), _is_int64(ids), n):
+        _ask_all(column, ids, column.dim)
     with nogil:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
             if t:

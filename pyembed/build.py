@@ -1,22 +1,24 @@
 """Make a table from a source of any size in fixed memory: an initialiser, or a file of vectors.
 
 Rows are made in chunks of a few megabytes and written, not mapped, so the memory used does not
-depend on the size of the table (a vocabulary aside, which is kept until it is written). The table
-appears under its name complete or not at all.
+depend on the size of the table (a vocabulary and an id map aside, which are kept until they are
+written). The table appears under its name complete or not at all.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from pyembed import init as initialisers
-from pyembed import manifest, store, threads
+from pyembed import manifest, order, store, threads
 from pyembed.arrays import F32, require_count
 from pyembed.errors import FormatError, PyembedError
 from pyembed.formats import VectorSource, open_vectors
@@ -33,6 +35,7 @@ def from_initializer(
     *,
     optimizer: str | None = None,
     seed: int = 0,
+    counts: ArrayLike | None = None,
     num_threads: int | None = None,
     progress: bool | None = False,
 ) -> None:
@@ -48,21 +51,28 @@ def from_initializer(
     optimizer : {"sgd", "adagrad", "adam"}, optional
         Whose state the rows shall carry; it starts as zeros.
     seed : int
+    counts : integers of shape (rows,), optional
+        How often each id occurs. The most frequent id gets row 0, and so on, and the table keeps
+        the map: look ids up with `Table.rows_of`. A fresh value belongs to its row, so another
+        order gives an id another one. See `pyembed.order` for where counts come from.
     num_threads : int, optional
     progress : bool or None
         Show a bar; None shows it when stderr is a terminal.
 
     Raises
     ------
-    FileExistsError, TableError, ArgumentError
+    FileExistsError, TableError, ArgumentError, DTypeError
     """
     columns = row_columns(dim, optimizer, None)
     rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
+    finish = None
+    if counts is not None:
+        finish = partial(order.save, id_map=order.by_frequency(counts, rows))
     workers = threads.resolve(num_threads)
     chunks = fresh_rows(columns, 0, rows, init or initialisers.zeros(), seed, workers)
     row_bytes = 4 * sum(columns.values())
     with _bar(progress, rows * row_bytes) as bar:
-        store.create(Path(path), columns, _counted(chunks, bar), rows)
+        store.create(Path(path), columns, _counted(chunks, bar), rows, finish)
 
 
 def from_vectors(
@@ -74,6 +84,8 @@ def from_vectors(
     progress: bool | None = False,
 ) -> None:
     """Make a table, with its vocabulary, from a file of word2vec or GloVe vectors.
+
+    Rows keep the order of the file, which most tools write by frequency already.
 
     Parameters
     ----------

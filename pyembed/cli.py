@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pyembed import Table, __version__, build, init, show_config
+import numpy as np
+from numpy.typing import NDArray
+
+from pyembed import Table, __version__, build, init, order, show_config
 from pyembed.errors import ArgumentError, PyembedError
 from pyembed.train.neighbours import Model
 from pyembed.train.skipgram import train_skipgram
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArgumentError as error:
         print(f"pyembed: {error}", file=sys.stderr)
         return 2
-    except (PyembedError, OSError, ImportError) as error:
+    except (PyembedError, OSError, ImportError, MemoryError) as error:
         print(f"pyembed: {error}", file=sys.stderr)
         return 1
     return 0
@@ -68,6 +71,12 @@ def _add_build(commands: Any) -> None:
     )
     p.add_argument("--optimizer", help="sgd, adagrad or adam: the state that rows shall carry")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--order", choices=["frequency"], help="rows of frequent ids together; keeps the id map"
+    )
+    frequency = p.add_mutually_exclusive_group()
+    frequency.add_argument("--counts", help="how often each id occurs: .npy, or text, one a line")
+    frequency.add_argument("--ids", help="or the ids themselves, to be counted: .npy")
     p.add_argument("--threads", type=int)
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     p.set_defaults(run=_build, fail=p.error)
@@ -75,7 +84,11 @@ def _add_build(commands: Any) -> None:
 
 def _build(a: argparse.Namespace) -> None:
     progress = False if a.quiet else None
+    if (a.order is None) != (a.counts is None and a.ids is None):
+        a.fail("--order frequency needs --counts or --ids, and they need it")
     if a.vectors is not None:
+        if a.order is not None:
+            a.fail("--order is for a fresh table; a file of vectors keeps its own order")
         if a.rows is not None or a.dim is not None:
             a.fail("--rows and --dim are for a fresh table; a file of vectors has its own")
         build.from_vectors(
@@ -91,10 +104,17 @@ def _build(a: argparse.Namespace) -> None:
             init.parse(a.init),
             optimizer=a.optimizer,
             seed=a.seed,
+            counts=_counts(a),
             num_threads=a.threads,
             progress=progress,
         )
     _info(argparse.Namespace(table=a.output, json=False))
+
+
+def _counts(a: argparse.Namespace) -> NDArray[np.int64] | None:
+    if a.counts is not None:
+        return order.read_counts(a.counts)
+    return None if a.ids is None else order.count_ids(a.ids, a.rows)
 
 
 def _add_info(commands: Any) -> None:
@@ -112,6 +132,7 @@ def _info(a: argparse.Namespace) -> None:
             "dim": table.dim,
             "columns": table.columns,
             "bytes": table.nbytes,
+            "id_map": table.id_map is not None,
             "generation": table.generation,
             "state": table.state,
             "meta": table.meta,
@@ -195,5 +216,5 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
-        text = f"{value:,}" if isinstance(value, int) else value
+        text = f"{value:,}" if type(value) is int else value
         print(f"{name + ':':<18} {text}")

@@ -57,8 +57,15 @@ class Rows:
 
     path: Path | None = None
 
-    def __init__(self, array: F32, columns: Mapping[str, int], num_threads: int) -> None:
+    def __init__(
+        self,
+        array: F32,
+        columns: Mapping[str, int],
+        num_threads: int,
+        pages: _core.Pages | None = None,
+    ) -> None:
         self.num_threads = num_threads
+        self._pages = pages  # of a file: which rows are in memory
         self._turns = _Turns()
         self._open_blocks = 0  # of writing(), in which a commit would be half of one
         self._attach(array, columns)
@@ -67,7 +74,7 @@ class Rows:
         self._columns: dict[str, _core.Column] = {}
         at = 0
         for name, width in columns.items():
-            self._columns[name] = _core.Column(array[:, at : at + width])
+            self._columns[name] = _core.Column(array[:, at : at + width], self._pages)
             at += width
         self._weight: _core.Column | None = self._columns["weight"]
 
@@ -148,6 +155,18 @@ class Rows:
         return _core.gather(
             weight, ids, out, threads.for_work(ids.size * weight.dim, self.num_threads)
         )
+
+    def prefetch(self, ids: ArrayLike) -> None:
+        """Ask for the pages of the rows that `ids` name; return when all were asked for.
+
+        It does not wait until they are in memory, and changes no result. Nothing is asked for if
+        a sample of the rows is all there. `pyembed.lookahead` does this for a loop.
+
+        Raises
+        ------
+        IdError, DTypeError, ClosedError
+        """
+        _core.ask_pages(self.weight_column, as_ids(ids))
 
     def scatter_add(
         self, ids: ArrayLike, values: ArrayLike, alpha: float = 1.0, deterministic: bool = False

@@ -5,6 +5,7 @@ A table is a folder::
     rows.npy        float32, C order, shape (rows, stride), header padded to 4096 bytes
     manifest.json   the committed state, see manifest.py
     lock            held by flock: exclusively by a writer, shared by readers
+    id_map.npy      optional: the row of each id, see order.py; never changes
 
 State diagram (the function on each arrow)::
 
@@ -42,8 +43,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyembed import manifest as manifests
+from pyembed import order
 from pyembed.arrays import F32
 from pyembed.errors import DirtyError, FormatError, LockedError, ReadOnlyError, TableError
 from pyembed.files import (
@@ -58,6 +61,7 @@ from pyembed.files import (
     write_all,
 )
 from pyembed.manifest import Manifest
+from pyembed.residency import Keeper
 
 
 def create(
@@ -143,10 +147,22 @@ class Store:
     manifest : Manifest
     array : float32 array of shape (rows, stride)
         The mapping.
+    keeper : residency.Keeper
+        Looks after the mapping's pages.
+    id_map : int64 array of shape (rows,) or None
+        The mapping of ``id_map.npy``, read-only.
     """
 
-    def __init__(self, path: Path, mode: str, live: bool = False, salvage: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        mode: str,
+        live: bool = False,
+        salvage: bool = False,
+        memory_limit: int | None = None,
+    ) -> None:
         self.path, self.mode = path, mode
+        self.keeper: Keeper | None = None
         self.folder = path.is_dir()
         self._lock_fd = self._fd = -1
         self._pid = os.getpid()
@@ -161,6 +177,8 @@ class Store:
             self._fd = os.open(file, flags)
             self.manifest, self._offset = self._read_state(file, live, salvage)
             self.array = self._map()
+            self.id_map = self._map_ids()
+            self.keeper = Keeper(self._fd, self.array, memory_limit, mode == "r+")
         except BaseException:
             self.release()
             raise
@@ -216,6 +234,18 @@ class Store:
             memory.madvise(mmap.MADV_RANDOM)
         flat = np.frombuffer(memory, np.float32, rows * stride, self._offset)
         return flat.reshape(rows, stride)
+
+    def _map_ids(self) -> NDArray[np.int64] | None:
+        file, rows = self.path / order.FILE, self.manifest.rows
+        if not self.folder or not file.exists():
+            return None
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            offset = order.data_offset(file, fd, rows)
+            memory = mmap.mmap(fd, offset + 8 * rows, access=mmap.ACCESS_READ)
+        finally:
+            os.close(fd)
+        return np.frombuffer(memory, np.int64, rows, offset)
 
     def _require_writer(self) -> None:
         """Refuse a reader, a copy in a forked child, and a table whose sync failed."""
@@ -296,6 +326,8 @@ class Store:
                     self._set(before)
             raise
         self.array = self._map()
+        if self.keeper is not None:
+            self.keeper.rows = self.array
 
     def _set(self, state: Manifest) -> None:
         if self.folder:
@@ -304,6 +336,8 @@ class Store:
 
     def release(self) -> None:
         """Let go of the lock and the files; the mapping lives as long as an array shows it."""
+        if self.keeper is not None:
+            self.keeper.close()
         for fd in (self._fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

@@ -14,13 +14,15 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from pyembed import files, manifest, store, threads
+from pyembed import _core, files, hot, manifest, residency, store, threads
 from pyembed import init as initialisers
-from pyembed.arrays import F32, require_count, require_float32
+from pyembed.arrays import F32, IdArray, as_ids, require_count, require_float32
 from pyembed.errors import ArgumentError
 from pyembed.init import Initializer
 from pyembed.layout import fresh_rows, row_columns
+from pyembed.residency import Stats
 from pyembed.rows import Rows
 
 
@@ -48,6 +50,9 @@ class Table(Rows):
         What the last commit stored.
     generation : int
         How many commits there were.
+    id_map : int64 array of shape (rows,) or None
+        ``id_map[id]`` is the row of an id, in a table that was built in the order of frequency; a
+        read-only view of its file. None where ids are rows. See `rows_of`.
 
     Examples
     --------
@@ -63,11 +68,14 @@ class Table(Rows):
     def __init__(
         self, backing: store.Store | None, array: F32, columns: dict[str, int], workers: int
     ) -> None:
-        super().__init__(array, columns, workers)
+        keeper = backing.keeper if backing else None
+        super().__init__(array, columns, workers, keeper.pages if keeper else None)
+        self._keeper = keeper
         self.path = backing.path if backing else None
         self._store = backing
         self._state = manifest.Manifest(array.shape[0], columns)
         self._borrowed = False  # the rows are the caller's own array
+        self._has_locked = False  # pages, by lock_hot
         if backing is not None:
             self._finalizer = weakref.finalize(self, backing.abandon)
 
@@ -126,6 +134,7 @@ class Table(Rows):
         *,
         live: bool = False,
         salvage: bool = False,
+        memory_limit: int | float | None = None,
         num_threads: int | None = None,
     ) -> Table:
         """Open a table, or a bare .npy of float32 rows as one with the column ``weight``.
@@ -139,6 +148,9 @@ class Table(Rows):
             With mode "r": read beside a writer, whose half-done changes will be seen.
         salvage : bool
             Open although the last writer ended without a commit; rows may be from any time since.
+        memory_limit : int or float, optional
+            Bytes, or a share of the memory, that the table's pages may take: above it they are
+            given back, so that the rest of the machine stays usable. Needs Linux 6.5.
 
         Raises
         ------
@@ -154,7 +166,8 @@ class Table(Rows):
         if live and mode != "r":
             raise ArgumentError(f"live=True needs mode='r', not {mode!r}")
         workers = threads.resolve(num_threads)
-        backing = store.Store(Path(path), mode, live, salvage)
+        limit = residency.limit_bytes(memory_limit)
+        backing = store.Store(Path(path), mode, live, salvage, limit)
         try:
             return cls(backing, backing.array, backing.manifest.columns, workers)
         except BaseException:
@@ -215,6 +228,8 @@ class Table(Rows):
             super()._announce_change()
         else:
             self._store.mark_dirty()
+            if self._keeper is not None:
+                self._keeper.changing()
 
     def _may_add_columns(self) -> bool:
         return self._store is None
@@ -243,6 +258,77 @@ class Table(Rows):
         """ "clean" right after a commit, "dirty" once rows have changed since."""
         return self._manifest.state
 
+    @property
+    def id_map(self) -> NDArray[np.int64] | None:
+        _ = self.weight_column
+        return self._store.id_map if self._store else None
+
+    def rows_of(self, ids: ArrayLike) -> IdArray:
+        """The rows of these ids, for every call that takes rows: gather, step, a `padding_idx`.
+
+        Where the table has no `id_map`, ids are rows: they come back as they are, without a copy.
+        The ids of a data set are best translated once, before it is trained on.
+
+        Parameters
+        ----------
+        ids : integers of any shape
+
+        Returns
+        -------
+        int64 array of the shape of ids
+            Or the ids themselves.
+
+        Raises
+        ------
+        IdError
+            If an id is outside ``0 .. rows-1``.
+        DTypeError, ClosedError
+        """
+        id_map, ids = self.id_map, as_ids(ids)
+        _core.check_ids(ids, self.rows, threads.for_work(ids.size, self.num_threads))
+        return ids if id_map is None else np.asarray(id_map[ids])
+
+    def stats(self) -> Stats:
+        """How much of the table is in memory, and what its batches found there.
+
+        Examples
+        --------
+        >>> Table.memory(rows=4, dim=2).stats().resident_bytes
+        32
+        """
+        _ = self.weight_column
+        return residency.in_memory(self.nbytes) if self._keeper is None else self._keeper.stats()
+
+    def lock_hot(self, n: int) -> int:
+        """Read the first `n` rows, and keep them in memory until the table is closed.
+
+        In a table built in the order of frequency these are the hot ones. Their pages are locked
+        (mlock), so the system never gives them back: leave room for everything else, as a process
+        without any is killed. A later call replaces an earlier one; 0 unlocks, and so does
+        `append`.
+
+        Parameters
+        ----------
+        n : int
+            0..rows. All columns of these rows are locked.
+
+        Returns
+        -------
+        int
+            How many rows are locked. Fewer than `n` where the process may not lock so much
+            (``ulimit -l``), with a `RuntimeWarning`.
+
+        Raises
+        ------
+        ArgumentError, DTypeError, ClosedError
+        """
+        n = require_count(n, "n", 0, self.rows)
+        columns = [column.array for column in self._columns.values()]
+        if self._has_locked:
+            hot.unlock_rows(columns)
+        self._has_locked = n > 0
+        return hot.lock_rows(columns, n)
+
     def __repr__(self) -> str:
         if self._weight is None:
             return f"<pyembed.Table {self.path or 'in memory'}: closed>"
@@ -264,6 +350,11 @@ class Table(Rows):
         n = require_count(n, "n", 0, manifest.MAX_ROWS - self.rows)
         if self._borrowed:
             raise ArgumentError("the rows are an array of yours; append to it, and wrap the result")
+        if self.id_map is not None:
+            raise ArgumentError(
+                f"{self.path} has an id map, in which rows at the end would have no id; build a "
+                "table with room for ids to come: give each a count of 0"
+            )
         init = init or initialisers.zeros()
         with self._turns.alone():
             chunks = fresh_rows(self.columns, self.rows, n, init, seed, self.num_threads)
@@ -314,6 +405,8 @@ class Table(Rows):
                 if commit and self._store is not None and self._store.mode == "r+":
                     self._store.commit(None)
             finally:
+                if self._has_locked:  # the mapping may live on in the caller's views
+                    hot.unlock_rows([column.array for column in self._columns.values()])
                 self._weight = None
                 self._columns = {}
                 if self._store is not None:

@@ -1,0 +1,189 @@
+# Rows of a file that may not be in memory: are they, and asking for those that a loop will touch soon.
+
+cdef enum:
+    SAMPLE = 64                                   # rows of a batch that are looked up in the page cache
+    CALM = 2                                      # samples in a row, all in memory, after which a table counts as resident
+    CHECK_ROWS = 4096                             # rows between two looks at the counter of page faults
+    FAULT_SHARE = 64                              # a table is cold if more than 1 row in 64 waited for a disk
+    ASK_AHEAD = 1024                              # rows: 512 leave the disk idle at times, 4096 gain nothing
+    ASK_STEP = 64
+    COLD_SPAN_ROWS = 32768                        # without a look at pending signals: half a second at 80 thousand a second
+
+
+cdef int64_t NEVER = 1 << 62
+
+
+@cython.final
+cdef class Pages:
+    """Whether the rows of a mapped file are in memory, learnt from the calls that touch them.
+
+    A table counts as cold until samples of its batches are all found in the page cache. A resident one is not looked at:
+    it is cold again once page faults say so.
+    """
+
+    cdef readonly bint cold
+    cdef readonly int64_t batches                 # while cold
+    cdef readonly int64_t rows                    # that they named
+    cdef readonly int64_t asked                   # ranges of pages that were asked for
+    cdef readonly int64_t sampled
+    cdef readonly int64_t found                   # of those, in memory
+    cdef int64_t unchecked, faults
+    cdef int calm
+
+    def __init__(self):
+        self.cold = True
+
+    cdef bint _faulted(self, int64_t n) noexcept:
+        """Whether too many rows since the last look waited for a disk."""
+        cdef int64_t faults, rows
+        self.unchecked += n
+        if self.unchecked < CHECK_ROWS:
+            return False
+        faults, rows = pe_major_faults() - self.faults, self.unchecked
+        self.faults, self.unchecked = self.faults + faults, 0
+        return faults * FAULT_SHARE > rows
+
+    cdef bint _sample(self, int64_t found, int64_t sampled, int64_t n) noexcept:
+        self.batches += 1
+        self.rows += n
+        self.sampled += sampled
+        self.found += found
+        if found < sampled:
+            self.calm = 0
+            return True
+        self.calm += 1
+        if self.calm >= CALM:
+            self.cold, self.calm, self.unchecked, self.faults = False, 0, 0, pe_major_faults()
+        return False
+
+
+cdef int64_t _count_resident(Column column, const ids_t *ids, int64_t n, int64_t sampled) noexcept:
+    """How many of `sampled` rows of a batch, evenly spaced, begin on a page in memory."""
+    cdef int64_t i, found = 0
+    for i in range(sampled):
+        found += pe_page_resident(column.data + ids[i * n // sampled] * column.stride)
+    return found
+
+
+cdef bint _is_cold(Column column, const ids_t *ids, int64_t n) noexcept:
+    """Whether pages should be asked for before this batch touches them; `ids` were checked. Costs nothing if resident."""
+    cdef Pages pages = column.pages
+    cdef int64_t sampled = min(n, SAMPLE)
+    if n == 0:
+        return False
+    if not pages.cold:
+        if not pages._faulted(n):
+            return False
+        pages.cold = True
+    return pages._sample(_count_resident(column, ids, n, sampled), sampled, n)
+
+
+cdef inline bint _batch_is_cold(Column column, const void *ids, bint wide, int64_t n) noexcept:
+    if column.pages is None:
+        return False
+    if wide:
+        return _is_cold(column, <const int64_t *>ids, n)
+    return _is_cold(column, <const int32_t *>ids, n)
+
+
+cdef struct Ahead:
+    # One thread's questions for the rows ids[lo] .. ids[hi - 1]; the loop calls _ask at row `next`.
+    pe_asker asker
+    int64_t next, asked, hi
+
+
+cdef inline void _ahead_begin(Ahead *a, bint cold, int64_t lo, int64_t hi) noexcept nogil:
+    a.next = NEVER
+    if cold:
+        pe_asker_begin(&a.asker)
+        a.next, a.asked, a.hi = lo, lo, hi
+
+
+cdef void _ask(Ahead *a, int64_t i, const float *base, int64_t stride, int64_t floats, const ids_t *ids) noexcept nogil:
+    cdef int64_t p, end = min(i + ASK_AHEAD, a.hi)
+    for p in range(a.asked, end):
+        pe_ask(&a.asker, base + ids[p] * stride, 4 * floats)
+    a.asked = end
+    a.next = i + ASK_STEP
+    if end == a.hi:
+        pe_asker_flush(&a.asker)
+        a.next = NEVER
+
+
+cdef inline void _ahead_end(Ahead *a, bint cold, Pages pages) noexcept nogil:
+    if cold:
+        pe_asker_end(&a.asker, &pages.asked)
+
+
+cdef void _ask_span(Column column, const ids_t *ids, int64_t lo, int64_t hi, int64_t floats) noexcept nogil:
+    cdef Ahead a
+    cdef int64_t p
+    _ahead_begin(&a, True, lo, hi)
+    for p in range(lo, hi):
+        pe_ask(&a.asker, column.data + ids[p] * column.stride, 4 * floats)
+    _ahead_end(&a, True, column.pages)
+
+
+cdef int _ask_all(Column column, cnp.ndarray ids, int64_t floats) except -1:
+    """Ask for the pages of all rows that ids name; a signal ends it early."""
+    cdef int64_t n = cnp.PyArray_SIZE(ids), lo, hi
+    cdef const void *ids_n = cnp.PyArray_DATA(ids)
+    cdef bint wide = _is_int64(ids)
+    for lo in range(0, n, COLD_SPAN_ROWS):
+        hi = min(lo + COLD_SPAN_ROWS, n)
+        with nogil:
+            if wide:
+                _ask_span(column, <const int64_t *>ids_n, lo, hi, floats)
+            else:
+                _ask_span(column, <const int32_t *>ids_n, lo, hi, floats)
+        PyErr_CheckSignals()
+    return 0
+
+
+def ask_pages(Column column not None, cnp.ndarray ids not None):
+    """Ask for the pages of whole rows and do not wait for them; not if all of a sample are in memory."""
+    cdef bint wide = _is_int64(ids)
+    cdef int64_t n = cnp.PyArray_SIZE(ids), sampled = min(n, SAMPLE), found
+    cdef const void *ids_n = cnp.PyArray_DATA(ids)
+    _check_ids(ids, wide, column.rows, 1)
+    if column.pages is None:
+        return
+    if wide:
+        found = _count_resident(column, <const int64_t *>ids_n, n, sampled)
+    else:
+        found = _count_resident(column, <const int32_t *>ids_n, n, sampled)
+    if found == sampled:
+        return
+    column.pages.batches += 1
+    column.pages.rows += n
+    column.pages.sampled += sampled
+    column.pages.found += found
+    _ask_all(column, ids, column.stride)
+
+
+def cached_pages(int fd):
+    """(pages of a file in memory, those of them that are not written yet), or None if the system does not say."""
+    cdef int64_t dirty = 0, cached
+    with nogil:
+        cached = pe_cached_pages(fd, &dirty)
+    return None if cached < 0 else (cached, dirty)
+
+
+def start_write_back(int fd, int64_t offset, int64_t size):
+    """Begin to write what was changed in a part of a file; returns when it is under way. False if the system refuses."""
+    cdef int failed
+    with nogil:
+        failed = pe_start_write_back(fd, offset, size)
+    return failed == 0
+
+
+def page_out(cnp.ndarray rows not None):
+    """Take the pages of a mapped C-contiguous array out of memory, but not what is unwritten. False if refused."""
+    cdef int failed
+    cdef void *data = cnp.PyArray_DATA(rows)
+    cdef int64_t size = cnp.PyArray_NBYTES(rows)
+    if not cnp.PyArray_ISCARRAY_RO(rows):
+        raise ValueError("the rows must be C-contiguous")
+    with nogil:
+        failed = pe_page_out(data, size)
+    return failed == 0
