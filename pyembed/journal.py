@@ -59,7 +59,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +174,8 @@ class Journal:
         which = generation % 2
         if self._fds[which] < 0:
             self._fds[which] = self._open()
+            if self._power:
+                self._make_durable(sync_folder, self._folder)
         self._fd = self._fds[which]
         self._allocated = os.fstat(self._fd).st_size
         self._salt, self._generation = salt, generation
@@ -187,8 +189,6 @@ class Journal:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise FormatError(f"{self.path}: not a regular file; remove it")
-        if self._power:
-            sync_folder(self._folder)
         return fd
 
     def pieces(self, rows: I64) -> Iterator[I64]:
@@ -277,12 +277,15 @@ class Journal:
         OSError
         """
         self._require_sound()
+        self._make_durable(sync, self._fd)
+        self._settled = self.frames
+
+    def _make_durable(self, syncing: Callable[[Any], None], what: int | Path) -> None:
         try:
-            sync(self._fd)
+            syncing(what)
         except BaseException:  # also where it was interrupted: a second try would prove nothing
             self._failed_sync = True
             raise
-        self._settled = self.frames
 
     def _require_sound(self) -> None:
         if self._failed_sync:
