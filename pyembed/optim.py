@@ -110,7 +110,7 @@ class Optimizer:
         skip = -1 if layer is None or layer.padding_idx is None else layer.padding_idx
         for name in ("weight", *self._state):
             require_apart(batch.values, table.column(name), "grad")
-        with table.changing(self._state) as columns:
+        with table.changing(self._state, batch.rows) as columns:
             hyper = self._hyper(self.steps + 1)  # in turn, as another thread's step counts too
             _core.update(
                 columns,

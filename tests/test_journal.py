@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pyembed import _core, journal
 from pyembed.errors import ArgumentError, FormatError
-from pyembed.journal import Journal, Replay, Touched, undo_path
+from pyembed.journal import Journal, Replay, undo_path
+from pyembed.touched import Touched
 
 SALT, GENERATION, STRIDE, ROWS = 0x0123456789ABCDEF, 4, 3, 1000
 Frames = list[tuple[list[int], bytes]]

@@ -20,7 +20,8 @@ import pytest
 
 from pyembed import journal
 from pyembed.errors import ArgumentError, TableError
-from pyembed.journal import Journal, Replay, Touched, undo_path
+from pyembed.journal import Journal, Replay, undo_path
+from pyembed.touched import Touched
 
 SALT, GENERATION, STRIDE, ROWS = 0x0123456789ABCDEF, 4, 3, 1000
 Frames = list[tuple[list[int], bytes]]

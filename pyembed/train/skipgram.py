@@ -217,10 +217,16 @@ def _train(
             optimizer="adagrad",
             init=init.uniform(-low, low),
             seed=s.seed,
+            durability="none",  # the folder has no name yet that anybody knows
             num_threads=num_threads,
         ) as table_in,
         Table.create(
-            folder / OUTPUT, len(words), s.dim, optimizer="adagrad", num_threads=num_threads
+            folder / OUTPUT,
+            len(words),
+            s.dim,
+            optimizer="adagrad",
+            durability="none",
+            num_threads=num_threads,
         ) as table_out,
         tqdm(
             total=total,
