@@ -54,7 +54,9 @@ import os
 import secrets
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,7 @@ from pyembed.touched import Touched
 
 I64 = NDArray[np.int64]
 CLEAN = {"state": "clean", "salt": "", "boot": ""}
+FRAMES_AHEAD = 8  # whose pages are on their way while a frame is put back
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -242,6 +245,7 @@ class Store:
         if self.manifest.durability != "none":
             self._journal = Journal(self.path, self.manifest.stride, self.manifest.durability)
             self._touched = Touched(self.manifest.rows, self.manifest.generation)
+            self._writer = ThreadPoolExecutor(1, "pyembed-journal")  # starts with its first task
 
     # --- undo ---------------------------------------------------------------------------------
 
@@ -280,7 +284,14 @@ class Store:
 
     def _put_back(self, replay: Replay) -> None:
         """Rows as the journal has them; in the file, only then clean; or in a private mapping."""
+        whole, coming = _core.Column(self.array, _core.Pages()), deque[tuple[I64, F32]]()
         for rows, old in self._frames(replay, "recovering"):
+            _core.ask_pages(whole, rows)
+            coming.append((rows, old))
+            if len(coming) > FRAMES_AHEAD:
+                rows, old = coming.popleft()
+                self.array[rows] = old
+        for rows, old in coming:
             self.array[rows] = old
         if self.mode != "r+":
             self.array.flags.writeable = self.mode == "c"
@@ -381,10 +392,18 @@ class Store:
                 self._record(self._journal, self._touched.new(rows))
 
     def _record(self, journal: Journal, rows: I64) -> None:
-        whole = _core.Column(self.array, self._pages)
+        """Write old rows, and mark them; what fails leaves them unmarked, and the table sound."""
+        whole, writing = _core.Column(self.array, self._pages), None
         _core.ask_pages(whole, rows)
-        for piece in journal.pieces(rows):
-            journal.record(piece, _core.gather(whole, piece, None, 1))
+        try:
+            for piece in journal.pieces(rows):  # the next is gathered while one is written
+                frame = journal.frame(piece, _core.gather(whole, piece, None, 1))
+                if writing is not None:
+                    writing.result()
+                writing = self._writer.submit(journal.write, frame)
+        finally:
+            if writing is not None:
+                writing.result()
         if rows.size and self.manifest.durability == "power":
             try:
                 journal.sync()
@@ -456,9 +475,12 @@ class Store:
 
     def release(self) -> None:
         """Let go of the lock and the files; the mapping lives as long as an array shows it."""
+        self.array = np.zeros((0, 1), np.float32)
         if self.keeper is not None:
             self.keeper.close()
+            self.keeper.rows = self.array
         if self._journal is not None:
+            self._writer.shutdown()
             self._journal.close()
             sound = self.manifest.state == "clean" and not self._failed_sync
             if sound and self._pid == os.getpid():

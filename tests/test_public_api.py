@@ -21,7 +21,7 @@ ROOMS = [
     {"store", "making", "layout"},
     {"rows", "bags", "vocab", "formats"},
     {"table"},
-    {"embedding", "build"},
+    {"embedding", "build", "verify"},
     {"embedding_bag"},
     {"optim", "functional", "config", "lookahead"},
     {"train"},
