@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyembed import Table, __version__, build, init, order, show_config
-from pyembed.errors import ArgumentError, NonFiniteError, PyembedError
+from pyembed.errors import ArgumentError, FormatError, PyembedError
 from pyembed.train.neighbours import Model
 from pyembed.train.skipgram import train_skipgram
 from pyembed.verify import verify
@@ -161,7 +161,7 @@ def _verify(a: argparse.Namespace) -> None:
     facts = {name: value for name, value in asdict(found).items() if value is not None}
     _show(facts, a.json)
     if found.nonfinite_rows:
-        raise NonFiniteError(f"{a.table}: {found.nonfinite_rows:,} rows are not finite")
+        raise FormatError(f"{a.table}: {found.nonfinite_rows:,} rows are not finite")
 
 
 def _add_recover(commands: Any) -> None:
