@@ -133,12 +133,15 @@ def test_full_disk_after_the_manifest_has_its_name(
     table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder's sync may fail for want of room: the manifest says dirty then, or committed."""
-    for number, change in ((1, lambda: t.scatter_add([0], ONES)), (2, lambda: t.commit({"a": 1}))):
+    for number, change in (
+        (1, lambda t: t.scatter_add([0], ONES)),
+        (2, lambda t: t.commit({"a": 1})),
+    ):
         t = Table.open(table)
         with monkeypatch.context() as patch:
             fail_once(patch, "fsync", number, errno.ENOSPC)
             with pytest.raises(OSError, match="may be lost with the machine"):
-                change()
+                change(t)
         with pytest.raises(TableError, match="a sync or an undo failed"):
             t.scatter_add([0], ONES)
         with contextlib.suppress(OSError):

@@ -5,22 +5,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from crash import disk, mutants, program, worker
+from crash import mutants, program, worker
 from crash.calls import Calls, Fault
-from crash.program import Plan
-from pyembed import Table, store
-from pyembed.errors import DirtyError, PyembedError
+from crash.program import Plan, digest
+from pyembed import Table
+from pyembed.errors import PyembedError
+from pyembed.journal import FIELDS, MAGIC, UNIT, undo_path
 
 DEATHS = ("kill before", "kill after")
 FAILURES = (
@@ -43,6 +43,7 @@ class Counts:
     cases: int = 0
     bad: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    note: str = ""
 
     def add(self, case: str, problem: str) -> None:
         self.cases += 1
@@ -52,7 +53,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class How:
-    """What a sweep is run with. `root`: where the tables lie; None is the usual temporary folder."""
+    """What a sweep is run with. `root`: where tables lie; None is the usual temporary folder."""
 
     root: Path | None = ROOT if ROOT.is_dir() else None
     step: int = 1
@@ -67,17 +68,21 @@ class How:
         return self.until_bad and bool(counts.bad)
 
 
-def _calls_of(how: How, plan: Plan) -> int:
-    with worker.scratch(how.root) as folder:
-        ended = worker.run(folder, plan, Calls(), how.mutant)
-        return len(ended.result) if ended.result else 0
+def names_of_calls(how: How, plan: Plan) -> list[str]:
+    """The names of the calls of a run; a mutant may not get to the end of its own."""
+    for mutant in (how.mutant, ""):
+        with worker.scratch(how.root) as folder:
+            ended = worker.run(folder, plan, Calls(), mutant)
+            if ended.result:
+                return list(ended.result)
+    raise AssertionError(ended.error)
 
 
 def kill_points(how: How, plans: Iterable[Plan]) -> Counts:
     """The process kills itself before, and after, the n-th call, for every n."""
     counts = Counts("killed at a call")
     for plan in plans:
-        for n, action in itertools.product(how.points(_calls_of(how, plan)), DEATHS):
+        for n, action in itertools.product(how.points(len(names_of_calls(how, plan))), DEATHS):
             with worker.scratch(how.root) as folder:
                 ended = worker.run(folder, plan, Fault(n, action), how.mutant)
                 problem = "" if ended.signal == 9 else f"it did not die: {ended.error}"
@@ -139,7 +144,7 @@ def _recover(folder: Path, calls: Calls, mutant: str) -> worker.Ended:
 
 def dirty_tables(how: How, plan: Plan, every: int) -> Iterator[Path]:
     """Folders with a table whose writer died in the middle of an interval."""
-    for n in range(every // 2, _calls_of(how, plan), every):
+    for n in range(every // 2, len(names_of_calls(how, plan)), every):
         with worker.scratch(how.root) as folder:
             worker.run(folder, plan, Fault(n, "kill after"), how.mutant)
             manifest = folder / "t.pyembed" / "manifest.json"
@@ -179,7 +184,7 @@ def failures(how: How, plans: Iterable[Plan], actions: Iterable[str] = FAILURES)
     """The n-th call fails once, for every n; the caller ends, or goes on as he may."""
     counts, actions = Counts("a call fails"), list(actions)
     for plan in plans:
-        for n, action in itertools.product(how.points(_calls_of(how, plan)), actions):
+        for n, action in itertools.product(how.points(len(names_of_calls(how, plan))), actions):
             with worker.scratch(how.root) as folder:
                 ended = worker.run(folder, plan, Fault(n, action), how.mutant)
                 problem = _ending(ended, action)
@@ -192,135 +197,86 @@ def failures(how: How, plans: Iterable[Plan], actions: Iterable[str] = FAILURES)
     return counts
 
 
-# --- power cuts ---------------------------------------------------------------------------------
+def kills_with_little_memory(how: How, count: int) -> Counts:
+    """Of a table larger than its memory, so that the system writes changed rows when it likes."""
+    counts = Counts("killed at a random time, 150 MB of rows in 96 MiB of memory")
+    plan = Plan(rows=300_000, dim=64, durability="process", intervals=4)
+    rng = np.random.default_rng(how.offset)
+    with worker.memory_group(96 << 20) as group:
+        if group is None:
+            counts.note = "skipped: needs root and a memory control group"
+            return counts
+        with worker.scratch() as folder:
+            start = time.monotonic()
+            ended = worker.run(folder, plan, group=group)
+            took = time.monotonic() - start
+            counts.add("the run itself", ended.error or worker.judge(folder, plan))
+        for _ in range(count):
+            delay = float(rng.uniform(0.2, 1.0)) * took
+            with worker.scratch() as folder:
+                worker.run(folder, plan, kill_after=delay, group=group)
+                counts.add(f"{plan}, after {delay:.3f} s", worker.judge(folder, plan))
+    return counts
 
 
-def _cut_everywhere(
-    root: Path, start: disk.Node, recorder: disk.Recorder, plan: Plan, how: How, said: list[Any]
-) -> list[list[str]]:
-    """[case, problem] for each prefix of the events in each mode."""
-    other = Path("/proc/self")  # any other start of the machine
-    store.BOOT_ID = other / "sessionid"
-    now = disk.Disk(recorder.root, start)
-    now.said = list(said)
+# --- damage -------------------------------------------------------------------------------------
+
+
+def damage(how: How, plans: Iterable[Plan]) -> Counts:
+    """A byte of the manifest, of the rows' header, or of a journal header is another."""
+    counts = Counts("a byte is another")
+    for plan in plans:
+        for folder in dirty_tables(how, plan, 60):
+            collect(counts, functools.partial(_damage, folder / "t.pyembed", plan, how))
+        with worker.scratch(how.root) as folder:
+            worker.run(folder, plan)
+            collect(counts, functools.partial(_damage, folder / "t.pyembed", plan, how))
+    return counts
+
+
+def _damage(path: Path, plan: Plan, how: How) -> list[list[str]]:
     found = []
-    for number, event in enumerate([("say", "", -9), *recorder.events]):
-        now.apply(event)
-        if event[0] == "sync" or number % how.step != how.offset % how.step:
-            continue  # after a sync there is less that can be there than before it
-        for mode in disk.MODES:
-            target = root / "cut"
-            now.build(target, mode, np.random.default_rng([number, len(mode)]))
-            problem = _judge_cut(target / "t.pyembed", plan, now.said)
-            found.append([f"{plan}, cut after event {number} {event[0]}, {mode}", problem])
-            shutil.rmtree(target)
-            if problem and how.until_bad:
-                return found
+    with Table.open(path, "r") as table:
+        number = table.generation
+        dirty = table.state == "dirty"
+    places = [(path / "manifest.json", at) for at in range((path / "manifest.json").stat().st_size)]
+    if dirty:
+        places += [(undo_path(path, number), at) for at in _header_bytes(undo_path(path, number))]
+    else:
+        places += [(path / "rows.npy", at) for at in range(0, 4096, 1 + 15 * (how.step > 1))]
+    for file, at in places[how.offset % how.step :: how.step]:
+        whole = file.read_bytes()
+        for flip in (0x01, 0x10, 0xFF):
+            with file.open("r+b") as stream:
+                stream.seek(at)
+                stream.write(bytes([whole[at] ^ flip]))
+            try:
+                with Table.open(path, "r") as table:
+                    right = digest(table) == program.oracle(plan)[number]
+                problem = "" if right else "other rows"
+            except PyembedError:
+                problem = ""
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+            found.append([f"{plan}, {file.name} byte {at} ^ {flip}", problem])
+        file.write_bytes(whole)
     return found
 
 
-def _judge_cut(path: Path, plan: Plan, said: list[tuple[str, int]]) -> str:
-    """With durability "process" a table may be refused after a power cut, but never be wrong."""
-    try:
-        return str(program.judge(path, plan, said, resume=False)["bad"])
-    except DirtyError as error:
-        return "" if plan.durability == "process" else f"refused: {error}"
-    except (OSError, PyembedError) as error:
-        return f"{type(error).__name__}: {error}"
+def _header_bytes(path: Path) -> Iterator[int]:
+    """Of all frames that were safe before the last: what is lost of that looks like a crash."""
+    data, at, headers = path.read_bytes(), 0, []
+    salt = data[8:16]
+    while data[at : at + 8] == MAGIC and data[at + 8 : at + 16] == salt:
+        header = FIELDS.unpack_from(data, at)
+        headers.append((at, header[4]))
+        at += header[5]
+    settled = headers[-1][1]
+    for at, _ in headers[:settled]:
+        yield from range(at, at + UNIT)
 
 
-def power_cuts(how: How, plans: Iterable[Plan]) -> Counts:
-    """The power goes after each event of a run; what was not synced is there, in parts, or not."""
-    counts = Counts("power cut")
-    for plan in plans:
-        program.oracle(plan)
-        with worker.scratch(how.root) as root:
-
-            def child(root: Path = root, plan: Plan = plan) -> list[list[str]]:
-                mutants.apply(how.mutant)
-                (root / "run").mkdir()
-                recorder, start = disk.Recorder(root / "run"), disk.load(root / "run")
-                recorder.install()
-                program.train(root / "run" / "t.pyembed", plan, recorder.say)
-                recorder.uninstall()
-                return _cut_everywhere(root, start, recorder, plan, how, [])
-
-            _collect(counts, child)
-        if how.enough(counts):
-            break
-    return counts
-
-
-def power_cuts_in_recovery(how: How, plans: Iterable[Plan], every: int = 40) -> Counts:
-    """The power goes while a table is recovered, of a writer that died or of an earlier cut."""
-    counts = Counts("power cut in a recovery")
-    for plan in plans:
-        program.oracle(plan)
-        for folder in dirty_tables(how, plan, every):
-            said = program.read_log(folder / "log")
-
-            def child(root: Path = folder, plan: Plan = plan, said: Any = said) -> Any:
-                mutants.apply(how.mutant)
-                recorder, start = disk.Recorder(root), disk.load(root)
-                recorder.install()
-                program.train(root / "t.pyembed", _short(plan, said), recorder.say)
-                recorder.uninstall()
-                return _cut_everywhere(root, start, recorder, plan, how, said)
-
-            _collect(counts, child)
-            if how.enough(counts):
-                return counts
-    return counts
-
-
-def _short(plan: Plan, said: list[tuple[str, int]]) -> Plan:
-    """The same program, up to the commit after the one that is there."""
-    numbers = [number for word, number in said if word == "ack"]
-    return Plan(**{**vars(plan), "intervals": min(plan.intervals, max(numbers, default=0) + 1)})
-
-
-def failed_syncs(how: How, plans: Iterable[Plan]) -> Counts:
-    """A sync fails and loses what it should have saved; the caller goes on as he may; power cut."""
-    counts = Counts("a sync fails, then power cut")
-    for plan in plans:
-        program.oracle(plan)
-        for n in how.points(_calls_of(how, plan)):
-            with worker.scratch(how.root) as root:
-
-                def child(root: Path = root, plan: Plan = plan, n: int = n) -> list[list[str]]:
-                    mutants.apply(how.mutant)
-                    (root / "run").mkdir()
-                    recorder = disk.Recorder(root / "run", fail_at=n)
-                    start = disk.load(root / "run")
-                    recorder.install()
-                    program.train(root / "run" / "t.pyembed", plan, recorder.say)
-                    recorder.uninstall()
-                    if "fsync" != recorder.names[n]:
-                        return []
-                    return _cut_at_commits(root, start, recorder, plan)
-
-                _collect(counts, child)
-            if how.enough(counts):
-                return counts
-    return counts
-
-
-def _cut_at_commits(
-    root: Path, start: disk.Node, recorder: disk.Recorder, plan: Plan
-) -> list[list[str]]:
-    now, found, lost = disk.Disk(recorder.root, start), [], False
-    for number, event in enumerate(recorder.events):
-        now.apply(event)
-        lost = lost or event[0] == "lose"
-        if lost and event[:2] == ("say", "ack"):
-            now.build(root / "cut", "none", np.random.default_rng(0))
-            problem = _judge_cut(root / "cut" / "t.pyembed", plan, now.said)
-            found.append([f"{plan}, sync {recorder.fail_at} fails, cut at {number}", problem])
-            shutil.rmtree(root / "cut")
-    return found
-
-
-def _collect(counts: Counts, child: Callable[[], list[list[str]]]) -> None:
+def collect(counts: Counts, child: Callable[[], list[list[str]]]) -> None:
     ended = worker.in_child(child, kill_after=300)
     if ended.signal or ended.error:
         counts.add("the run itself", f"signal {ended.signal} {ended.error}")

@@ -174,7 +174,8 @@ class Recorder(Calls):
     _rename = _replace
 
     def _unlink(self, _: Any, args: tuple[Any, ...], at: int, before: bool) -> None:
-        self.events.append(("drop", Path(args[0])))
+        if Path(args[0]).is_absolute():  # not of a folder that is thrown away whole
+            self.events.append(("drop", Path(args[0])))
 
 
 class Disk:
@@ -198,7 +199,7 @@ class Disk:
         elif kind == "sync":
             self._now[path].safe()
         elif kind == "lose":
-            self._now[path].pending = []
+            self._now[path].pending = [e for e in self._now[path].pending if self._now[path].folder]
         elif kind in ("name", "folder"):
             self._now[path] = Node(kind == "folder")
             self._parent(path).append(("name", path.name, self._now[path]))
@@ -258,5 +259,3 @@ def _parts(event: Event, data: bytes, mode: str, rng: np.random.Generator) -> li
                 found.append(("write", first, new[first - at : last - at]))
         start = end
     return found
-
-

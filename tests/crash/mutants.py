@@ -143,10 +143,6 @@ def clean_before_the_rows_are_back() -> None:
     Store._put_back = put_back  # type: ignore[method-assign]
 
 
-def frames_share_a_block() -> None:
-    journal.BLOCK = 64  # with power: a synced frame's last block is written again
-
-
 def sums_not_compared() -> None:
     """A frame is taken for whole if its header is."""
     real = journal._crc
@@ -191,7 +187,6 @@ MUTANTS: dict[str, Callable[[], None]] = {
         undo_not_synced,
         undo_of_the_first_frame_only,
         clean_before_the_rows_are_back,
-        frames_share_a_block,
         sums_not_compared,
         boot_not_compared,
         manifest_written_in_place,

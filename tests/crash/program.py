@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from pyembed import Table, init
-from pyembed.errors import TableError
 from pyembed.optim import Adagrad, Adam, Optimizer
 
 RULES: dict[str, Callable[..., Optimizer]] = {"adagrad": Adagrad, "adam": Adam}
@@ -90,7 +89,7 @@ class Trainer:
                 yield lambda ids=ids: self.table.renorm(ids, 1.0)  # type: ignore[misc]
             elif kind == 7:
                 yield lambda ids=ids[:5], grad=grad[:5]: self._write(ids, grad)  # type: ignore
-            elif kind == 4 and turn:
+            elif kind == 4 and turn and plan.durability != "none":
                 yield self.rollback
             elif kind == 3:
                 more = int(ids[0]) % 40
@@ -129,10 +128,10 @@ class Trainer:
         self._saved = pickle.dumps(self.table) if self.table.path is None else b""
 
     def _attempt(self, change: Callable[[], object]) -> None:
-        """A change that met a full disk changed nothing, so it may be made again."""
+        """A change that met an error changed nothing, so it may be made again."""
         try:
             change()
-        except TableError:
+        except OSError:
             if not self.plan.stubborn or change == self.rollback:
                 raise
             change()
