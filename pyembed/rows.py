@@ -19,6 +19,8 @@ from pyembed import _core, files, grouping, threads
 from pyembed.arrays import F32, as_ids, as_output, as_values, require_apart
 from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
 
+NO_STATE: Mapping[str, int] = {}
+
 
 class Renormed(NamedTuple):
     """What `Rows.renorm` did: rows that were scaled, and rows with a NaN, which it left alone."""
@@ -185,7 +187,7 @@ class Rows:
         weight, alpha = self.weight_column, float(alpha)
         ids = as_ids(ids)
         values = as_values(values, (*ids.shape, weight.dim), "values")
-        require_apart(values, weight.array, "values")
+        require_apart(values, weight, "values")
         workers = threads.for_work(values.size, self.num_threads)
         if deterministic:
             groups = grouping.group(ids, weight.rows, self.num_threads)
@@ -194,7 +196,7 @@ class Rows:
             return
         _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
         with self._turns.shared():
-            (column,) = self._begin_change(())
+            (column,) = self._begin_change(NO_STATE)
             _core.scatter_add(column, ids, values, alpha, workers)
 
     def renorm(self, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Renormed:
@@ -261,8 +263,10 @@ class Rows:
                 view.flags.writeable = False
 
     @contextmanager
-    def changing(self, state: tuple[str, ...] = ()) -> Iterator[tuple[_core.Column, ...]]:
+    def changing(self, state: Mapping[str, int] = NO_STATE) -> Iterator[tuple[_core.Column, ...]]:
         """The weight and state columns, to be changed by a kernel, while nobody else may.
+
+        `state`: names and widths, see `ensure_columns`.
 
         Raises
         ------
@@ -273,35 +277,40 @@ class Rows:
         with self._turns.alone():
             yield self._begin_change(state)
 
-    def _begin_change(self, state: tuple[str, ...]) -> tuple[_core.Column, ...]:
+    def _begin_change(self, state: Mapping[str, int]) -> tuple[_core.Column, ...]:
         weight = self.weight_column
         self._announce_change()
         if not state:
             return (weight,)
         self.ensure_columns(state)
-        return (weight, *(self._columns[name] for name in state))
+        return (weight, *[self._columns[name] for name in state])
 
-    def ensure_columns(self, names: tuple[str, ...]) -> None:
-        """State columns as wide as the weight: a table in memory adds those that are missing.
+    def columns_of(self, state: Mapping[str, int]) -> list[_core.Column]:
+        """The weight and these state columns, as the kernels take them, to be looked at."""
+        return [self.weight_column, *[self._columns[name] for name in state]]
+
+    def ensure_columns(self, widths: Mapping[str, int]) -> None:
+        """State columns of these names and widths: a table in memory adds those that are missing.
 
         Raises
         ------
         ArgumentError
             If a table on disk lacks one, or one has another width.
         """
-        weight = self.weight_column
-        for name in names:
-            if name not in self._columns:
+        weight, columns = self.weight_column, self._columns
+        for name, width in widths.items():
+            if name not in columns:
                 if not self._may_add_columns():
+                    missing = [f"{n}:{w}" for n, w in widths.items() if n not in columns]
+                    options = " ".join(f"--add {column}" for column in missing)
                     raise ArgumentError(
-                        f"{self.path} has no column {name!r}, only {', '.join(self._columns)}; "
-                        "name the optimizer when the table is made: "
-                        f"Table.create(path, {weight.rows}, {weight.dim}, optimizer=...)"
+                        f"{self.path} has no column {name!r}, only {', '.join(columns)}; make a "
+                        f"table that has it: pyembed convert {self.path} -o NEW {options}"
                     )
-                self._columns[name] = _core.Column(files.anonymous(weight.rows, weight.dim))
-            if self._columns[name].dim != weight.dim:
-                width = self._columns[name].dim
-                raise ArgumentError(f"column {name!r} has width {width}; expected {weight.dim}")
+                columns[name] = _core.Column(files.anonymous(weight.rows, width))
+            if columns[name].dim != width:
+                found = columns[name].dim
+                raise ArgumentError(f"column {name!r} has width {found}; expected {width}")
 
     def _announce_change(self) -> None:
         """Called before rows change. A table on disk says so in its manifest."""

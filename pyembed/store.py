@@ -30,6 +30,7 @@ any time since the last commit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import fcntl
 import mmap
@@ -145,6 +146,8 @@ class Store:
     mode : {"r", "r+", "c"}
         Read; read and write; write to a private copy that never reaches the file.
     manifest : Manifest
+    optimizer : dict of str to dict
+        The manifest's, to be changed in place; the next commit stores it.
     array : float32 array of shape (rows, stride)
         The mapping.
     keeper : residency.Keeper
@@ -176,6 +179,7 @@ class Store:
                 self._take_lock()
             self._fd = os.open(file, flags)
             self.manifest, self._offset = self._read_state(file, live, salvage)
+            self.optimizer = copy.deepcopy(self.manifest.optimizer)
             self.array = self._map()
             self.id_map = self._map_ids()
             self.keeper = Keeper(self._fd, self.array, memory_limit, mode == "r+")
@@ -281,12 +285,14 @@ class Store:
         if self.mode == "c":
             what = "a private copy has no commit; open the table with mode='r+'"
             raise ReadOnlyError(errno.EROFS, what, str(self.path))
-        if self.manifest.state == "clean" and meta is None:
+        unchanged = self.manifest.state == "clean" and self.manifest.optimizer == self.optimizer
+        if unchanged and meta is None:
             return
         state = self.manifest.with_changes(
             state="clean",
             generation=self.manifest.generation + 1,
             meta=self.manifest.meta if meta is None else meta,
+            optimizer=self.optimizer,
         )
         # A meta that cannot be stored is refused before anything is synced; and a copy is kept.
         state = manifests.decode(manifests.encode(state), str(self.path))
