@@ -1,4 +1,4 @@
-"""Run a benchmark: ``python -m bench NAME [--quick] [--json FILE] [--write-readme]``.
+"""Run a benchmark: ``python -m bench NAME [--quick] [--json FILE] [--plot FILE] [--write-readme]``.
 
 Rows are announced on stderr as they are measured; the Markdown report goes to stdout.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench import harness
 
-NAMES = ("gather", "update", "layers", "build")
+NAMES = ("gather", "update", "layers", "build", "outofcore", "replacement")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,10 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--write-readme", action="store_true", help="put the report into bench/README.md"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves (outofcore)")
     options = parser.parse_args(arguments)
     if options.name == "list":
         for name in NAMES:
-            print(f"{name:8}{importlib.import_module(f'bench.{name}').QUESTION}")
+            print(f"{name:12}{importlib.import_module(f'bench.{name}').QUESTION}")
         return 0
     try:
         import pyembed  # noqa: F401
@@ -41,8 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         parts = [f"{k} {v}" for k, v in (row.case | row.cells).items()]
         harness.progress(f"{row.table}: {', '.join(parts)}")
 
-    facts = harness.environment()
     bench = importlib.import_module(f"bench.{options.name}")
+    if options.plot and not hasattr(bench, "plot"):
+        parser.error(f"{options.name} has nothing to plot")
+    facts = harness.environment()
+    if hasattr(bench, "facts"):
+        facts |= bench.facts()
     try:
         bench.run(options.quick, emit)
     except harness.CheckFailed as error:
@@ -53,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         with options.json.open("a") as file:
             harness.json_lines(file, options.name, facts, rows)
+    if options.plot:
+        bench.plot(rows, options.plot)
     if options.write_readme:
         harness.write_readme(options.name, text)
     return 0

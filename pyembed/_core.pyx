@@ -127,7 +127,8 @@ cdef extern from "_kernels/pages.h" nogil:
     int pe_page_out(void *at, int64_t bytes) noexcept
 
 cdef extern from "_kernels/crc32c.h" nogil:
-    uint32_t pe_crc32c(uint32_t crc, const unsigned char *data, size_t size) noexcept
+    void pe_crc32c_begin() noexcept
+    uint32_t pe_crc32c(uint32_t crc, const unsigned char *data, size_t size, int fast) noexcept
 
 cdef extern from *:
     """
@@ -186,9 +187,17 @@ def pause_threads():
     pe_pause()
 
 
-def crc32c(const unsigned char[::1] data):
-    """CRC-32C (Castagnoli) of a buffer."""
-    return pe_crc32c(0, &data[0], data.shape[0]) if data.shape[0] else 0
+def crc32c(const unsigned char[::1] data, bint fast=True):
+    """CRC-32C (Castagnoli) of a buffer; with fast=False by tables, as on a processor that has no instruction for it."""
+    cdef uint32_t crc
+    if data.shape[0] == 0:
+        return 0
+    with nogil:
+        crc = pe_crc32c(0, &data[0], data.shape[0], fast)
+    return crc
+
+
+pe_crc32c_begin()
 
 
 @cython.final

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from pyembed import init as initialisers
-from pyembed import manifest, order, store, threads
+from pyembed import making, manifest, order, threads
 from pyembed.arrays import F32, require_count
 from pyembed.errors import FormatError, PyembedError
 from pyembed.formats import VectorSource, open_vectors
@@ -72,7 +72,7 @@ def from_initializer(
     chunks = fresh_rows(columns, 0, rows, init or initialisers.zeros(), seed, workers)
     row_bytes = 4 * sum(columns.values())
     with _bar(progress, rows * row_bytes) as bar:
-        store.create(Path(path), columns, _counted(chunks, bar), rows, finish)
+        making.create(Path(path), columns, _counted(chunks, bar), rows, finish)
 
 
 def from_vectors(
@@ -117,7 +117,7 @@ def from_vectors(
 
     with _bar(progress, source.bytes_total) as bar:
         rows = _vector_rows(source, sum(columns.values()), tokens, bar)
-        store.create(Path(path), columns, rows, source.declared_rows, save_vocab)
+        making.create(Path(path), columns, rows, source.declared_rows, save_vocab)
 
 
 def _vector_rows(

@@ -108,7 +108,7 @@ def _build(a: argparse.Namespace) -> None:
             num_threads=a.threads,
             progress=progress,
         )
-    _info(argparse.Namespace(table=a.output, json=False))
+    _info(argparse.Namespace(table=a.output, resident=False, json=False))
 
 
 def _counts(a: argparse.Namespace) -> NDArray[np.int64] | None:
@@ -120,6 +120,7 @@ def _counts(a: argparse.Namespace) -> NDArray[np.int64] | None:
 def _add_info(commands: Any) -> None:
     p = commands.add_parser("info", help="what a table is")
     p.add_argument("table")
+    p.add_argument("--resident", action="store_true", help="and how much of it is in memory")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_info)
 
@@ -137,6 +138,9 @@ def _info(a: argparse.Namespace) -> None:
             "state": table.state,
             "meta": table.meta,
         }
+        if a.resident:
+            stats = table.stats()
+            facts |= {"resident_bytes": stats.resident_bytes, "dirty_bytes": stats.dirty_bytes}
     _show(facts, a.json)
 
 

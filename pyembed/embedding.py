@@ -111,7 +111,7 @@ class Layer:
             None draws a seed.
         """
         seed = secrets.randbits(64) if seed is None else seed
-        with self.table.writing(()) as weight:
+        with self.table.writing() as weight:
             init.normal().fill(weight, seed, 0, self.table.num_threads)
             if self.padding_idx is not None:
                 weight[self.padding_idx] = 0
@@ -135,7 +135,7 @@ class Layer:
             expected = (self.table.rows, self.table.dim)
             raise ArgumentError(f"weight has shape {values.shape}; expected {expected}")
         checked = as_values(values, values.shape, "weight")
-        with self.table.writing(()) as weight:
+        with self.table.writing() as weight:
             weight[...] = checked
 
     @property

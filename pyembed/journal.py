@@ -59,7 +59,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +85,6 @@ FIRST_BYTES = 64 << 10  # of a new file; then it doubles
 GROWTH_BYTES = 64 << 20  # at most, of one allocation
 SCAN_BYTES = 1 << 20  # of what is read at once behind the last frame
 ZEROS = bytes(BLOCK + UNIT)
-BLOCK_ROWS = 8 * BLOCK  # of Touched: a page of bits
 OPEN_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -174,6 +173,8 @@ class Journal:
         which = generation % 2
         if self._fds[which] < 0:
             self._fds[which] = self._open()
+            if self._power:
+                self._make_durable(sync_folder, self._folder)
         self._fd = self._fds[which]
         self._allocated = os.fstat(self._fd).st_size
         self._salt, self._generation = salt, generation
@@ -187,8 +188,6 @@ class Journal:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise FormatError(f"{self.path}: not a regular file; remove it")
-        if self._power:
-            sync_folder(self._folder)
         return fd
 
     def pieces(self, rows: I64) -> Iterator[I64]:
@@ -277,12 +276,15 @@ class Journal:
         OSError
         """
         self._require_sound()
+        self._make_durable(sync, self._fd)
+        self._settled = self.frames
+
+    def _make_durable(self, syncing: Callable[[Any], None], what: int | Path) -> None:
         try:
-            sync(self._fd)
+            syncing(what)
         except BaseException:  # also where it was interrupted: a second try would prove nothing
             self._failed_sync = True
             raise
-        self._settled = self.frames
 
     def _require_sound(self) -> None:
         if self._failed_sync:
@@ -408,90 +410,3 @@ class Replay:
                 if header and header[:2] == self._interval and header.settled > self.frames:
                     return int(start + UNIT * unit)
         return None
-
-
-class Touched:
-    """Which rows were changed since the last commit, and since the last export: a bit for each.
-
-    Bits lie in pages of `BLOCK_ROWS`, and take memory as rows are touched.
-
-    `new` does not mark, so that a row counts as touched only once its old content is safe: a
-    caller asks, records, syncs, marks, with nobody else in between.
-
-    Parameters
-    ----------
-    rows : int
-        Of the last commit. Rows appended since have no content to go back to and are never new.
-    generation : int
-        Of that commit; `since` knows nothing before it.
-    """
-
-    def __init__(self, rows: int, generation: int = 0) -> None:
-        self.rows = rows
-        blocks = -(-rows // BLOCK_ROWS)
-        self._bits = np.zeros((blocks, BLOCK), np.uint8)
-        self._touched = np.zeros(blocks, np.bool_)  # blocks with a bit set
-        self._changed = np.zeros((blocks, BLOCK), np.uint8)
-        self._base = (generation, rows)
-
-    def new(self, rows: I64) -> I64:
-        """Those of `rows` (ascending, unique) that are not marked, in their order."""
-        rows = rows[: np.searchsorted(rows, self.rows)]
-        marked = self._bits.reshape(-1)[rows >> 3] >> (rows & 7).astype(np.uint8) & 1
-        unmarked: I64 = rows[marked == 0]
-        return unmarked
-
-    def mark(self, rows: I64) -> None:
-        """Say that these rows (ascending, unique, out of `new`) are safe to change."""
-        if not rows.size:
-            return
-        byte = rows >> 3
-        first = np.flatnonzero(np.diff(byte, prepend=-1))  # rows of one byte are neighbours
-        bit = np.left_shift(1, rows & 7).astype(np.uint8)
-        self._bits.reshape(-1)[byte[first]] |= np.bitwise_or.reduceat(bit, first)
-        self._touched[rows // BLOCK_ROWS] = True
-
-    def clear(self) -> None:
-        """Forget the marks: the rows are those of the commit again."""
-        blocks = np.flatnonzero(self._touched)
-        self._bits[blocks] = 0
-        self._touched[blocks] = False
-
-    def commit(self, rows: int) -> None:
-        """What was marked is committed; the table has this many rows now."""
-        blocks = np.flatnonzero(self._touched)
-        self._changed[blocks] |= self._bits[blocks]
-        self.clear()
-        if rows > self.rows:
-            count = -(-rows // BLOCK_ROWS)
-            for array in (self._bits, self._changed, self._touched):
-                array.resize((count, *array.shape[1:]), refcheck=False)  # adds zeros
-        self.rows = rows
-
-    def since(self, generation: int) -> I64:
-        """Every row whose committed content may differ from that of an earlier generation.
-
-        Exact for the generation of `restart`; for a later one, rows that changed before it too.
-
-        Raises
-        ------
-        ArgumentError
-            If the generation is before that of `restart`.
-        """
-        base, base_rows = self._base
-        if generation < base:
-            allowed = f"allowed: {base} and later; export all rows instead"
-            raise ArgumentError(f"changes since generation {generation} are not known; {allowed}")
-        words = self._changed.reshape(-1).view(np.uint64)
-        word = np.flatnonzero(words)
-        bits = np.unpackbits(words[word].view(np.uint8), bitorder="little").reshape(-1, 64)
-        where, bit = np.nonzero(bits)
-        rows = 64 * word[where] + bit
-        return np.concatenate(
-            [rows[: np.searchsorted(rows, base_rows)], np.arange(base_rows, self.rows)]
-        )
-
-    def restart(self, generation: int) -> None:
-        """From now on `since` is asked for what comes after this commit: it was exported."""
-        self._base = (generation, self.rows)
-        self._changed = np.zeros_like(self._bits)

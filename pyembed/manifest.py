@@ -22,6 +22,8 @@ VERSION = 1
 MAX_ROWS = 2**40
 MAX_DIM = 65536
 MAX_BYTES = 1 << 20  # of the whole text: a manifest is written at every commit
+DURABILITIES = ("process", "power", "none")
+SALT = re.compile(r"([0-9a-f]{16})?")
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -38,8 +40,13 @@ class Manifest:
         Counts commits.
     state : {"clean", "dirty"}
         Dirty: a writer has changed rows since this generation.
-    durability : {"none"}
-        What a crash leaves: with "none" only the knowledge that there was one.
+    durability : {"process", "power", "none"}
+        What a crash leaves: see `store`.
+    salt : str
+        16 hex digits, drawn anew for every interval of changes: names the frames of its journal.
+        Empty if the table is clean.
+    boot : str
+        Which start of the machine a dirty table was changed in; empty if it is clean.
     meta : dict
         The user's own, from `Table.commit`.
     optimizer : dict of str to dict
@@ -51,6 +58,8 @@ class Manifest:
     generation: int = 0
     state: str = "clean"
     durability: str = "none"
+    salt: str = ""
+    boot: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -81,6 +90,18 @@ def check_columns(columns: Mapping[str, int]) -> dict[str, int]:
     if next(iter(columns), None) != "weight":
         raise ArgumentError(f"columns {list(columns)}; the first must be 'weight'")
     return dict(columns)
+
+
+def check_durability(value: object) -> str:
+    """One of the three.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if value not in DURABILITIES:
+        raise ArgumentError(f"durability = {value!r}; allowed: {', '.join(DURABILITIES)}")
+    return str(value)
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -153,8 +174,11 @@ def _validate(m: Manifest) -> None:
             raise ArgumentError(f"{name} is not of type {kind.__name__}")
     if not 0 <= m.rows <= MAX_ROWS or m.generation < 0:
         raise ArgumentError(f"rows {m.rows} or generation {m.generation} out of range")
-    if m.state not in ("clean", "dirty") or m.durability != "none":
-        raise ArgumentError(f"state {m.state!r} or durability {m.durability!r} is unknown")
+    if m.state not in ("clean", "dirty"):
+        raise ArgumentError(f"state {m.state!r} is unknown")
+    check_durability(m.durability)
+    if type(m.salt) is not str or not SALT.fullmatch(m.salt) or type(m.boot) is not str:
+        raise ArgumentError(f"salt {m.salt!r} or boot {m.boot!r} is not what it should be")
     check_columns(m.columns)
     for rule, state in m.optimizer.items():
         steps = state.get("steps") if type(state) is dict else None

@@ -272,7 +272,7 @@ class Optimizer:
             share = self.clip_norm / (norm + 1e-6)
             clip_scale = 1.0 if share >= 1 else share  # NaN, if nonfinite="allow" lets one through
         scale = self._scales and batch.starts is not None
-        with self.table.changing(self._state) as columns:
+        with self.table.changing(self._state, batch.rows) as columns:
             step = self._next_step()  # in turn, as another thread's step counts too
             hyper, extras = self._step_values(step, clip_scale)
             self.skipped += _core.update(
@@ -314,7 +314,8 @@ class Optimizer:
             return
         count = table.rows if rows is None else rows.size
         workers = threads.for_work(count * table.dim, table.num_threads)
-        with table.changing(self._state) as columns:
+        touched = np.arange(table.rows) if rows is None else rows
+        with table.changing(self._state, touched) as columns:
             hyper, extras = self._step_values(self.steps + 1, 1.0)
             assert extras is not None
             _core.catch_up(columns, rows, self.rule, hyper, extras, workers)

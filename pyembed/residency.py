@@ -56,6 +56,18 @@ class Stats:
     bytes_read: int | None
     bytes_written: int | None
 
+    def __str__(self) -> str:
+        """For a progress bar.
+
+        >>> print(in_memory(4096))
+        100 % in memory
+        """
+        if self.resident_bytes is None:
+            return f"{self.hit_rate:.0%} hits"
+        share = min(1.0, self.resident_bytes / self.nbytes) if self.nbytes else 1.0
+        missed = f", {self.hit_rate:.0%} hits" if self.cold_batches else ""
+        return f"{100 * share:.0f} % in memory{missed}"
+
 
 def memory_bytes() -> int:
     """What this process may use: the machine's memory, or the limit of its control group."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from pyembed import _core, files, grouping, threads
-from pyembed.arrays import F32, as_ids, as_output, as_values, require_apart
+from pyembed.arrays import F32, IdArray, as_ids, as_output, as_values, require_apart
 from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
 
 NO_STATE: Mapping[str, int] = {}
@@ -191,12 +191,13 @@ class Rows:
         workers = threads.for_work(values.size, self.num_threads)
         if deterministic:
             groups = grouping.group(ids, weight.rows, self.num_threads)
-            with self.changing() as (column,):
+            with self.changing(NO_STATE, groups.rows) as (column,):
                 _core.add_groups(column, *groups, values, alpha, -1, False, workers)
             return
         _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
+        touched = self._touched_by(ids)
         with self._turns.shared():
-            (column,) = self._begin_change(NO_STATE)
+            (column,) = self._begin_change(NO_STATE, touched)
             _core.scatter_add(column, ids, values, alpha, workers)
 
     def renorm(self, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Renormed:
@@ -233,14 +234,21 @@ class Rows:
         weight, ids = self.weight_column, as_ids(ids)
         workers = threads.for_work(ids.size * weight.dim, self.num_threads)
         _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
-        with self.changing() as (column,):
+        with self.changing(NO_STATE, self._touched_by(ids)) as (column,):
             return Renormed(*_core.renorm(column, ids, max_norm, norm_type, workers))
 
     @contextmanager
-    def writing(self, ids: ArrayLike) -> Iterator[F32]:
+    def writing(self, ids: ArrayLike | None = None) -> Iterator[F32]:
         """A writable view of the weight, for as long as the block lasts, to set rows by hand.
 
-        `ids` are the rows that the block may change; it yields an array of shape (rows, dim).
+        Parameters
+        ----------
+        ids : integers of any shape, or None for all rows
+            The rows that the block may change. What it does to others cannot be rolled back.
+
+        Yields
+        ------
+        float32 array of shape (rows, dim)
 
         Examples
         --------
@@ -251,9 +259,12 @@ class Rows:
         >>> t.gather(2)
         array([5., 5.], dtype=float32)
         """
-        ids = as_ids(ids)
-        _core.check_ids(ids, self.rows, self.num_threads)
-        with self.changing() as (column,):
+        touched = np.arange(self.rows)
+        if ids is not None:
+            ids = as_ids(ids)
+            _core.check_ids(ids, self.rows, self.num_threads)
+            touched = self._touched_by(ids)
+        with self.changing(NO_STATE, touched) as (column,):
             view = column.array.view()
             self._open_blocks += 1
             try:
@@ -263,23 +274,28 @@ class Rows:
                 view.flags.writeable = False
 
     @contextmanager
-    def changing(self, state: Mapping[str, int] = NO_STATE) -> Iterator[tuple[_core.Column, ...]]:
+    def changing(
+        self, state: Mapping[str, int], touched: NDArray[np.int64]
+    ) -> Iterator[tuple[_core.Column, ...]]:
         """The weight and state columns, to be changed by a kernel, while nobody else may.
 
-        `state`: names and widths, see `ensure_columns`.
+        `state`: names and widths, see `ensure_columns`. `touched` are the rows that will change,
+        ascending and unique.
 
         Raises
         ------
-        ReadOnlyError
+        ReadOnlyError, TableError
         ArgumentError
             If a table on disk has no such column.
         """
         with self._turns.alone():
-            yield self._begin_change(state)
+            yield self._begin_change(state, touched)
 
-    def _begin_change(self, state: Mapping[str, int]) -> tuple[_core.Column, ...]:
+    def _begin_change(
+        self, state: Mapping[str, int], touched: NDArray[np.int64]
+    ) -> tuple[_core.Column, ...]:
         weight = self.weight_column
-        self._announce_change()
+        self._announce_change(touched)
         if not state:
             return (weight,)
         self.ensure_columns(state)
@@ -288,6 +304,15 @@ class Rows:
     def columns_of(self, state: Mapping[str, int]) -> list[_core.Column]:
         """The weight and these state columns, as the kernels take them, to be looked at."""
         return [self.weight_column, *[self._columns[name] for name in state]]
+
+    def _touched_by(self, ids: IdArray) -> NDArray[np.int64]:
+        """The rows that ids name, ascending and unique, if somebody keeps what they were."""
+        if not self._keeps_journal():
+            return np.zeros(0, np.int64)
+        return grouping.group(ids, self.rows, self.num_threads).rows
+
+    def _keeps_journal(self) -> bool:
+        return False
 
     def ensure_columns(self, widths: Mapping[str, int]) -> None:
         """State columns of these names and widths: a table in memory adds those that are missing.
@@ -312,8 +337,8 @@ class Rows:
                 found = columns[name].dim
                 raise ArgumentError(f"column {name!r} has width {found}; expected {width}")
 
-    def _announce_change(self) -> None:
-        """Called before rows change. A table on disk says so in its manifest."""
+    def _announce_change(self, touched: NDArray[np.int64]) -> None:
+        """Called before rows change. A table on disk keeps what they were."""
         if not self.weight_column.writable:
             raise ReadOnlyError("the array under this table is read-only; give a writable one")
 

@@ -1,30 +1,47 @@
-"""The files of a table as a whole: create, lock, map, commit, grow.
+"""The files of a table as a whole: create, lock, map, change, commit, roll back, recover, grow.
 
 A table is a folder::
 
     rows.npy        float32, C order, shape (rows, stride), header padded to 4096 bytes
     manifest.json   the committed state, see manifest.py
+    undo0, undo1    the journal while rows change, see journal.py
     lock            held by flock: exclusively by a writer, shared by readers
     id_map.npy      optional: the row of each id, see order.py; never changes
 
 State diagram (the function on each arrow)::
 
-    absent ──create──► clean ──mark_dirty──► dirty ──commit──► clean
-                         ▲                     │
-                         └──commit──salvage────┘ (the writer died: open refuses without salvage)
+    absent ──create──► clean ──protect──► dirty ──commit──► clean, one generation on
+                         ▲                  │
+                         ├──── rollback ────┤
+                         └── open, after ───┘ the writer died
 
-What it promises today is durability "none": a table whose writer died between mark_dirty and
-commit is known to be dirty, and is not opened as if nothing had happened. Rows may then be from
-any time since the last commit.
+A change, in this order; each line returns before the next begins::
+
+    protect   the first after a commit: the journal begins (frame 0), then the manifest says dirty
+              rows not yet touched since the commit: their old content is recorded in the journal
+              with durability "power": the journal is synced
+              they are marked as touched
+    kernel    rows change
+
+    commit    rows are synced; then the manifest says clean, with the next generation: from here
+              on no frame of the journal is of any interval, as the next one has another salt
+    undo      (rollback, recovery) the journal is read whole and judged; its rows are put back;
+              rows are synced; then the manifest says clean
+
+What a table promises is its durability. "process": whenever the writing process dies, the next one
+to open it finds the last commit, bit for bit. "power": the same when the machine dies. "none":
+there is no journal; it is known that changes were not committed, and the table is refused.
 
 1. Sizes are compared with the manifest before anything is mapped, and space is allocated before
    it is mapped, so no access to a mapping raises SIGBUS for a file that is too short or a disk
    that is full.
-2. Rows are synced before the manifest that commits them.
-3. A table appears under its name complete or not at all.
-4. A file is longer than its manifest only while the manifest says dirty: an append in progress, or
-   one that died, which salvage cuts off.
-5. After a sync that failed nothing is called committed any more: what it lost is unknown.
+2. No row changes before its old content is as safe as the table's durability promises.
+3. Rows are synced before the manifest that commits them.
+4. A table appears under its name complete or not at all.
+5. A dirty manifest keeps what was committed: rows appended since lie behind it, and are cut off by
+   an undo.
+6. After a sync that failed nothing is called committed any more: what it lost is unknown. To open
+   the table again recovers it.
 """
 
 from __future__ import annotations
@@ -36,115 +53,72 @@ import fcntl
 import mmap
 import os
 import secrets
-import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
+from pyembed import _core, order
 from pyembed import manifest as manifests
-from pyembed import order
 from pyembed.arrays import F32
-from pyembed.errors import DirtyError, FormatError, LockedError, ReadOnlyError, TableError
+from pyembed.errors import (
+    ArgumentError,
+    DirtyError,
+    FormatError,
+    LockedError,
+    ReadOnlyError,
+    TableError,
+)
 from pyembed.files import (
     HEADER_BYTES,
-    DirectWriter,
     allocate,
     npy_header,
     read_npy_header,
     replace_file,
     sync,
-    sync_folder,
     write_all,
 )
+from pyembed.journal import Journal, Replay, undo_path
 from pyembed.manifest import Manifest
 from pyembed.residency import Keeper
+from pyembed.touched import Touched
+
+I64 = NDArray[np.int64]
+CLEAN = {"state": "clean", "salt": "", "boot": ""}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def create(
-    path: Path,
-    columns: dict[str, int],
-    chunks: Iterable[F32],
-    rows: int | None,
-    finish: Callable[[Path], None] | None = None,
-) -> None:
-    """Write a whole new table from chunks of rows, in the memory of one chunk.
+def boot_id() -> str:
+    """Which start of the machine this is; one of its own for every call where nobody knows."""
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return f"unknown {secrets.token_hex(8)}"
+
+
+class Store:
+    """An open table: its mapping, its lock, its manifest, its journal.
 
     Parameters
     ----------
     path : Path
-        Must not exist. It appears complete or not at all; on any exception nothing is left.
-    columns : dict
-        Names and widths; their sum is the width of a chunk.
-    chunks : iterable of float32 arrays of shape (any, stride)
-    rows : int or None
-        How many there will be, if that is known: the space is then allocated first.
-    finish : function of the folder, optional
-        Writes what else belongs to the table (a vocabulary), before the table appears.
-
-    Raises
-    ------
-    FileExistsError
-    TableError
-        If the disk is full.
-    """
-    if os.path.lexists(path):
-        raise FileExistsError(
-            errno.EEXIST, "there is something already; choose a new name", str(path)
-        )
-    stride = sum(columns.values())
-    temporary = path.with_name(f"{path.name}.creating-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        written = _write_rows(temporary / "rows.npy", stride, chunks, rows)
-        (temporary / "lock").touch()
-        if finish is not None:
-            finish(temporary)
-        replace_file(temporary / "manifest.json", manifests.encode(Manifest(written, columns)))
-        temporary.rename(path)
-        sync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None) -> int:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        if rows is not None:
-            allocate(fd, 0, HEADER_BYTES + 4 * rows * stride, path)
-        written = 0
-        with DirectWriter(fd, path) as writer:
-            writer.write(npy_header(rows or 0, stride))
-            for chunk in chunks:
-                writer.write(np.ascontiguousarray(chunk, np.float32))
-                written += chunk.shape[0]
-        if rows is None:
-            os.pwrite(fd, npy_header(written, stride), 0)
-        elif written != rows:
-            raise ValueError(f"{written} rows were made instead of {rows}")
-        sync(fd)
-        return written
-    except OSError as error:
-        if error.errno == errno.ENOSPC and not isinstance(error, TableError):
-            raise TableError(error.errno, f"{error.strerror}: make room", str(path)) from None
-        raise
-    finally:
-        os.close(fd)
-
-
-class Store:
-    """An open table: its mapping, its lock, its manifest.
+    mode : {"r", "r+", "c"}
+        Read; read and write; write to a private copy that never reaches the file.
+    live, salvage : bool
+        See `Table.open`.
+    memory_limit : int, optional
+        Bytes.
+    durability : {"process", "power", "none"}, optional
+        From the next change on, instead of the table's own.
 
     Attributes
     ----------
-    path : Path
-    mode : {"r", "r+", "c"}
-        Read; read and write; write to a private copy that never reaches the file.
     manifest : Manifest
     optimizer : dict of str to dict
         The manifest's, to be changed in place; the next commit stores it.
@@ -163,6 +137,7 @@ class Store:
         live: bool = False,
         salvage: bool = False,
         memory_limit: int | None = None,
+        durability: str | None = None,
     ) -> None:
         self.path, self.mode = path, mode
         self.keeper: Keeper | None = None
@@ -170,22 +145,27 @@ class Store:
         self._lock_fd = self._fd = -1
         self._pid = os.getpid()
         self._failed_sync = False
+        self._journal: Journal | None = None
+        self._salt = secrets.token_hex(8)  # of the next interval, however often it is begun
         self._mutex = threading.Lock()  # several threads may make the first change at once
         flags = (os.O_RDWR if mode == "r+" else os.O_RDONLY) | os.O_CLOEXEC
         try:
-            file = path / "rows.npy" if self.folder else path
+            self._file = path / "rows.npy" if self.folder else path
             self._lock_fd = os.open(path / "lock" if self.folder else path, flags)
             if not live:
                 self._take_lock()
-            self._fd = os.open(file, flags)
-            self.manifest, self._offset = self._read_state(file, live, salvage)
+            self._fd = os.open(self._file, flags)
+            self._open_rows(live, salvage)
             self.optimizer = copy.deepcopy(self.manifest.optimizer)
-            self.array = self._map()
             self.id_map = self._map_ids()
             self.keeper = Keeper(self._fd, self.array, memory_limit, mode == "r+")
+            self._pages = self.keeper.pages
+            self._open_journal(durability)
         except BaseException:
             self.release()
             raise
+
+    # --- opening ------------------------------------------------------------------------------
 
     def _take_lock(self) -> None:
         kind = fcntl.LOCK_EX if self.mode == "r+" else fcntl.LOCK_SH
@@ -198,40 +178,47 @@ class Store:
                 what = "a writer has it open; close it first, or read beside it with live=True"
             raise LockedError(errno.EWOULDBLOCK, what, str(self.path)) from None
 
-    def _read_state(self, file: Path, live: bool, salvage: bool) -> tuple[Manifest, int]:
-        rows, stride, offset = read_npy_header(file, self._fd)
+    def _open_rows(self, live: bool, salvage: bool) -> None:
+        """Map the rows of the last commit, recovered if need be; or as they are."""
+        rows, stride, self._offset = read_npy_header(self._file, self._fd)
         if not self.folder:
-            return Manifest(rows, {"weight": stride}), offset
+            self.manifest = Manifest(rows, {"weight": stride})
+            self.array = self._map(rows)
+            return
         source = self.path / "manifest.json"
-        state = manifests.decode(source.read_bytes(), str(source))
-        if state.state == "dirty" and not (live or salvage):
-            raise DirtyError(
-                errno.EUCLEAN,
-                f"the last writer ended without a commit after generation {state.generation}: rows "
-                "may be from any time since; restore a copy, or open it as it is with salvage=True",
-                str(self.path),
-            )
-        size = os.fstat(self._fd).st_size
+        self.manifest = manifests.decode(source.read_bytes(), str(source))
+        self._check_sizes(rows, stride)
+        if self.manifest.state == "clean" or live:
+            self.array = self._map(self.manifest.rows)
+        elif salvage:
+            self.array = self._map(rows)
+            self._adopt(rows)
+        else:
+            replay = self._judge_journal()
+            self.array = self._map(self.manifest.rows, private=self.mode != "r+")
+            self._put_back(replay)
+
+    def _check_sizes(self, rows: int, stride: int) -> None:
+        state, size = self.manifest, os.fstat(self._fd).st_size
         expected = HEADER_BYTES + 4 * state.rows * state.stride
-        growing = state.state == "dirty" and rows >= state.rows and size > expected
-        sound = (rows == state.rows and size == expected) or growing
-        if not sound or (stride, offset) != (state.stride, HEADER_BYTES):
+        if state.state == "clean":
+            sound = rows == state.rows and size == expected
+        else:  # rows may have been appended, or be just about to
+            sound = rows >= state.rows and size >= HEADER_BYTES + 4 * rows * stride
+        if not sound or (stride, self._offset) != (state.stride, HEADER_BYTES):
             raise FormatError(
-                f"{file}: {size} bytes with a header of {offset} for ({rows}, {stride}); its "
-                f"manifest asks for {expected} with {HEADER_BYTES} for "
+                f"{self._file}: {size} bytes with a header of {self._offset} for "
+                f"({rows}, {stride}); its manifest asks for {expected} with {HEADER_BYTES} for "
                 f"({state.rows}, {state.stride}): "
                 "it was cut short, or is of another table; restore it from a copy"
             )
-        if growing and self.mode == "r+":
-            os.pwrite(self._fd, npy_header(state.rows, stride), 0)
-            os.ftruncate(self._fd, expected)
-        return state, offset
 
-    def _map(self) -> F32:
-        rows, stride = self.manifest.rows, self.manifest.stride
+    def _map(self, rows: int, private: bool = False) -> F32:
+        stride = self.manifest.stride
         access = {"r": mmap.ACCESS_READ, "r+": mmap.ACCESS_WRITE, "c": mmap.ACCESS_COPY}[self.mode]
         if rows == 0:
             return np.zeros((0, stride), np.float32)
+        access = mmap.ACCESS_COPY if private else access
         memory = mmap.mmap(self._fd, self._offset + 4 * rows * stride, access=access)
         with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
             # The system's read-ahead would read megabytes for one cold row.
@@ -251,6 +238,115 @@ class Store:
             os.close(fd)
         return np.frombuffer(memory, np.int64, rows, offset)
 
+    def _open_journal(self, durability: str | None) -> None:
+        if self.mode != "r+" or not self.folder:
+            return
+        if durability is not None and durability != self.manifest.durability:
+            self._set(self.manifest.with_changes(durability=durability))
+        if self.manifest.durability != "none":
+            self._journal = Journal(self.path, self.manifest.stride, self.manifest.durability)
+            self._touched = Touched(self.manifest.rows, self.manifest.generation)
+
+    # --- undo ---------------------------------------------------------------------------------
+
+    def _judge_journal(self) -> Replay:
+        """The frames that bring a dirty table back to its last commit.
+
+        Raises
+        ------
+        DirtyError
+            If they cannot: there is no journal, or what it kept is lost.
+        """
+        state, why = self.manifest, ""
+        number, salt = state.generation, int(state.salt or "0", 16)
+        replay = Replay(undo_path(self.path, number), salt, number, state.stride, state.rows)
+        if state.durability == "none":
+            why = f"a commit after generation {number}, and it keeps no journal"
+        elif state.durability == "process" and state.boot != boot_id():
+            why = f"a commit after generation {number}, and then the machine went down"
+        else:
+            for _ in self._frames(replay, "checking the journal"):
+                pass
+            if replay.end == "damaged":
+                why = f"a commit after generation {number}, and {replay.problem}"
+        if why:
+            raise DirtyError(
+                errno.EUCLEAN,
+                f"the last writer ended without {why}: rows may be from any time since; "
+                "restore a copy, or open it as it is with salvage=True",
+                str(self.path),
+            )
+        return replay
+
+    @staticmethod
+    def _frames(replay: Replay, what: str) -> Iterable[tuple[I64, F32]]:
+        return tqdm(replay, desc=what, unit="frame", disable=None, delay=1, leave=False)
+
+    def _put_back(self, replay: Replay) -> None:
+        """Rows as the journal has them; in the file, only then clean; or in a private mapping."""
+        for rows, old in self._frames(replay, "recovering"):
+            self.array[rows] = old
+        if self.mode != "r+":
+            self.array.flags.writeable = self.mode == "c"
+            return
+        state = self.manifest
+        os.pwrite(self._fd, npy_header(state.rows, state.stride), 0)
+        os.ftruncate(self._fd, HEADER_BYTES + 4 * state.rows * state.stride)
+        self._finish_interval(state.with_changes(**CLEAN))
+
+    def _adopt(self, rows: int) -> None:
+        """Rows that no commit vouches for are committed as they are, if they may be changed."""
+        if self.mode == "r+":
+            os.ftruncate(self._fd, HEADER_BYTES + 4 * rows * self.manifest.stride)
+            number = self.manifest.generation + 1
+            self._finish_interval(self.manifest.with_changes(rows=rows, generation=number, **CLEAN))
+
+    def _finish_interval(self, state: Manifest) -> None:
+        """Sync the rows, then say in the manifest what they are. The first failure is final."""
+        try:
+            sync(self._fd)
+        except OSError:
+            self._failed_sync = True
+            raise
+        self._set(state)
+        self._salt = secrets.token_hex(8)
+
+    def rollback(self) -> None:
+        """Bring rows and meta back to the last commit.
+
+        Raises
+        ------
+        ArgumentError
+            If the table keeps no journal.
+        DirtyError
+            If the journal is damaged; nothing is changed then.
+        """
+        self._require_writer()
+        if self._journal is None:
+            raise ArgumentError(
+                f"{self.path} keeps no journal; make or open it with durability='process'"
+            )
+        if self.manifest.state == "clean":
+            self._forget_steps()
+            return
+        replay = self._judge_journal()
+        if replay.frames < self._journal.frames:
+            what = f"{replay.frames} of {self._journal.frames} frames of the journal are left"
+            raise DirtyError(errno.EUCLEAN, f"{what}; close the table", str(self.path))
+        rows = self.manifest.rows
+        self._put_back(replay)
+        self._forget_steps()
+        self._touched.clear()
+        if rows != self.array.shape[0]:
+            self._remap(rows)
+
+    def _forget_steps(self) -> None:
+        """Optimizers have come as far as the last commit says."""
+        self.optimizer.clear()
+        self.optimizer |= copy.deepcopy(self.manifest.optimizer)
+
+    # --- changing -----------------------------------------------------------------------------
+
     def _require_writer(self) -> None:
         """Refuse a reader, a copy in a forked child, and a table whose sync failed."""
         if self.mode == "r":
@@ -261,23 +357,52 @@ class Store:
             what = "the table was opened before a fork; open it in this process, once it is closed"
             raise ReadOnlyError(errno.EROFS, what, str(self.path))
         if self._failed_sync:
-            what = "a sync failed, so rows may be lost; close it, and go on from a copy"
+            what = "a sync failed, so rows may be lost; close it, and open it again to recover"
             raise TableError(errno.EIO, what, str(self.path))
 
-    def mark_dirty(self) -> None:
-        """Before the first change after a commit: say in the manifest that rows are changing.
+    @property
+    def keeps_journal(self) -> bool:
+        return self._journal is not None
+
+    def protect(self, rows: I64) -> None:
+        """Before rows change: keep what they were at the last commit, and say that they change.
+
+        Parameters
+        ----------
+        rows : int64 array, ascending and unique
+            Those that may change next; not looked at without a journal.
 
         Raises
         ------
         ReadOnlyError
             If the table was opened for reading, or in the parent of this process.
         TableError
-            If a sync failed before.
+            If a sync failed before, or the disk has no room for the journal. No row was changed.
         """
         self._require_writer()
         with self._mutex:
-            if self.manifest.state == "clean" and self.mode == "r+":
-                self._set(self.manifest.with_changes(state="dirty"))
+            if self.mode != "r+":
+                return
+            if self.manifest.state == "clean":
+                if self._journal is not None:
+                    self._journal.begin(self.manifest.generation, int(self._salt, 16))
+                dirty = {"state": "dirty", "salt": self._salt, "boot": boot_id()}
+                self._set(self.manifest.with_changes(**dirty))
+            if self._journal is not None:
+                self._record(self._journal, self._touched.new(rows))
+
+    def _record(self, journal: Journal, rows: I64) -> None:
+        whole = _core.Column(self.array, self._pages)
+        _core.ask_pages(whole, rows)
+        for piece in journal.pieces(rows):
+            journal.record(piece, _core.gather(whole, piece, None, 1))
+        if rows.size and self.manifest.durability == "power":
+            try:
+                journal.sync()
+            except BaseException:
+                self._failed_sync = True
+                raise
+        self._touched.mark(rows)
 
     def commit(self, meta: dict[str, Any] | None) -> None:
         """Sync the rows, then say so in the manifest."""
@@ -289,61 +414,69 @@ class Store:
         if unchanged and meta is None:
             return
         state = self.manifest.with_changes(
-            state="clean",
+            rows=self.array.shape[0],
             generation=self.manifest.generation + 1,
             meta=self.manifest.meta if meta is None else meta,
             optimizer=self.optimizer,
+            **CLEAN,
         )
         # A meta that cannot be stored is refused before anything is synced; and a copy is kept.
         state = manifests.decode(manifests.encode(state), str(self.path))
-        self._sync()
-        self._set(state)
-
-    def _sync(self) -> None:
-        try:
-            sync(self._fd)
-        except OSError:
-            self._failed_sync = True
-            raise
+        self._finish_interval(state)
+        if self._journal is not None:
+            self._touched.commit(state.rows)
 
     def append(self, chunks: Iterable[F32], count: int) -> None:
-        """Add `count` rows at the end: allocate, write, sync; then header and manifest."""
-        before, stride = self.manifest, self.manifest.stride
+        """Add `count` rows: allocate, write, sync, then the header; the next commit counts them."""
+        before, stride = self.array.shape[0], self.manifest.stride
         if self.mode != "r+" or not self.folder:
             raise ReadOnlyError(
                 errno.EROFS, 'append needs a table folder open "r+"', str(self.path)
             )
-        end, rows = HEADER_BYTES + 4 * before.rows * stride, before.rows + count
-        self.mark_dirty()
+        end = HEADER_BYTES + 4 * before * stride
+        self.protect(np.zeros(0, np.int64))
         try:
-            allocate(self._fd, end, 4 * count * stride, self.path / "rows.npy")
+            allocate(self._fd, end, 4 * count * stride, self._file)
             os.lseek(self._fd, end, os.SEEK_SET)
             for chunk in chunks:
                 write_all(self._fd, chunk)
-            self._sync()
-            os.pwrite(self._fd, npy_header(rows, stride), 0)
-            self._sync()
-            self._set(self.manifest.with_changes(rows=rows))
+            sync(self._fd)
+            os.pwrite(self._fd, npy_header(before + count, stride), 0)
         except BaseException:
-            os.pwrite(self._fd, npy_header(before.rows, stride), 0)
+            os.pwrite(self._fd, npy_header(before, stride), 0)
             os.ftruncate(self._fd, end)
-            if before.state == "clean":
-                with contextlib.suppress(OSError):  # dirty is the safe side
-                    self._set(before)
             raise
-        self.array = self._map()
+        self._remap(before + count)
+
+    def _remap(self, rows: int) -> None:
+        self.array = self._map(rows)
         if self.keeper is not None:
             self.keeper.rows = self.array
 
     def _set(self, state: Manifest) -> None:
         if self.folder:
-            replace_file(self.path / "manifest.json", manifests.encode(state))
+            try:
+                replace_file(self.path / "manifest.json", manifests.encode(state))
+            except BaseException as error:
+                # The file may say so already, or not: rows must not change any more. But a full
+                # disk is met before the new manifest has its name.
+                full = isinstance(error, OSError) and error.errno in FULL
+                self._failed_sync = self._failed_sync or not full
+                raise
         self.manifest = state
+
+    # --- the end ------------------------------------------------------------------------------
 
     def release(self) -> None:
         """Let go of the lock and the files; the mapping lives as long as an array shows it."""
         if self.keeper is not None:
             self.keeper.close()
+        if self._journal is not None:
+            self._journal.close()
+            sound = self.manifest.state == "clean" and not self._failed_sync
+            if sound and self._pid == os.getpid():
+                for number in range(2):  # nobody needs what they hold
+                    undo_path(self.path, number).unlink(missing_ok=True)
         for fd in (self._fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

@@ -6,6 +6,7 @@ change. It knows neither optimizers (they ask for columns) nor bytes on disk (`s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyembed import _core, files, hot, manifest, residency, store, threads
+from pyembed import _core, files, hot, making, manifest, residency, store, threads
 from pyembed import init as initialisers
 from pyembed.arrays import F32, IdArray, as_ids, require_count, require_float32
 from pyembed.errors import ArgumentError
@@ -31,8 +32,8 @@ class Table(Rows):
 
     Made by `Table.create` and `Table.open` (a file), `Table.memory` and `Table.from_array`.
 
-    A table on disk holds one lock: one writer, or any number of readers. Until a crash-safe
-    journal exists, its promise is a flag: a table whose writer died says so when it is opened.
+    A table on disk holds one lock: one writer, or any number of readers. Whatever its writer dies
+    of, the next to open it finds the last commit; see `create` for the levels of durability.
 
     Attributes
     ----------
@@ -96,6 +97,7 @@ class Table(Rows):
         init: Initializer | None = None,
         seed: int = 0,
         *,
+        durability: str = "process",
         num_threads: int | None = None,
     ) -> Table:
         """Make a table on disk, in fixed memory, and open it for writing.
@@ -116,6 +118,9 @@ class Table(Rows):
             Fills the weight; zeros if not given. See `pyembed.init`.
         seed : int
             For a random `init`.
+        durability : {"process", "power", "none"}
+            What the last commit survives: the death of this process at any moment, also that of
+            the machine, or neither.
         num_threads : int, optional
             For this and all later calls on the table.
 
@@ -129,7 +134,8 @@ class Table(Rows):
         rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
         widths, workers = row_columns(dim, optimizer, columns), threads.resolve(num_threads)
         chunks = fresh_rows(widths, 0, rows, init or initialisers.zeros(), seed, workers)
-        store.create(Path(path), widths, chunks, rows)
+        manifest.check_durability(durability)
+        making.create(Path(path), widths, chunks, rows, durability=durability)
         return cls.open(path, num_threads=workers)
 
     @classmethod
@@ -141,6 +147,7 @@ class Table(Rows):
         live: bool = False,
         salvage: bool = False,
         memory_limit: int | float | None = None,
+        durability: str | None = None,
         num_threads: int | None = None,
     ) -> Table:
         """Open a table, or a bare .npy of float32 rows as one with the column ``weight``.
@@ -157,13 +164,15 @@ class Table(Rows):
         memory_limit : int or float, optional
             Bytes, or a share of the memory, that the table's pages may take: above it they are
             given back, so that the rest of the machine stays usable. Needs Linux 6.5.
+        durability : {"process", "power", "none"}, optional
+            From now on, instead of what the table was made with.
 
         Raises
         ------
         LockedError
             If a writer has it, or for "r+" anybody.
         DirtyError
-            If the last writer ended without a commit.
+            If the last writer ended without a commit, and the rows cannot be brought back to it.
         FormatError
             If the files are not what the manifest says.
         """
@@ -173,7 +182,9 @@ class Table(Rows):
             raise ArgumentError(f"live=True needs mode='r', not {mode!r}")
         workers = threads.resolve(num_threads)
         limit = residency.limit_bytes(memory_limit)
-        backing = store.Store(Path(path), mode, live, salvage, limit)
+        if durability is not None:
+            manifest.check_durability(durability)
+        backing = store.Store(Path(path), mode, live, salvage, limit, durability)
         try:
             return cls(backing, backing.array, backing.manifest.columns, workers)
         except BaseException:
@@ -229,13 +240,16 @@ class Table(Rows):
 
     # --- while it is open ---------------------------------------------------------------------
 
-    def _announce_change(self) -> None:
+    def _announce_change(self, touched: NDArray[np.int64]) -> None:
         if self._store is None:
-            super()._announce_change()
+            super()._announce_change(touched)
         else:
-            self._store.mark_dirty()
+            self._store.protect(touched)
             if self._keeper is not None:
                 self._keeper.changing()
+
+    def _keeps_journal(self) -> bool:
+        return self._store is not None and self._store.keeps_journal
 
     def _may_add_columns(self) -> bool:
         return self._store is None
@@ -400,6 +414,26 @@ class Table(Rows):
             state = state.with_changes(**done, meta=kept)
             self._state = manifest.decode(manifest.encode(state), "meta")
 
+    def rollback(self) -> None:
+        """Bring rows, their state and number, `meta` and `optimizer` back to the last commit.
+
+        Views taken earlier show the old rows; no other call may run.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no journal: in memory, or with durability "none".
+        ReadOnlyError
+        """
+        with self._turns.alone():
+            _ = self.weight_column
+            if self._open_blocks:
+                raise ArgumentError("rollback inside a writing() block; end the block first")
+            if self._store is None:
+                raise ArgumentError("a table in memory keeps no journal; use Table.create")
+            self._store.rollback()
+            self._attach(self._store.array, self._store.manifest.columns)
+
     def close(self) -> None:
         """Commit and let go of the files. Closing twice is allowed."""
         self._finish(commit=True)
@@ -409,8 +443,12 @@ class Table(Rows):
             if self._weight is None:
                 return
             try:
-                if commit and self._store is not None and self._store.mode == "r+":
-                    self._store.commit(None)
+                if self._store is not None and self._store.mode == "r+":
+                    if commit:
+                        self._store.commit(None)
+                    elif self._store.keeps_journal:
+                        with contextlib.suppress(OSError):  # then the next to open it does it
+                            self._store.rollback()
             finally:
                 if self._has_locked:  # the mapping may live on in the caller's views
                     hot.unlock_rows([column.array for column in self._columns.values()])

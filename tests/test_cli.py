@@ -28,6 +28,10 @@ def test_build_and_info(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert facts["columns"] == {"weight": 8, "sum": 8}
     assert (facts["rows"], facts["state"]) == (1000, "clean")
+    assert "resident_bytes" not in facts
+    assert main(["info", str(path), "--resident", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["resident_bytes"] is None or 0 <= facts["resident_bytes"] <= 4096 + 64_000 + 4096
 
 
 def test_build_from_vectors(path: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from strategies import bad_ids
 
-from pyembed import Table, build, files, init, optim, order, store
+from pyembed import Table, build, files, init, making, optim, order
 from pyembed.cli import main
 from pyembed.errors import ArgumentError, ClosedError, DTypeError, FormatError, IdError
 
@@ -267,7 +267,7 @@ def test_interrupted_build_leaves_nothing(path: Path, monkeypatch: pytest.Monkey
             os.fsync(fd)
 
         monkeypatch.setattr(files, "sync", failing)
-        monkeypatch.setattr(store, "sync", failing)
+        monkeypatch.setattr(making, "sync", failing)
         try:
             build.from_initializer(path, 5, 2, counts=COUNTS)
             survived = fail_at

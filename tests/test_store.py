@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pyembed
-from pyembed import Table, manifest, store
+from pyembed import Table, making, manifest
 from pyembed.errors import (
     ArgumentError,
     DirtyError,
@@ -62,7 +62,7 @@ def test_manifest_is_readable_text(table: Path) -> None:
     body = json.loads((table / "manifest.json").read_text())
     assert body["format"] == "pyembed-table"
     assert body["columns"] == {"weight": 2, "sum": 2}
-    assert (body["rows"], body["state"], body["durability"]) == (4, "clean", "none")
+    assert (body["rows"], body["state"], body["durability"]) == (4, "clean", "process")
 
 
 def test_commit_and_reopen(table: Path) -> None:
@@ -87,16 +87,25 @@ def test_close_commits(table: Path) -> None:
         assert t.gather(0).tolist() == [1, 2]
 
 
-def test_exception_leaves_it_dirty(table: Path) -> None:
-    """Rows changed in a block that failed are not passed off as committed."""
+def test_exception_leaves_the_last_commit(table: Path) -> None:
+    """Rows changed in a block that failed are taken back."""
+    before = contents(table)
     with pytest.raises(ZeroDivisionError), Table.open(table) as t:
+        t.scatter_add([0], ONES)
+        raise ZeroDivisionError
+    assert contents(table) == before
+
+
+def test_exception_without_a_journal_leaves_it_dirty(table: Path) -> None:
+    """With durability "none" such rows are not passed off as committed."""
+    with pytest.raises(ZeroDivisionError), Table.open(table, durability="none") as t:
         t.scatter_add([0], ONES)
         raise ZeroDivisionError
     with pytest.raises(DirtyError, match="without a commit after generation 1.*salvage=True"):
         Table.open(table)
     with Table.open(table, salvage=True) as t:
         assert t.gather(0).tolist() == [1, 2]
-        t.commit()
+        assert (t.state, t.generation) == ("clean", 2)
     Table.open(table).close()
 
 
@@ -108,17 +117,76 @@ def test_exception_without_changes_stays_clean(table: Path) -> None:
     assert contents(table) == before
 
 
-def test_killed_writer_is_noticed(table: Path) -> None:
-    """A writer that is killed after a change leaves a table that is known to be dirty."""
+@pytest.mark.parametrize("durability", ["process", "power", "none"])
+def test_killed_writer(table: Path, durability: str) -> None:
+    """After a kill the next writer finds the last commit, a reader too; without a journal it is
+    known that there were changes."""
+    before = contents(table)
     code = (
         "import os, signal, numpy, pyembed\n"
-        f"t = pyembed.Table.open({str(table)!r})\n"
+        f"t = pyembed.Table.open({str(table)!r}, durability={durability!r})\n"
         "t.scatter_add([0], numpy.ones((1, 2), numpy.float32))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    with pytest.raises(DirtyError):
-        Table.open(table, "r")
+    if durability == "none":
+        with pytest.raises(DirtyError):
+            Table.open(table, "r")
+        return
+    dirty = contents(table)
+    assert dirty["rows.npy"] != before["rows.npy"]
+    for mode in ("r", "c"):
+        with Table.open(table, mode) as t:
+            assert t.gather(0).tolist() == [0, 1]
+            assert t.writable == (mode == "c")
+    assert contents(table) == dirty
+    with Table.open(table) as t:
+        assert (t.gather(0).tolist(), t.state, t.generation) == ([0, 1], "clean", 1)
+    assert contents(table)["rows.npy"] == before["rows.npy"]
+
+
+def test_restart_of_the_machine(table: Path) -> None:
+    """With "process" a machine that went down amid changes is noticed, and refused."""
+    with contextlib.suppress(ZeroDivisionError), Table.open(table) as t:
+        t.scatter_add([0], ONES)
+        shutil.copytree(table, table.with_name("after"))
+        raise ZeroDivisionError
+    rewrite(table.with_name("after"), boot="of yesterday")
+    with pytest.raises(DirtyError, match="the machine went down.*salvage=True"):
+        Table.open(table.with_name("after"))
+
+
+def test_rollback(table: Path) -> None:
+    """Rows, state columns, appended rows and meta go back to the commit, as often as one likes."""
+    with Table.open(table) as t:
+        o = pyembed.optim.Adagrad(t, lr=1.0)
+        t.rollback()
+        o.step([1], ONES)
+        t.commit({"step": 1})
+        kept = t._store.array.copy() if t._store else None
+        for _ in range(3):
+            o.step([0, 1, 3], np.ones((3, 2), np.float32))
+            t.append(5)
+            with t.writing() as weight:
+                weight[:] = 9
+            t.rollback()
+            assert (t.rows, t.meta, t.state) == (4, {"step": 1}, "clean")
+            assert t._store is not None
+            assert np.array_equal(t._store.array, kept)
+    with Table.open(table, "r") as t:
+        assert (t.rows, t.generation) == (4, 2)
+
+
+def test_rollback_needs_a_journal(table: Path) -> None:
+    """Where nothing was kept, a rollback is refused."""
+    with Table.open(table, durability="none") as t, pytest.raises(ArgumentError, match="journal"):
+        t.rollback()
+    with pytest.raises(ArgumentError, match="memory keeps no journal"):
+        Table.memory(1, 1).rollback()
+    with Table.open(table, "r") as t, pytest.raises(ReadOnlyError):
+        t.rollback()
+    with pytest.raises(ArgumentError, match="allowed: process, power, none"):
+        Table.open(table, durability="always")
 
 
 def test_forgotten_table_is_committed_with_a_warning(table: Path) -> None:
@@ -263,7 +331,9 @@ def test_wrong_size(table: Path, change: int) -> None:
         ({"columns": {"weight": 2, "../x": 2}}, "column name"),
         ({"columns": []}, "columns is not of type dict"),
         ({"state": "fine"}, "state 'fine'"),
-        ({"durability": "power"}, "durability 'power'"),
+        ({"durability": "always"}, "durability = 'always'"),
+        ({"salt": "xyz"}, "salt 'xyz'"),
+        ({"boot": 5}, "boot 5"),
         ({"surprise": 1}, "surprise"),
     ],
 )
@@ -344,7 +414,7 @@ def test_interrupted_creation_leaves_nothing(path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.create(path, {"weight": 2}, chunks(), 10)
+        making.create(path, {"weight": 2}, chunks(), 10)
     assert list(path.parent.iterdir()) == []
 
 
@@ -374,15 +444,31 @@ def test_full_disk_at_append(small_disk: Path) -> None:
         before = contents(t.path)
         with pytest.raises(TableError, match="make room"):
             t.append(10_000)
-        assert contents(t.path) == before
+        t.rollback()
+        assert {k: v for k, v in contents(t.path).items() if not k.startswith("undo")} == before
         assert t.rows == 1000
+
+
+def test_full_disk_at_a_step(small_disk: Path) -> None:
+    """A journal that finds no room is an error before a row changes; the table goes on after it."""
+    with Table.create(small_disk / "t", 1000, 100, init=pyembed.init.normal()) as t:
+        before = t.weight.copy()
+        filler = small_disk / "filler"
+        filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 50_000)))
+        with pytest.raises(TableError, match="make room"):
+            t.scatter_add(np.arange(1000), np.ones((1000, 100), np.float32))
+        assert np.array_equal(t.weight, before)
+        filler.unlink()
+        t.scatter_add(np.arange(1000), np.ones((1000, 100), np.float32))
+    with Table.open(small_disk / "t", "r") as t:
+        assert np.array_equal(t.weight, before + 1)
 
 
 def test_full_disk_while_streaming(small_disk: Path) -> None:
     """Rows whose number is not known beforehand meet a full disk with the same kind of error."""
     chunks = (np.zeros((100, 100), np.float32) for _ in range(100))
     with pytest.raises(TableError, match="make room"):
-        store.create(small_disk / "t", {"weight": 100}, chunks, None)
+        making.create(small_disk / "t", {"weight": 100}, chunks, None)
     assert list(small_disk.iterdir()) == []
 
 

@@ -39,6 +39,7 @@ INPUT, OUTPUT = "input.pyembed", "output.pyembed"
 
 SHARED = 32  # negatives of a run
 LAST_LR = 0.1  # the learning rate falls linearly to this part of itself
+LOOK_SECONDS = 1.0  # between two looks at how much of the table is in memory, for the progress bar
 LOSS_RUNS = 16  # runs of a step whose loss is computed, for the progress bar
 
 
@@ -216,10 +217,16 @@ def _train(
             optimizer="adagrad",
             init=init.uniform(-low, low),
             seed=s.seed,
+            durability="none",  # the folder has no name yet that anybody knows
             num_threads=num_threads,
         ) as table_in,
         Table.create(
-            folder / OUTPUT, len(words), s.dim, optimizer="adagrad", num_threads=num_threads
+            folder / OUTPUT,
+            len(words),
+            s.dim,
+            optimizer="adagrad",
+            durability="none",
+            num_threads=num_threads,
         ) as table_out,
         tqdm(
             total=total,
@@ -233,7 +240,8 @@ def _train(
         noise = np.cumsum(counts**0.75)
         noise /= noise[-1]  # ends at 1, which no draw reaches
         done, loss = 0, math.nan
-        start = time.perf_counter()
+        start = looked = time.perf_counter()
+        there = table_in.stats()
         for _ in range(s.epochs):
             for runs in read_runs(corpus, row_of, keep, s.window, rng):
                 drawn = rng.random((len(runs.words), SHARED))
@@ -244,7 +252,9 @@ def _train(
                     loss = now if math.isnan(loss) else loss + 0.02 * (now - loss)
                 done += runs.read
                 bar.update(runs.read)
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                if time.perf_counter() > looked + LOOK_SECONDS:
+                    there, looked = table_in.stats(), time.perf_counter()
+                bar.set_postfix_str(f"loss {loss:.3f}, {there}", refresh=False)
         rate = total / (time.perf_counter() - start)
         if math.isnan(loss):
             raise CorpusError(
