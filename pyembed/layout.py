@@ -15,6 +15,19 @@ from pyembed.init import Initializer
 CHUNK_FLOATS = 2 << 20
 
 
+def require_rule(optimizer: str) -> str:
+    """The name of a rule.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if optimizer not in _core.RULES:
+        allowed = ", ".join(_core.RULES)
+        raise ArgumentError(f"optimizer = {optimizer!r}; allowed: {allowed}, or None")
+    return optimizer
+
+
 def state_widths(rule: str, dim: int) -> dict[str, int]:
     """The state columns of a rule of `_core.RULES`: as wide as the weight, or one float a row."""
     state = _core.RULES[rule][1]
@@ -33,10 +46,7 @@ def row_columns(
     """
     widths = {"weight": require_count(dim, "dim", 1, manifest.MAX_DIM)}
     if optimizer is not None:
-        if optimizer not in _core.RULES:
-            allowed = ", ".join(_core.RULES)
-            raise ArgumentError(f"optimizer = {optimizer!r}; allowed: {allowed}, or None")
-        widths |= state_widths(optimizer, dim)
+        widths |= state_widths(require_rule(optimizer), dim)
     for name, width in (columns or {}).items():
         if name in widths:
             raise ArgumentError(

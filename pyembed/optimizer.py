@@ -30,6 +30,7 @@ from pyembed.table import Table
 
 # A lazy optimizer keeps the last step of each row in a float32, which holds integers up to here.
 MAX_LAZY_STEPS = 2**24
+CATCH_UP_ROWS = 1 << 18  # that catch up together: what is known of them stays small
 
 
 class Options(TypedDict, total=False):
@@ -309,16 +310,18 @@ class Optimizer:
         IdError, DTypeError, ReadOnlyError
         """
         table = self.table
-        rows = None if ids is None else grouping.group(ids, table.rows, table.num_threads).rows
+        touched = None if ids is None else grouping.group(ids, table.rows, table.num_threads).rows
         if not self._lazy:
             return
-        count = table.rows if rows is None else rows.size
-        workers = threads.for_work(count * table.dim, table.num_threads)
-        touched = np.arange(table.rows) if rows is None else rows
-        with table.changing(self._state, touched) as columns:
-            hyper, extras = self._step_values(self.steps + 1, 1.0)
-            assert extras is not None
-            _core.catch_up(columns, rows, self.rule, hyper, extras, workers)
+        count = table.rows if touched is None else touched.size
+        for first in range(0, count, CATCH_UP_ROWS):
+            last = min(first + CATCH_UP_ROWS, count)
+            rows = np.arange(first, last) if touched is None else touched[first:last]
+            workers = threads.for_work(rows.size * table.dim, table.num_threads)
+            with table.changing(self._state, rows) as columns:
+                hyper, extras = self._step_values(self.steps + 1, 1.0)
+                assert extras is not None
+                _core.catch_up(columns, rows, self.rule, hyper, extras, workers)
 
     # --- its parts ----------------------------------------------------------------------------
 

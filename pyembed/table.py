@@ -270,6 +270,11 @@ class Table(Rows):
         return dict(self._manifest.meta)
 
     @property
+    def durability(self) -> str:
+        """What the last commit survives, see `create`."""
+        return self._manifest.durability
+
+    @property
     def generation(self) -> int:
         return self._manifest.generation
 
