@@ -234,3 +234,70 @@ def group(cnp.ndarray ids not None, int64_t rows, int threads):
             _write_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), position_bits, begin_t[t],
                           rows_u, starts_u1, order_n)
     return rows_array, starts_array, order_array
+
+
+cdef struct Sorting:
+    # One batch of group_many. Its keys lie in scratch memory; the other arrays are the result.
+    const void *ids_n
+    uint64_t *keys
+    int64_t *rows_u
+    int64_t *starts_u1
+    int64_t *order_n
+    int64_t n
+    int64_t u
+    bint wide
+    int row_bits
+    int position_bits
+
+
+cdef void _sort_one(Sorting *s, int64_t *counts) noexcept nogil:
+    cdef const uint64_t *keys = _sort(s.ids_n, s.wide, s.n, s.row_bits, s.position_bits, s.keys, s.keys + s.n, counts, 1)
+    s.u = _count_groups(keys, 0, s.n, s.position_bits)
+    _write_groups(keys, 0, s.n, s.position_bits, 0, s.rows_u, s.starts_u1, s.order_n)
+    s.starts_u1[s.u] = s.n
+
+
+def group_many(list batches not None, int threads):
+    """`group` for many small batches in one parallel region, a batch to a thread; `batches`: pairs (ids, rows)."""
+    cdef int64_t b, count = len(batches), total = 0, at = 0
+    cdef cnp.ndarray ids
+    cdef list found = []
+    cdef Sorting *s = <Sorting *>malloc((count + 1) * sizeof(Sorting))
+    cdef int64_t *counts = <int64_t *>malloc(<size_t>(1 << DIGIT_BITS) * threads * sizeof(int64_t))
+    cdef uint64_t *keys = NULL
+    try:
+        if s is NULL or counts is NULL:
+            raise MemoryError
+        for b in range(count):
+            ids, rows = batches[b]
+            s[b].wide, s[b].ids_n, s[b].n = _is_int64(ids), cnp.PyArray_DATA(ids), cnp.PyArray_SIZE(ids)
+            s[b].row_bits, s[b].position_bits = _bits(rows), _bits(s[b].n)
+            _check_ids(ids, s[b].wide, rows, 1)
+            if s[b].row_bits + s[b].position_bits > 64:
+                raise ValueError(f"{s[b].n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
+            found.append((_int64s(s[b].n), _int64s(s[b].n + 1), _int64s(s[b].n)))
+            s[b].rows_u = <int64_t *>cnp.PyArray_DATA(found[b][0])
+            s[b].starts_u1 = <int64_t *>cnp.PyArray_DATA(found[b][1])
+            s[b].order_n = <int64_t *>cnp.PyArray_DATA(found[b][2])
+            total += s[b].n
+        keys = <uint64_t *>_take((2 * total + 1) * sizeof(uint64_t))
+        if keys is NULL:
+            raise MemoryError
+        for b in range(count):
+            s[b].keys = keys + at
+            at += 2 * s[b].n
+        with nogil:
+            for b in prange(count, num_threads=threads, schedule="dynamic", chunksize=1, use_threads_if=threads > 1):
+                _sort_one(&s[b], counts + threadid() * (<int64_t>1 << DIGIT_BITS))
+        groups = []
+        for b in range(count):
+            rows_u, starts_u1, order_n = found[b]
+            if s[b].u and rows_u[s[b].u - 1] >= batches[b][1]:
+                raise RuntimeError("the ids changed while they were grouped")
+            groups.append((rows_u[:s[b].u], starts_u1[:s[b].u + 1], order_n))
+        return groups
+    finally:
+        free(s)
+        free(counts)
+        if keys is not NULL:
+            _give_back(keys, (2 * total + 1) * sizeof(uint64_t))

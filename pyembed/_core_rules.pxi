@@ -165,6 +165,65 @@ def update(tuple columns not None, rows, starts, order, cnp.ndarray grad not Non
     return skipped
 
 
+cdef struct Job:
+    # One table's part of update_many.
+    Batch batch
+    Rule rule
+    int64_t first                                 # floats of gradients before it
+
+
+cdef void _update_share(const pe_kernels *k, const Job *jobs, int64_t n, int64_t lo, int64_t hi, float *sum_d,
+                        int64_t *skipped_n) noexcept nogil:
+    """The part of all jobs whose gradients lie between the floats lo and hi of all of them, one after the other."""
+    cdef int64_t j, d, size
+    cdef const Job *job
+    for j in range(n):
+        job = jobs + j
+        d, size = job.batch.d, _positions(&job.batch)
+        skipped_n[j] += _update_run(
+            k, &job.batch, &job.rule, _run_at(&job.batch, min(max((lo - job.first) // d, 0), size)),
+            _run_at(&job.batch, min(max((hi - job.first) // d, 0), size)), sum_d, False, None)
+
+
+def update_many(list steps not None, int threads):
+    """Several updates, of tables that are in memory and differ, in one parallel region; rows left alone in each.
+
+    `steps`: for each the arguments of `update`, as a tuple, without threads. The threads share the gradients evenly, and a
+    row belongs to one of them.
+    """
+    cdef int64_t n = len(steps), j, floats = 0, widest = 1
+    cdef int t, caller = pe_this_cpu()
+    cdef const pe_kernels *k = kernels
+    cdef Column column
+    cdef cnp.ndarray counts = cnp.PyArray_ZEROS(2, [threads, n + 16], cnp.NPY_INT64, 0)
+    cdef int64_t *skipped_n = <int64_t *>cnp.PyArray_DATA(counts)
+    cdef Job *jobs = <Job *>malloc((n + 1) * sizeof(Job))
+    cdef float *sums = NULL
+    if jobs is NULL:
+        raise MemoryError
+    try:
+        for j in range(n):
+            columns, rows, starts, order, grad, name, hyper, skip_row, scale_by_count, bag_of, coef, extras = steps[j]
+            column = columns[0]
+            _rule(&jobs[j].rule, k, columns, name, hyper, extras)
+            _batch(&jobs[j].batch, rows, starts, order, grad, column.dim, column.rows, bag_of, coef)
+            jobs[j].batch.skip_row, jobs[j].batch.scale_by_count = skip_row, scale_by_count
+            jobs[j].first = floats
+            floats += _positions(&jobs[j].batch) * column.dim
+            widest = max(widest, column.dim)
+        sums = _scratch(widest, threads)
+        with nogil:
+            for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
+                if t:
+                    pe_leave_cpu(caller)
+                _update_share(k, jobs, n, _split(floats, t, threads), _split(floats, t + 1, threads),
+                              sums + t * (widest + 16), skipped_n + t * (n + 16))
+    finally:
+        free(sums)
+        free(jobs)
+    return (<object>counts)[:, :n].sum(axis=0).tolist()
+
+
 cdef void _catch_up_run(const pe_kernels *k, const Rule *rule, const int64_t *rows, int64_t lo, int64_t hi) noexcept nogil:
     cdef int64_t u, row
     cdef int c

@@ -48,19 +48,27 @@ cdef int _batch(Batch *b, cnp.ndarray rows, cnp.ndarray starts, cnp.ndarray orde
     return 0
 
 
-cdef int64_t _run_begin(const Batch *b, int t, int threads) noexcept nogil:
-    """The first unique row of thread t: runs of about equal numbers of gradients, so that a hot row costs one thread."""
-    cdef int64_t lo = 0, hi = b.u, mid, target
-    if b.starts is NULL or t == 0 or t == threads:
-        return _split(b.u, t, threads)
-    target = _split(b.starts[b.u], t, threads)
+cdef int64_t _run_at(const Batch *b, int64_t position) noexcept nogil:
+    """The first unique row whose gradients begin at this position or after it."""
+    cdef int64_t lo = 0, hi = b.u, mid
+    if b.starts is NULL:
+        return position
     while lo < hi:
         mid = (lo + hi) // 2
-        if b.starts[mid] < target:
+        if b.starts[mid] < position:
             lo = mid + 1
         else:
             hi = mid
     return lo
+
+
+cdef inline int64_t _positions(const Batch *b) noexcept nogil:
+    return b.u if b.starts is NULL else b.starts[b.u]
+
+
+cdef int64_t _run_begin(const Batch *b, int t, int threads) noexcept nogil:
+    """The first unique row of thread t: runs of about equal numbers of gradients, so that a hot row costs one thread."""
+    return _run_at(b, _split(_positions(b), t, threads))
 
 
 cdef inline const float *_at(const Batch *b, int64_t p) noexcept nogil:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyembed.embedding import Layer
 from pyembed.errors import ArgumentError
+from pyembed.many import step_many
 from pyembed.optimizer import Optimizer, Options, in_range
 from pyembed.schedules import Schedule
 from pyembed.table import Table
@@ -34,6 +35,7 @@ __all__ = [
     "PartialRowwiseAdam",
     "RMSprop",
     "RowwiseAdagrad",
+    "step_many",
 ]
 
 Target = Layer | Table

@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyembed import _core, grouping, threads
-from pyembed.arrays import F32, as_ids, as_values, require_apart, require_count, require_finite
+from pyembed.arrays import (
+    F32,
+    IdArray,
+    as_ids,
+    as_values,
+    require_apart,
+    require_count,
+    require_finite,
+)
 from pyembed.bags import Bags, require_bags
 from pyembed.embedding import Layer
 from pyembed.embedding_bag import EmbeddingBag
@@ -75,6 +83,16 @@ class Batch(NamedTuple):
     coef: F32 | None = None
 
 
+class Given(NamedTuple):
+    """A caller's batch, checked: gradients of ids, or of rows that are unique and ascending."""
+
+    ids: IdArray
+    values: F32
+    unique: bool = False
+    bag_of: np.ndarray | None = None
+    coef: F32 | None = None
+
+
 class Optimizer:
     """What all rules share: the table, the step, the checks.
 
@@ -112,11 +130,11 @@ class Optimizer:
         self._extras = self._set_options(**options)
         self._lazy = self.decay_mode == "lazy" or lazy_momentum
         self._refuse_frozen()
-        self._state = state_widths(self.rule, self.table.dim)
+        self.state = state_widths(self.rule, self.table.dim)
         if self._lazy:
-            self._state["last_step"] = 1
+            self.state["last_step"] = 1
             self._extras = self._extras or dict(_core.EXTRAS)
-        self.table.ensure_columns(self._state)
+        self.table.ensure_columns(self.state)
 
     def _set_options(
         self,
@@ -203,14 +221,10 @@ class Optimizer:
         IdError, DTypeError, ArgumentError, NonFiniteError, ReadOnlyError
             Before anything is written.
         """
-        self._refuse_frozen()
         if ids is not None:
-            if self._pending:
-                raise ArgumentError(
-                    "gradients were accumulated; apply them with step(), or drop them: discard()"
-                )
-            self._update(self._batch(ids, grad))
+            self._update(self._batch(self.read(ids, grad)))
             return
+        self._refuse_frozen()
         if grad is not None or not self._pending:
             raise ArgumentError("step(ids, grad): ids are missing, and nothing was accumulated")
         self._merge()
@@ -236,10 +250,9 @@ class Optimizer:
         >>> t.gather([0, 1, 2]).tolist()
         [[-1.0], [-2.0], [0.0]]
         """
-        self._refuse_frozen()
-        batch = self._batch(ids, grad)
+        batch = self._batch(self.read(ids, grad, accumulate=True))
         workers = self._workers(batch)
-        self._require_usable(batch, workers)
+        self.require_usable(batch, workers)
         values = self._sums(batch, workers)
         kept = values.copy() if values is batch.values else values
         self._pending.append(SparseGrad(batch.rows.copy(), kept))
@@ -264,34 +277,99 @@ class Optimizer:
 
     def _update(self, batch: Batch) -> None:
         workers = self._workers(batch)
-        self._require_usable(batch, workers)
-        clip_scale = 1.0
-        if self.clip_norm is not None:
-            batch = Batch(batch.rows, None, None, self._sums(batch, workers))
-            skip = self.nonfinite == "skip_row"
-            norm = _core.global_norm(batch.rows, batch.values, self._skip_row, skip, workers)
-            share = self.clip_norm / (norm + 1e-6)
-            clip_scale = 1.0 if share >= 1 else share  # NaN, if nonfinite="allow" lets one through
-        scale = self._scales and batch.starts is not None
-        with self.table.changing(self._state, batch.rows) as columns:
-            step = self._next_step()  # in turn, as another thread's step counts too
-            hyper, extras = self._step_values(step, clip_scale)
-            self.skipped += _core.update(
-                columns,
-                batch.rows,
-                batch.starts,
-                batch.order,
-                batch.values,
-                self.rule,
-                hyper,
-                self._skip_row,
-                scale,
-                workers,
-                batch.bag_of,
-                batch.coef,
-                extras,
+        self.require_usable(batch, workers)
+        batch, clip_scale = self.clip(batch, workers)
+        with self.table.changing(self.state, batch.rows) as columns:
+            step, call = self.call(columns, batch, clip_scale)
+            self.take(step, call, workers)
+
+    # --- a step in parts, for step_many too ---------------------------------------------------
+
+    def read(
+        self,
+        ids: ArrayLike | Bags | SparseGrad,
+        grad: ArrayLike | None,
+        accumulate: bool = False,
+    ) -> Given:
+        """What the caller gave, checked but for the range of its ids and its numbers."""
+        self._refuse_frozen()
+        if self._pending and not accumulate:
+            raise ArgumentError(
+                "gradients were accumulated; apply them with step(), or drop them: discard()"
             )
-            self.steps = step
+        dim = self.table.dim
+        if isinstance(ids, SparseGrad):
+            if grad is not None:
+                raise ArgumentError("step(sparse_grad): the gradient is given twice")
+            return self._read_sparse(ids)
+        if grad is None:
+            raise ArgumentError("step(ids, grad): grad is missing")
+        if isinstance(self._layer, EmbeddingBag):
+            bags = require_bags(ids)
+            if self._layer.mode == "max":
+                return self._read_sparse(self._layer.sparse_gradient(bags, grad))
+            values = self._layer.check_gradient(bags, grad)
+            return Given(bags.ids, values, False, bags.bag_of, self._layer.coefficients(bags))
+        if isinstance(ids, Bags):
+            raise DTypeError("Bags; allowed here: ids, since the target is no EmbeddingBag")
+        ids = as_ids(ids)
+        return Given(ids, as_values(grad, (*ids.shape, dim), "grad"))
+
+    def _read_sparse(self, sparse: SparseGrad) -> Given:
+        rows = as_ids(sparse.ids).astype(np.int64, copy=False)
+        values = as_values(sparse.values, (*rows.shape, self.table.dim), "values")
+        if rows.ndim != 1 or (rows.size > 1 and (np.diff(rows) <= 0).any()):
+            raise ArgumentError("a SparseGrad has unique ascending ids; use step(ids, grad)")
+        _core.check_ids(rows, self.table.rows, 1)
+        return Given(rows, values, True)
+
+    def require_usable(self, batch: Batch, workers: int) -> None:
+        """Refuse gradients that are not finite or that the step would change while reading them."""
+        if self.nonfinite == "raise":
+            require_finite(batch.values, "grad", workers)
+            if batch.coef is not None:
+                require_finite(batch.coef, "per_sample_weights", workers)
+        for column in self.table.columns_of(self.state):
+            require_apart(batch.values, column, "grad")
+
+    def clip(self, batch: Batch, workers: int) -> tuple[Batch, float]:
+        """With clip_norm the batch, summed, and what to scale it with."""
+        if self.clip_norm is None:
+            return batch, 1.0
+        batch = Batch(batch.rows, None, None, self._sums(batch, workers))
+        skip = self.nonfinite == "skip_row"
+        norm = _core.global_norm(batch.rows, batch.values, self._skip_row, skip, workers)
+        share = self.clip_norm / (norm + 1e-6)
+        return batch, 1.0 if share >= 1 else share  # NaN, if nonfinite="allow" lets one through
+
+    def call(
+        self, columns: tuple[_core.Column, ...], batch: Batch, clip_scale: float
+    ) -> tuple[int, tuple[Any, ...]]:
+        """The number of the step, and its arguments for `_core.update`, without the threads.
+
+        To be called in turn, as another thread's step counts too.
+        """
+        rows, starts, order, values, bag_of, coef = batch
+        step = self.steps + 1
+        if self._lazy and step > MAX_LAZY_STEPS:
+            raise ArgumentError(
+                f"step {step}: a lazy optimizer keeps the last step of each row in a float32, "
+                f"exact up to {MAX_LAZY_STEPS}; call catch_up(), and go on with one that is not"
+            )
+        hyper, extras = self._step_values(step, clip_scale)
+        scale = self._scales and starts is not None
+        most = (columns, rows, starts, order, values, self.rule, hyper, self._skip_row, scale)
+        return step, (*most, bag_of, coef, extras)
+
+    def take(self, step: int, call: tuple[Any, ...], workers: int) -> None:
+        """The step, as `call` gave it."""
+        arguments = [*call[:-3], workers, *call[-3:]]
+        self.took(step, _core.update(*arguments))
+
+    def took(self, step: int, skipped: int) -> None:
+        """This step was taken; so many rows were left alone."""
+        self.steps = step
+        self.skipped += skipped
 
     def catch_up(self, ids: ArrayLike | None = None) -> None:
         """Give rows the decay and momentum of the steps that did not touch them, up to now.
@@ -318,7 +396,7 @@ class Optimizer:
             last = min(first + CATCH_UP_ROWS, count)
             rows = np.arange(first, last) if touched is None else touched[first:last]
             workers = threads.for_work(rows.size * table.dim, table.num_threads)
-            with table.changing(self._state, rows) as columns:
+            with table.changing(self.state, rows) as columns:
                 hyper, extras = self._step_values(self.steps + 1, 1.0)
                 assert extras is not None
                 _core.catch_up(columns, rows, self.rule, hyper, extras, workers)
@@ -337,24 +415,6 @@ class Optimizer:
     def _workers(self, batch: Batch) -> int:
         floats = batch.values.size if batch.order is None else batch.order.size * self.table.dim
         return threads.for_work(floats, self.table.num_threads)
-
-    def _require_usable(self, batch: Batch, workers: int) -> None:
-        """Refuse gradients that are not finite or that the step would change while reading them."""
-        if self.nonfinite == "raise":
-            require_finite(batch.values, "grad", workers)
-            if batch.coef is not None:
-                require_finite(batch.coef, "per_sample_weights", workers)
-        for column in self.table.columns_of(self._state):
-            require_apart(batch.values, column, "grad")
-
-    def _next_step(self) -> int:
-        step = self.steps + 1
-        if self._lazy and step > MAX_LAZY_STEPS:
-            raise ArgumentError(
-                f"step {step}: a lazy optimizer keeps the last step of each row in a float32, "
-                f"exact up to {MAX_LAZY_STEPS}; call catch_up(), and go on with one that is not"
-            )
-        return step
 
     def _step_values(
         self, step: int, clip_scale: float
@@ -380,35 +440,11 @@ class Optimizer:
         _core.sum_groups(rows, starts, order, values, sums, self._scales, workers, bag_of, coef)
         return sums
 
-    def _batch(self, ids: ArrayLike | Bags | SparseGrad, grad: ArrayLike | None) -> Batch:
-        """What the caller gave, checked and grouped."""
-        table = self.table
-        if isinstance(ids, SparseGrad):
-            if grad is not None:
-                raise ArgumentError("step(sparse_grad): the gradient is given twice")
-            return self._sparse_batch(ids)
-        if grad is None:
-            raise ArgumentError("step(ids, grad): grad is missing")
-        if isinstance(self._layer, EmbeddingBag):
-            bags = require_bags(ids)
-            if self._layer.mode == "max":
-                return self._sparse_batch(self._layer.sparse_gradient(bags, grad))
-            values = self._layer.check_gradient(bags, grad)
-            groups = grouping.group(bags.ids, table.rows, table.num_threads)
-            return Batch(*groups, values, bags.bag_of, self._layer.coefficients(bags))
-        if isinstance(ids, Bags):
-            raise DTypeError("Bags; allowed here: ids, since the target is no EmbeddingBag")
-        ids = as_ids(ids)
-        values = as_values(grad, (*ids.shape, table.dim), "grad")
-        return Batch(*grouping.group(ids, table.rows, table.num_threads), values)
-
-    def _sparse_batch(self, sparse: SparseGrad) -> Batch:
-        rows = as_ids(sparse.ids).astype(np.int64, copy=False)
-        values = as_values(sparse.values, (*rows.shape, self.table.dim), "values")
-        if rows.ndim != 1 or (rows.size > 1 and (np.diff(rows) <= 0).any()):
-            raise ArgumentError("a SparseGrad has unique ascending ids; use step(ids, grad)")
-        _core.check_ids(rows, self.table.rows, 1)
-        return Batch(rows, None, None, values)
+    def _batch(self, given: Given) -> Batch:
+        if given.unique:
+            return Batch(given.ids, None, None, given.values)
+        groups = grouping.group(given.ids, self.table.rows, self.table.num_threads)
+        return Batch(*groups, given.values, given.bag_of, given.coef)
 
     def _refuse_frozen(self) -> None:
         if self._layer is not None and self._layer.frozen:

@@ -9,7 +9,8 @@ Legend: n ids, u unique rows, d floats of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,13 @@ def group(ids: NDArray[np.integer], rows: int) -> tuple[I64, I64, I64]:
     order = np.argsort(flat, kind="stable").astype(np.int64)
     unique, starts = np.unique(flat[order], return_index=True)
     return unique, np.append(starts, flat.size).astype(np.int64), order
+
+
+def group_many(
+    batches: Sequence[tuple[NDArray[np.integer], int]],
+) -> list[tuple[I64, I64, I64]]:
+    """`group` for each"""
+    return [group(ids, rows) for ids, rows in batches]
 
 
 def sum_groups(
@@ -108,6 +116,11 @@ def update(
     if extras is not None and extras["max_norm"] < np.inf:
         renorm(columns[0], r, extras["max_norm"], extras["norm_type"])
     return skipped
+
+
+def update_many(steps: Sequence[tuple[Any, ...]]) -> list[int]:
+    """`update` for each"""
+    return [update(*step) for step in steps]
 
 
 def _before(

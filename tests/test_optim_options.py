@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -249,3 +250,16 @@ def test_an_optimizer_travels_by_pickle(name: str) -> None:
         each.step(*batch)
     assert copy.steps == 2
     assert np.array_equal(copy.table.weight, o.table.weight)
+
+
+def test_rollback_brings_the_steps_back(path: Path) -> None:
+    """After a rollback an optimizer goes on from the last commit, rows and step count alike."""
+    with Table.create(path, 5, 2, "adam") as t:
+        o = optim.Adam(t, lr=0.1)
+        o.step([1], ONES)
+        t.commit()
+        kept = t.weight.copy()
+        o.step([1, 2], np.ones((2, 2), np.float32))
+        t.rollback()
+        assert o.steps == 1
+        assert np.array_equal(t.weight, kept)

@@ -25,6 +25,7 @@ ROOMS = [
     {"embedding", "build", "convert"},
     {"embedding_bag"},
     {"optimizer", "functional", "config", "lookahead"},
+    {"many"},
     {"optim"},
     {"train"},
     {"cli"},
@@ -103,6 +104,7 @@ def test_reference_has_the_names_of_the_kernels() -> None:
     kernels = {name for name in kernels - plumbing if not name.startswith("_")}
     rows = {"gather", "scatter_add", "fill", "renorm"}
     groups = {"group", "sum_groups", "add_groups", "global_norm", "update", "catch_up"}
+    groups |= {"group_many", "update_many"}
     bags = {"reduce_bags", "bag_dots", "sum_elements"}
     assert kernels == rows | groups | bags
     assert all(callable(getattr(reference, name)) for name in kernels)
