@@ -56,11 +56,11 @@ def step_many(steps: Iterable[Step]) -> None:
         raise ArgumentError("two optimizers are over one table; take their steps one by one")
     batches = _batches(steps)
     workers = max(o.table.num_threads for o in optimizers)
-    clipped = []
-    for o, batch in zip(optimizers, batches, strict=True):
-        few = threads.for_work(batch.values.size, workers)
-        o.require_usable(batch, few)
-        clipped.append(o.clip(batch, few))
+    _require_usable(optimizers, batches, workers)
+    clipped = [
+        o.clip(batch, threads.for_work(batch.values.size, workers))
+        for o, batch in zip(optimizers, batches, strict=True)
+    ]
     with ExitStack() as stack:
         columns: dict[int, tuple[_core.Column, ...]] = {}
         turns = list(zip(optimizers, clipped, strict=True))
@@ -83,6 +83,20 @@ def _batches(steps: list[Step]) -> list[Batch]:
         else Batch(*next(groups), g.values, g.bag_of, g.coef)
         for g in given
     ]
+
+
+def _require_usable(optimizers: list[Optimizer], batches: list[Batch], workers: int) -> None:
+    """All gradients at once; only where one is refused, the batches one by one, to say which."""
+    pairs = list(zip(optimizers, batches, strict=True))
+    arrays = [batch.values for o, batch in pairs if o.nonfinite == "raise"]
+    arrays += [b.coef for o, b in pairs if o.nonfinite == "raise" and b.coef is not None]
+    few = threads.for_work(sum(array.size for array in arrays), workers)
+    finite = _core.are_finite(arrays, few)
+    for o, batch in pairs:
+        if finite:
+            o.require_apart(batch)
+        else:
+            o.require_usable(batch, 1)
 
 
 def _take(

@@ -329,6 +329,10 @@ class Optimizer:
             require_finite(batch.values, "grad", workers)
             if batch.coef is not None:
                 require_finite(batch.coef, "per_sample_weights", workers)
+        self.require_apart(batch)
+
+    def require_apart(self, batch: Batch) -> None:
+        """Refuse gradients that the step would change while reading them."""
         for column in self.table.columns_of(self.state):
             require_apart(batch.values, column, "grad")
 

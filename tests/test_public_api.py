@@ -95,6 +95,7 @@ def test_reference_has_the_names_of_the_kernels() -> None:
         "check_ids",
         "overlaps",
         "all_finite",
+        "are_finite",
         "ask_pages",
         "cached_pages",
         "start_write_back",
