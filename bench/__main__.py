@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench import harness
 
-NAMES = ("gather", "update", "layers", "build", "outofcore", "replacement")
+NAMES = ("gather", "update", "tables", "layers", "build", "outofcore", "replacement")
 
 
 def main(arguments: list[str] | None = None) -> int:
