@@ -30,7 +30,9 @@ def torch() -> Any:
 
 
 @cache
-def _fbgemm() -> Any:
+def fbgemm() -> Any:
+    """The module of FBGEMM's tables, or the reason (a string) why there is none."""
+    """The module of FBGEMM's tables, or the reason (a string) why there is none."""
     if isinstance(torch(), str):
         return "not installed"
     try:
@@ -50,7 +52,7 @@ def tensor(array: Array) -> Any:
 
 def why_no_fbgemm() -> str:
     """Why FBGEMM cannot run, or an empty string."""
-    module = _fbgemm()
+    module = fbgemm()
     return module if isinstance(module, str) else ""
 
 
@@ -60,7 +62,7 @@ def table(weight: Array, optimizer: str, pooling: str) -> Any:
     ``optimizer`` and ``pooling`` name members of FBGEMM's ``EmbOptimType`` and ``PoolingMode``.
     int64 ids and fp32 throughout; ids are not bounds-checked, which favours FBGEMM.
     """
-    module = _fbgemm()
+    module = fbgemm()
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
         BoundsCheckMode,

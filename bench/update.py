@@ -8,7 +8,9 @@ row and gradient bytes with the grouping made beforehand.
 
 FBGEMM's row-wise Adagrad keeps one number a row where Adagrad keeps one a weight. It is the only
 optimizer of FBGEMM that is parallel on a CPU, so our Adagrad, which moves twice the row bytes, is
-held against it. torch and FBGEMM train one array on huge pages; torch allocates its own states.
+held against it, as well as our own row-wise Adagrad. The other rules have no peer with sparse
+gradients on a CPU: their row says what they cost against the limit. torch and FBGEMM train one
+array on huge pages; torch allocates its own states.
 
 Checked before timing: a step of every contender on every case, against float64, on up to 4096
 touched rows with the most frequent among them, rtol 1e-5 and atol 1e-6 (torch's SGD, which rounds
@@ -21,8 +23,9 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,11 +39,41 @@ QUESTION = (
 BOTH, STEP = "gather + step", "step alone"
 DIM, ROWS = 64, 4_000_000
 SIZES = (64, 4096, 65536, 1_000_000)
+FEW = (65536, 1_000_000)  # of the rules without a peer
 M = (1_000_000,)
-COLUMNS = {"SGD": 1, "Adagrad": 2, "Adam": 3}  # weight and states, all in the row
+
+
+class Rule(NamedTuple):
+    """An optimizer of pyembed: its class, the name of its state, and what it is made with."""
+
+    kind: str
+    state: str
+    columns: int  # as wide as the weight, which is one; the limit moves so many
+    arguments: Mapping[str, float] = MappingProxyType({})
+
+
+RULES = {
+    "SGD": Rule("SGD", "sgd", 1),
+    "SGD momentum": Rule("SGD", "momentum", 2, {"momentum": 0.9}),
+    "Adagrad": Rule("Adagrad", "adagrad", 2),
+    "RowwiseAdagrad": Rule("RowwiseAdagrad", "rowwise_adagrad", 1),
+    "RMSprop": Rule("RMSprop", "rmsprop", 2),
+    "Adam": Rule("Adam", "adam", 3),
+    "AdamW": Rule("AdamW", "adamw", 3, {"weight_decay": 0.1}),
+    "PartialRowwiseAdam": Rule("PartialRowwiseAdam", "rowwise_adam", 2),
+    "LAMB": Rule("LAMB", "lamb", 3, {"weight_decay": 0.1}),
+    "LARS": Rule("LARS", "lars", 2, {"weight_decay": 0.1}),
+    "FTRL": Rule("FTRL", "ftrl", 3, {"l1": 0.001, "l2": 0.1}),
+}
+COLUMNS = {name: rule.columns for name, rule in RULES.items()}
+WITH_PEERS = ("SGD", "Adagrad", "RowwiseAdagrad", "Adam")
 TORCH = {"SGD": "SGD", "Adagrad": "Adagrad", "Adam": "SparseAdam"}
 TORCH_STATES = {"SGD": (), "Adagrad": ("sum",), "Adam": ("exp_avg", "exp_avg_sq")}
-FBGEMM = {"SGD": "EXACT_SGD", "Adagrad": "EXACT_ROWWISE_ADAGRAD"}
+FBGEMM = {
+    "SGD": "EXACT_SGD",
+    "Adagrad": "EXACT_ROWWISE_ADAGRAD",
+    "RowwiseAdagrad": "EXACT_ROWWISE_ADAGRAD",
+}
 OURS, GROUPING, UNIFORM = "pyembed", "pyembed grouping", ("uniform",)
 
 
@@ -78,13 +111,14 @@ class Pyembed:
     def __init__(self, optimizer: str) -> None:
         import pyembed
 
-        self.rule = optimizer
+        self.rule, rule = optimizer, RULES[optimizer]
         init = pyembed.init.uniform(-1.0, 1.0)
         self.table = pyembed.Table.memory(
-            ROWS, DIM, optimizer=optimizer.lower(), init=init, num_threads=THREADS
+            ROWS, DIM, optimizer=rule.state, init=init, num_threads=THREADS
         )
         self.embedding = pyembed.Embedding.from_pretrained(self.table, freeze=False)
-        self.optimizer = getattr(pyembed.optim, optimizer)(self.embedding, lr=peers.LR)
+        kind = getattr(pyembed.optim, rule.kind)
+        self.optimizer = kind(self.embedding, lr=peers.LR, **rule.arguments)
 
     @property
     def steps(self) -> int:
@@ -143,7 +177,7 @@ class Fbgemm:
 
     def __init__(self, name: str, optimizer: str, weight: Array) -> None:
         self.name = name
-        self.rule = {"Adagrad": "row-wise Adagrad"}.get(optimizer, optimizer)
+        self.rule = {"Adagrad": "RowwiseAdagrad"}.get(optimizer, optimizer)
         self.table = peers.table(weight, FBGEMM[optimizer], peers.POOLING[name])
 
     def use(self, batches: list[Array], grad: Array) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -165,16 +199,53 @@ class Fbgemm:
 def _oracle(rule: str, parts: list[Array], g: Array, t: int) -> Array:
     """The weights after step ``t`` (the first is 1) with summed gradients ``g``, in float64."""
     w, *states = parts
+    given = RULES[rule].arguments
+    lr, decay = peers.LR, given.get("weight_decay", 0.0)
     if rule == "SGD":
-        change = g
-    elif rule == "Adagrad":
-        change = g / (np.sqrt(states[0] + g * g) + 1e-10)
-    elif rule == "row-wise Adagrad":
-        change = g / (np.sqrt(states[0] + np.mean(g * g, axis=1, keepdims=True)) + 1e-8)
+        change = lr * g
+    elif rule == "SGD momentum":
+        change = lr * (given["momentum"] * states[0] + g)
+    elif rule in ("Adagrad", "RowwiseAdagrad"):
+        wide = rule == "Adagrad"
+        total = states[0] + (g * g if wide else np.mean(g * g, axis=1, keepdims=True))
+        change = lr * g / (np.sqrt(total) + (1e-10 if wide else 1e-8))
+    elif rule == "RMSprop":
+        change = lr * g / (np.sqrt(0.99 * states[0] + 0.01 * g * g) + 1e-8)
+    elif rule == "LARS":
+        ratio = 1e-3 * _norm(w) / (_norm(g) + decay * _norm(w))
+        change = 0.9 * states[0] + lr * ratio * (g + decay * w)
+    elif rule == "FTRL":
+        return _ftrl(w, states, g, given)
     else:
-        m, v = 0.9 * states[0] + 0.1 * g, 0.999 * states[1] + 0.001 * g * g
-        change = np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-8)
-    return np.subtract(w, peers.LR * change)
+        change = _adam(rule, w, states, g, t)
+    return np.subtract(w, change)
+
+
+def _adam(rule: str, w: Array, states: list[Array], g: Array, t: int) -> Array:
+    lr, decay = peers.LR, RULES[rule].arguments.get("weight_decay", 0.0)
+    square = np.mean(g * g, axis=1, keepdims=True) if rule == "PartialRowwiseAdam" else g * g
+    m, v = 0.9 * states[0] + 0.1 * g, 0.999 * states[1] + 0.001 * square
+    first, second = 1 - 0.9**t, np.sqrt(1 - 0.999**t)
+    if rule == "Adam":
+        change = lr * second / first * m / (np.sqrt(v) + 1e-8)
+    elif rule == "LAMB":
+        r = m / first / (np.sqrt(v) / second + 1e-6) + decay * w
+        change = lr * _norm(w) / _norm(r) * r
+    else:
+        change = lr * (m / first / (np.sqrt(v) / second + 1e-8) + decay * w)
+    return np.asarray(change)
+
+
+def _ftrl(w: Array, states: list[Array], g: Array, given: Mapping[str, float]) -> Array:
+    z, n = states
+    root = np.sqrt(n + g * g)
+    z = z + g - (root - np.sqrt(n)) / peers.LR * w
+    solved = -(z - np.sign(z) * given["l1"]) / ((1 + root) / peers.LR + given["l2"])
+    return np.where(np.abs(z) <= given["l1"], 0.0, solved)
+
+
+def _norm(rows: Array) -> Array:
+    return np.asarray(np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def check_step(trainer: Any, call: Callable[[Any], None], x: Any, ids: Array, grad: Array) -> None:
@@ -210,10 +281,12 @@ def _grouping(batches: list[Array]) -> Contender:
 
 def _peers(optimizer: str, weight: Array) -> list[Any]:
     """A trainer for torch and for both of FBGEMM, or an absent contender that says why not."""
+    if optimizer not in WITH_PEERS:
+        return []
     torch = peers.torch()
-    found: list[Any] = [
-        Contender("torch", absent=torch) if isinstance(torch, str) else Torch(optimizer, weight)
-    ]
+    reason = torch if isinstance(torch, str) else ""
+    reason = reason if optimizer in TORCH else f"has no {optimizer}"
+    found: list[Any] = [Contender("torch", absent=reason) if reason else Torch(optimizer, weight)]
     for name in ("FBGEMM bag", "FBGEMM nobag"):
         reason = peers.why_no_fbgemm() if optimizer in FBGEMM else f"has no {optimizer}"
         found.append(Contender(name, absent=reason) if reason else Fbgemm(name, optimizer, weight))
@@ -257,13 +330,15 @@ def run(quick: bool, emit: Callable[[Row], None]) -> None:
     weight = aligned((ROWS, DIM))
     rows = f"{ROWS / 1e6:.3g} M"
     np.random.default_rng(0).random(dtype=np.float32, out=weight)
-    for optimizer in COLUMNS:
+    for optimizer in ("SGD", "Adagrad", "Adam") if quick else RULES:
         ours, others = Pyembed(optimizer), _peers(optimizer, weight)
-        for n in (65536,) if quick else SIZES:
+        known = optimizer in WITH_PEERS
+        for n in (65536,) if quick else SIZES if known else FEW:
             how_many = min(512, max(1, ((64 if quick else 128) << 20) // (n * DIM * 4)))
-            for stream in UNIFORM if quick else (*UNIFORM, "zipf 1.05 hashed"):
+            for stream in (*UNIFORM, "zipf 1.05 hashed") if known and not quick else UNIFORM:
                 batches = workloads.batches(stream, ROWS, n, how_many)
-                case = {"optimizer": optimizer, "N": n, "dim": DIM, "rows": rows, "ids": stream}
+                case: dict[str, object] = {"optimizer": optimizer, "N": n, "dim": DIM}
+                case |= {"rows": rows, "ids": stream}
                 for row in _case(case, ours, others, batches, rounds=3 if quick else 5):
                     emit(row)
         del ours, others

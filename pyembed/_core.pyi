@@ -4,14 +4,15 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-RULES: Final[dict[str, tuple[int, tuple[str, ...]]]]
+RULES: Final[dict[str, tuple[int, dict[str, str]]]]
+HYPER: Final[dict[str, float]]
+EXTRAS: Final[dict[str, float]]
 STREAM_FLOATS: Final[int]
 BAG_MODES: Final[dict[str, int]]
 
 _F32 = NDArray[np.float32]
 _I64 = NDArray[np.int64]
 _Ids = NDArray[np.int64] | NDArray[np.int32]
-_Hyper = tuple[float, float, float, float]
 
 @final
 class Pages:
@@ -53,14 +54,17 @@ def ask_pages(column: Column, ids: _Ids) -> None: ...
 def cached_pages(fd: int) -> tuple[int, int] | None: ...
 def start_write_back(fd: int, offset: int, size: int) -> bool: ...
 def page_out(rows: _F32) -> bool: ...
+def overlaps(column: Column, values: _F32) -> bool: ...
 def check_ids(ids: _Ids, rows: int, threads: int) -> None: ...
 def gather(column: Column, ids: _Ids, out: _F32 | None, threads: int) -> _F32: ...
 def scatter_add(column: Column, ids: _Ids, values: _F32, alpha: float, threads: int) -> None: ...
+def are_finite(arrays: list[_F32], threads: int) -> bool: ...
 def all_finite(values: _F32, threads: int) -> bool: ...
 def fill(
     column: Column, kind: str, seed: int, first_row: int, a: float, b: float, threads: int
 ) -> None: ...
 def group(ids: _Ids, rows: int, threads: int) -> tuple[_I64, _I64, _I64]: ...
+def group_many(batches: list[tuple[_Ids, int]], threads: int) -> list[tuple[_I64, _I64, _I64]]: ...
 def sum_groups(
     rows: _Ids,
     starts: _I64 | None,
@@ -92,13 +96,26 @@ def update(
     order: _I64 | None,
     grad: _F32,
     name: str,
-    hyper: _Hyper,
+    hyper: dict[str, float],
     skip_row: int,
     scale_by_count: bool,
     threads: int,
     bag_of: _I64 | None = None,
     coef: _F32 | None = None,
+    extras: dict[str, float] | None = None,
+) -> int: ...
+def update_many(steps: list[tuple[Any, ...]], threads: int) -> list[int]: ...
+def catch_up(
+    columns: tuple[Column, ...],
+    rows: _I64 | None,
+    name: str,
+    hyper: dict[str, float],
+    extras: dict[str, float],
+    threads: int,
 ) -> None: ...
+def global_norm(
+    rows: _I64, grad: _F32, skip_row: int, skip_nonfinite: bool, threads: int
+) -> float: ...
 def renorm(
     column: Column, ids: _Ids, max_norm: float, p: float, threads: int
 ) -> tuple[int, int]: ...

@@ -10,7 +10,8 @@ The parts:
 - _core_pages.pxi: rows of a file that are not in memory: notice, and ask for them ahead
 - _core_rows.pxi: gather, scatter_add, all_finite, fill
 - _core_groups.pxi: group (ids to unique rows)
-- _core_updates.pxi: the loops over unique rows: sum, add, update, renorm
+- _core_updates.pxi: the loops over unique rows: sum, add, renorm
+- _core_rules.pxi: optimizer steps: the rules, and what a step does beside its rule
 - _core_bags.pxi: the loops over bags: reduce, dots; and the gradient of a maximum
 
 Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here (but for sums of rows, decision 0004);
@@ -20,7 +21,8 @@ a loop over columns is in _kernels/.
 cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
-from cython.parallel cimport prange
+from cython.parallel cimport prange, threadid
+from libc.math cimport INFINITY, sqrt
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
@@ -30,14 +32,31 @@ cnp.import_array()
 
 cdef extern from "_kernels/kernels.h" nogil:
     enum:
+        PE_SGD
+        PE_MOMENTUM
+        PE_NESTEROV
+        PE_ADAGRAD
+        PE_ROWWISE_ADAGRAD
+        PE_RMSPROP
+        PE_ADAM
+        PE_ROWWISE_ADAM
+        PE_LAMB
+        PE_LARS
+        PE_FTRL
         PE_RULES
         PE_BLOCK
 
     ctypedef struct pe_hyper:
         float lr
         float eps
+        float momentum
         float one_minus_b1
         float one_minus_b2
+        float correction
+        float decay
+        float beta
+        float l1
+        float l2
 
     ctypedef void (*pe_update_row)(float *const *col, const float *grad_d, int64_t d, const pe_hyper *h) noexcept nogil
 
@@ -52,6 +71,13 @@ cdef extern from "_kernels/kernels.h" nogil:
         int64_t beyond
         int64_t ahead
 
+    ctypedef struct pe_missed:
+        double kept
+        double left
+        double moved
+
+    pe_missed pe_miss(double keep, double momentum, int64_t n) noexcept
+
     ctypedef struct pe_kernels:
         const char *name
         void (*copy_row)(float *dst_d, const float *src_d, int64_t d) noexcept nogil
@@ -60,9 +86,11 @@ cdef extern from "_kernels/kernels.h" nogil:
         void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d) noexcept nogil
         void (*scale_row)(float *dst_d, float alpha, int64_t d) noexcept nogil
         void (*divide_row)(float *dst_d, float by, int64_t d) noexcept nogil
+        void (*clamp_row)(float *dst_d, float most, int64_t d) noexcept nogil
         void (*max_row)(float *best_d, const float *src_d, int64_t d) noexcept nogil
         void (*max_which_row)(float *best_d, int64_t *which_d, const float *src_d, int64_t id, int64_t d) noexcept nogil
         float (*dot_row)(const float *a_d, const float *b_d, int64_t d) noexcept nogil
+        double (*squares_row)(const float *src_d, int64_t d) noexcept nogil
         double (*norm_row)(const float *src_d, double p, int64_t d) noexcept nogil
         int (*finite_span)(const float *src_d, int64_t d) noexcept nogil
         pe_update_row update[PE_RULES]
@@ -286,6 +314,19 @@ cdef int _check_ids(cnp.ndarray ids, bint wide, int64_t rows, int threads) excep
     raise IdError(f"{where} = {value} is outside {allowed}")
 
 
+def overlaps(Column column not None, cnp.ndarray values not None):
+    """Whether an array lies, in part, between the first and the last float of a column."""
+    cdef const char *first = <const char *>column.data
+    cdef const char *end = first + 4 * ((column.rows - 1) * column.stride + column.dim)
+    cdef const char *low
+    if not cnp.PyArray_ISCARRAY_RO(values):
+        raise ValueError("the values must be C-contiguous")
+    if cnp.PyArray_SIZE(values) == 0 or column.rows == 0:
+        return False
+    low = <const char *>cnp.PyArray_DATA(values)
+    return low < end and first < low + cnp.PyArray_NBYTES(values)
+
+
 def check_ids(cnp.ndarray ids not None, int64_t rows, int threads):
     """The id check alone."""
     _check_ids(ids, _is_int64(ids), rows, threads)
@@ -317,4 +358,5 @@ include "_core_pages.pxi"
 include "_core_rows.pxi"
 include "_core_groups.pxi"
 include "_core_updates.pxi"
+include "_core_rules.pxi"
 include "_core_bags.pxi"

@@ -9,6 +9,7 @@
 
 cdef enum:
     DIGIT_BITS = 11                               # 2048 counters: 16 KiB, inside the L1 cache
+    FEW = 64                                      # ids that are sorted by insertion: counting digits takes 3 us by itself
 
 
 cdef void _count_ids(const ids_t *ids, int64_t lo, int64_t hi, uint64_t mask, int64_t *count) noexcept nogil:
@@ -64,6 +65,18 @@ cdef void _place_part(const void *ids, bint wide, const uint64_t *keys, int64_t 
         _place_ids(<const int32_t *>ids, lo, hi, mask, position_bits, cursor, placed)
 
 
+cdef void _insert_ids(const ids_t *ids, int64_t n, int position_bits, uint64_t *keys) noexcept nogil:
+    cdef int64_t i, at
+    cdef uint64_t key
+    for i in range(n):
+        key = (<uint64_t>ids[i] << position_bits) | <uint64_t>i
+        at = i
+        while at > 0 and keys[at - 1] > key:
+            keys[at] = keys[at - 1]
+            at -= 1
+        keys[at] = key
+
+
 cdef uint64_t *_sort(const void *ids, bint wide, int64_t n, int row_bits, int position_bits, uint64_t *keys,
                      uint64_t *other, int64_t *counts, int threads) noexcept nogil:
     """Stable radix sort by row, lowest digit first. Returns which of both buffers holds the sorted (row, position)."""
@@ -73,6 +86,12 @@ cdef uint64_t *_sort(const void *ids, bint wide, int64_t n, int row_bits, int po
     cdef int64_t digits = <int64_t>mask + 1, digit, total, here
     cdef const uint64_t *source = NULL            # the first pass reads the ids themselves
     cdef uint64_t *target = keys
+    if n <= FEW:
+        if wide:
+            _insert_ids(<const int64_t *>ids, n, position_bits, keys)
+        else:
+            _insert_ids(<const int32_t *>ids, n, position_bits, keys)
+        return keys
     for p in range(passes):
         shift = position_bits + p * digit_bits
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
@@ -174,7 +193,7 @@ cdef class _Sorted:
             raise ValueError(f"{self.n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
         self.size = (2 * self.n + 1) * sizeof(uint64_t)
         self.buffer = _take(self.size)
-        cdef int64_t *counts = <int64_t *>malloc(<size_t>(1 << DIGIT_BITS) * threads * sizeof(int64_t))
+        cdef int64_t *counts = <int64_t *>malloc(<size_t>(1 if self.n <= FEW else 1 << DIGIT_BITS) * threads * sizeof(int64_t))
         if self.buffer is NULL or counts is NULL:
             free(counts)
             raise MemoryError
@@ -215,3 +234,70 @@ def group(cnp.ndarray ids not None, int64_t rows, int threads):
             _write_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), position_bits, begin_t[t],
                           rows_u, starts_u1, order_n)
     return rows_array, starts_array, order_array
+
+
+cdef struct Sorting:
+    # One batch of group_many. Its keys lie in scratch memory; the other arrays are the result.
+    const void *ids_n
+    uint64_t *keys
+    int64_t *rows_u
+    int64_t *starts_u1
+    int64_t *order_n
+    int64_t n
+    int64_t u
+    bint wide
+    int row_bits
+    int position_bits
+
+
+cdef void _sort_one(Sorting *s, int64_t *counts) noexcept nogil:
+    cdef const uint64_t *keys = _sort(s.ids_n, s.wide, s.n, s.row_bits, s.position_bits, s.keys, s.keys + s.n, counts, 1)
+    s.u = _count_groups(keys, 0, s.n, s.position_bits)
+    _write_groups(keys, 0, s.n, s.position_bits, 0, s.rows_u, s.starts_u1, s.order_n)
+    s.starts_u1[s.u] = s.n
+
+
+def group_many(list batches not None, int threads):
+    """`group` for many small batches in one parallel region, a batch to a thread; `batches`: pairs (ids, rows)."""
+    cdef int64_t b, count = len(batches), total = 0, at = 0
+    cdef cnp.ndarray ids
+    cdef list found = []
+    cdef Sorting *s = <Sorting *>malloc((count + 1) * sizeof(Sorting))
+    cdef int64_t *counts = <int64_t *>malloc(<size_t>(1 << DIGIT_BITS) * threads * sizeof(int64_t))
+    cdef uint64_t *keys = NULL
+    try:
+        if s is NULL or counts is NULL:
+            raise MemoryError
+        for b in range(count):
+            ids, rows = batches[b]
+            s[b].wide, s[b].ids_n, s[b].n = _is_int64(ids), cnp.PyArray_DATA(ids), cnp.PyArray_SIZE(ids)
+            s[b].row_bits, s[b].position_bits = _bits(rows), _bits(s[b].n)
+            _check_ids(ids, s[b].wide, rows, 1)
+            if s[b].row_bits + s[b].position_bits > 64:
+                raise ValueError(f"{s[b].n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
+            found.append((_int64s(s[b].n), _int64s(s[b].n + 1), _int64s(s[b].n)))
+            s[b].rows_u = <int64_t *>cnp.PyArray_DATA(found[b][0])
+            s[b].starts_u1 = <int64_t *>cnp.PyArray_DATA(found[b][1])
+            s[b].order_n = <int64_t *>cnp.PyArray_DATA(found[b][2])
+            total += s[b].n
+        keys = <uint64_t *>_take((2 * total + 1) * sizeof(uint64_t))
+        if keys is NULL:
+            raise MemoryError
+        for b in range(count):
+            s[b].keys = keys + at
+            at += 2 * s[b].n
+        with nogil:
+            for b in prange(count, num_threads=threads, schedule="dynamic", chunksize=1, use_threads_if=threads > 1):
+                _sort_one(&s[b], counts + threadid() * (<int64_t>1 << DIGIT_BITS))
+        groups = []
+        for b in range(count):
+            rows_u, starts_u1, order_n = found[b]
+            if s[b].u and rows_u[s[b].u - 1] >= batches[b][1]:
+                raise RuntimeError("the ids changed while they were grouped")
+            groups.append((rows_u[:s[b].u], starts_u1[:s[b].u + 1], order_n))
+        return groups
+    finally:
+        free(s)
+        free(counts)
+        if keys is not NULL:
+            _give_back(keys, (2 * total + 1) * sizeof(uint64_t))

@@ -141,16 +141,40 @@ cdef inline int _require_writable(Column column) except -1:
     return 0
 
 
+cdef enum:
+    FINITE_SPAN = 1 << 14                         # floats looked at at once: 64 KiB, the loop over them is free, and balanced
+
+
 def all_finite(cnp.ndarray values not None, int threads):
     """True if no element of a C-contiguous float32 array is NaN or infinite."""
-    cdef int64_t n = cnp.PyArray_SIZE(values), part, parts, good = 0
-    cdef const float *data = _floats(values, n)
+    return are_finite([values], threads)
+
+
+def are_finite(list arrays not None, int threads):
+    """True if no element of several C-contiguous float32 arrays is NaN or infinite."""
+    cdef int64_t spans = 0, span, i, good = 0
     cdef const pe_kernels *k = kernels
-    parts = max(1, n >> 14)                      # 64 KiB at a time: the loop over parts is free, and balanced
-    with nogil:
-        for part in prange(parts, num_threads=threads, schedule="static", use_threads_if=threads > 1):
-            good += k.finite_span(data + _split(n, part, parts), _split(n, part + 1, parts) - _split(n, part, parts))
-    return good == parts
+    cdef cnp.ndarray values
+    for values in arrays:
+        spans += cnp.PyArray_SIZE(values) // FINITE_SPAN + 1
+    cdef const float **data = <const float **>malloc(spans * (sizeof(float *) + sizeof(int64_t)))
+    if data is NULL:
+        raise MemoryError
+    cdef int64_t *size = <int64_t *>(data + spans)
+    try:
+        span = 0
+        for values in arrays:
+            _floats(values, cnp.PyArray_SIZE(values))
+            for i in range(cnp.PyArray_SIZE(values) // FINITE_SPAN + 1):
+                data[span] = <const float *>cnp.PyArray_DATA(values) + i * FINITE_SPAN
+                size[span] = min(cnp.PyArray_SIZE(values) - i * FINITE_SPAN, <int64_t>FINITE_SPAN)
+                span += 1
+        with nogil:
+            for span in prange(spans, num_threads=threads, schedule="static", use_threads_if=threads > 1):
+                good += k.finite_span(data[span], size[span])
+    finally:
+        free(data)
+    return good == spans
 
 
 # Blocks that one thread makes before it copies them into rows: 16 KiB, well inside the L1 cache.

@@ -1,4 +1,4 @@
-# Loops over the unique rows of a batch: sum, add, update, renorm. A thread owns a run of unique rows, so none needs a lock.
+# Loops over the unique rows of a batch: sum, add, renorm. A thread owns a run of unique rows, so none needs a lock.
 # Groups as in _core_groups.pxi; legend as in _core.pyx.
 
 cdef struct Batch:
@@ -48,19 +48,27 @@ cdef int _batch(Batch *b, cnp.ndarray rows, cnp.ndarray starts, cnp.ndarray orde
     return 0
 
 
-cdef int64_t _run_begin(const Batch *b, int t, int threads) noexcept nogil:
-    """The first unique row of thread t: runs of about equal numbers of gradients, so that a hot row costs one thread."""
-    cdef int64_t lo = 0, hi = b.u, mid, target
-    if b.starts is NULL or t == 0 or t == threads:
-        return _split(b.u, t, threads)
-    target = _split(b.starts[b.u], t, threads)
+cdef int64_t _run_at(const Batch *b, int64_t position) noexcept nogil:
+    """The first unique row whose gradients begin at this position or after it."""
+    cdef int64_t lo = 0, hi = b.u, mid
+    if b.starts is NULL:
+        return position
     while lo < hi:
         mid = (lo + hi) // 2
-        if b.starts[mid] < target:
+        if b.starts[mid] < position:
             lo = mid + 1
         else:
             hi = mid
     return lo
+
+
+cdef inline int64_t _positions(const Batch *b) noexcept nogil:
+    return b.u if b.starts is NULL else b.starts[b.u]
+
+
+cdef int64_t _run_begin(const Batch *b, int t, int threads) noexcept nogil:
+    """The first unique row of thread t: runs of about equal numbers of gradients, so that a hot row costs one thread."""
+    return _run_at(b, _split(_positions(b), t, threads))
 
 
 cdef inline const float *_at(const Batch *b, int64_t p) noexcept nogil:
@@ -145,6 +153,33 @@ cdef void _sum_run(const pe_kernels *k, const Batch *b, int64_t lo, int64_t hi, 
             k.copy_row(out_ud + u * b.d, g, b.d)
 
 
+cdef void _squares_run(const pe_kernels *k, const Batch *b, int64_t lo, int64_t hi, double *squares_u) noexcept nogil:
+    cdef int64_t u
+    for u in range(lo, hi):
+        squares_u[u] = 0 if b.rows[u] == b.skip_row else k.squares_row(b.grad_nd + u * b.d, b.d)
+
+
+def global_norm(rows, cnp.ndarray grad not None, int64_t skip_row, bint skip_nonfinite, int threads):
+    """The 2-norm of the gradients of unique rows as one vector, without skip_row, and without those that are not finite."""
+    cdef Batch b
+    cdef int t
+    cdef int64_t u
+    cdef double total = 0
+    cdef const pe_kernels *k = kernels
+    cdef cnp.npy_intp size = cnp.PyArray_SIZE(rows)
+    cdef cnp.ndarray squares = cnp.PyArray_EMPTY(1, &size, cnp.NPY_DOUBLE, 0)
+    cdef double *squares_u = <double *>cnp.PyArray_DATA(squares)
+    _batch(&b, rows, None, None, grad, cnp.PyArray_DIM(grad, 1), (<int64_t>1 << 62), None, None)
+    b.skip_row = skip_row
+    with nogil:
+        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
+            _squares_run(k, &b, _split(b.u, t, threads), _split(b.u, t + 1, threads), squares_u)
+        for u in range(b.u):                      # in order: the same bits for any number of threads
+            if not skip_nonfinite or squares_u[u] - squares_u[u] == 0:
+                total += squares_u[u]
+    return sqrt(total)
+
+
 def sum_groups(rows, starts, order, cnp.ndarray grad not None, cnp.ndarray out not None, bint scale_by_count, int threads,
                bag_of=None, coef=None):
     """out[u] = the gradient of unique row u, summed in position order."""
@@ -195,81 +230,7 @@ def add_groups(Column column not None, rows, starts, order, cnp.ndarray grad not
 
 
 cdef enum:
-    MAX_COLUMNS = 4
     UPDATE_AHEAD = 16                             # rows: Adam on 1 M ids takes 48 ms with 4, 47 with 12, 41 with 16 to 48
-
-
-cdef struct Rule:
-    pe_update_row row
-    pe_hyper hyper
-    int columns
-    float *data[MAX_COLUMNS]
-    int64_t stride[MAX_COLUMNS]
-    int64_t row_floats                            # from the first column's first to the last one's last, in one row
-
-
-cdef void _update_run(const pe_kernels *k, const Batch *b, const Rule *rule, int64_t lo, int64_t hi, float *sum_d,
-                      bint cold, Pages known) noexcept nogil:
-    cdef Ahead pages
-    cdef int64_t u, row
-    cdef int c
-    cdef float *col[MAX_COLUMNS]
-    _ahead_begin(&pages, cold, lo, hi)
-    for u in range(lo, hi):
-        if u >= pages.next:
-            _ask(&pages, u, rule.data[0], rule.stride[0], rule.row_floats, b.rows)
-        if u + UPDATE_AHEAD < hi:
-            row = b.rows[u + UPDATE_AHEAD]
-            for c in range(rule.columns):
-                pe_prefetch_write(rule.data[c] + row * rule.stride[c], b.d)
-            _prefetch_gradient(b, u + UPDATE_AHEAD)
-        row = b.rows[u]
-        if row == b.skip_row:
-            continue
-        for c in range(rule.columns):
-            col[c] = rule.data[c] + row * rule.stride[c]
-        rule.row(col, _row_gradient(k, b, u, sum_d), b.d, &rule.hyper)
-    _ahead_end(&pages, cold, known)
-
-
-def update(tuple columns not None, rows, starts, order, cnp.ndarray grad not None, str name, tuple hyper not None,
-           int64_t skip_row, bint scale_by_count, int threads, bag_of=None, coef=None):
-    """One optimizer step over the unique rows: sum, scale and update in one pass.
-
-    `columns`: the weight and the rule's state columns; `name`: "sgd", "adagrad", "adam";
-    `hyper`: (lr, eps, 1 - beta1, 1 - beta2), see pe_hyper.
-    """
-    cdef Batch b
-    cdef Rule rule
-    cdef Column column
-    cdef int t, caller = pe_this_cpu()
-    cdef const pe_kernels *k = kernels
-    index, state = RULES[name]
-    rule.columns = 1 + len(state)
-    rule.row = k.update[<int>index]
-    rule.hyper.lr, rule.hyper.eps, rule.hyper.one_minus_b1, rule.hyper.one_minus_b2 = hyper
-    if len(columns) != rule.columns:
-        raise ValueError(f"{name} takes {rule.columns} columns, not {len(columns)}")
-    for t in range(rule.columns):
-        column = columns[t]
-        _require_writable(column)
-        if column.dim != (<Column>columns[0]).dim or column.rows != (<Column>columns[0]).rows:
-            raise ValueError("the columns of a rule have one shape")
-        rule.data[t], rule.stride[t] = column.data, column.stride
-        if 0 <= column.data - rule.data[0] < column.stride:
-            rule.row_floats = column.data - rule.data[0] + column.dim
-    column = columns[0]
-    _batch(&b, rows, starts, order, grad, column.dim, column.rows, bag_of, coef)
-    b.skip_row, b.scale_by_count = skip_row, scale_by_count
-    cdef float *sums = _scratch(b.d, threads)
-    cdef bint cold = _batch_is_cold(column, b.rows, True, b.u)
-    with nogil:
-        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
-            if t:
-                pe_leave_cpu(caller)
-            _update_run(k, &b, &rule, _run_begin(&b, t, threads), _run_begin(&b, t + 1, threads), sums + t * (b.d + 16),
-                        cold, column.pages)
-    free(sums)
 
 
 cdef void _renorm_run(const pe_kernels *k, Column column, const uint64_t *keys, int position_bits, int64_t lo, int64_t hi,
@@ -317,7 +278,3 @@ def renorm(Column column not None, cnp.ndarray ids not None, double max_norm, do
             _renorm_run(k, column, keys, position_bits, _split(n, t, threads), _split(n, t + 1, threads), max_norm, p,
                         counts_t + 16 * t, counts_t + 16 * t + 1)
     return int((<object>counts)[:, 0].sum()), int((<object>counts)[:, 1].sum())
-
-
-# name → (index in pe_kernels.update, names of the state columns); the weight comes first
-RULES = {"sgd": (0, ()), "adagrad": (1, ("sum",)), "adam": (2, ("exp_avg", "exp_avg_sq"))}

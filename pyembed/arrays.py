@@ -99,14 +99,14 @@ def as_output(out: Any, shape: tuple[int, ...]) -> F32:
     return checked
 
 
-def require_apart(values: F32, rows: F32, name: str) -> None:
+def require_apart(values: F32, column: _core.Column, name: str) -> None:
     """Refuse values that are the rows they are to change: they would change under the loop.
 
     Raises
     ------
     ArgumentError
     """
-    if np.may_share_memory(values, rows):
+    if _core.overlaps(column, values):
         raise ArgumentError(f"{name} shares memory with the table; use {name}.copy()")
 
 

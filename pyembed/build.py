@@ -48,8 +48,8 @@ def from_initializer(
     rows, dim : int
     init : Initializer, optional
         Fills the weight; zeros if not given.
-    optimizer : {"sgd", "adagrad", "adam"}, optional
-        Whose state the rows shall carry; it starts as zeros.
+    optimizer : str, optional
+        Whose state the rows shall carry, see `Table.create`; it starts as zeros.
     seed : int
     counts : integers of shape (rows,), optional
         How often each id occurs. The most frequent id gets row 0, and so on, and the table keeps
@@ -94,8 +94,8 @@ def from_vectors(
     vectors : path-like
         See `pyembed.formats.open_vectors`.
     format : {"auto", "word2vec", "word2vec-binary", "glove"}
-    optimizer : {"sgd", "adagrad", "adam"}, optional
-        Whose state the rows shall carry; it starts as zeros.
+    optimizer : str, optional
+        Whose state the rows shall carry, see `Table.create`; it starts as zeros.
     progress : bool or None
         Show a bar; None shows it when stderr is a terminal.
 

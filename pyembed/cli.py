@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import Table, __version__, build, init, order, show_config
+from pyembed import Table, __version__, build, convert, init, order, show_config
 from pyembed.errors import ArgumentError, FormatError, PyembedError
 from pyembed.train.neighbours import Model
 from pyembed.train.skipgram import train_skipgram
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyembed {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
+    _add_convert(commands)
     _add_info(commands)
     _add_verify(commands)
     _add_recover(commands)
@@ -72,7 +73,7 @@ def _add_build(commands: Any) -> None:
     p.add_argument(
         "--init", default="normal", help="normal[:MEAN,STD] uniform[:LOW,HIGH] constant:V zeros"
     )
-    p.add_argument("--optimizer", help="sgd, adagrad or adam: the state that rows shall carry")
+    p.add_argument("--optimizer", metavar="RULE", help="whose state the rows shall carry: adam, …")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--order", choices=["frequency"], help="rows of frequent ids together; keeps the id map"
@@ -112,6 +113,33 @@ def _build(a: argparse.Namespace) -> None:
             progress=progress,
         )
     _info(argparse.Namespace(table=a.output, resident=False, json=False))
+
+
+def _add_convert(commands: Any) -> None:
+    p = commands.add_parser("convert", help="make a table with columns added or dropped")
+    p.add_argument("table", help="folder of a table, or a .npy of float32 rows")
+    p.add_argument("-o", "--output", required=True, help="folder to make; must not exist")
+    p.add_argument("--optimizer", metavar="RULE", help="whose state the rows shall carry: adam, …")
+    p.add_argument(
+        "--add", action="append", default=[], metavar="NAME:WIDTH", help="a column; repeatable"
+    )
+    p.add_argument("--drop", action="append", default=[], metavar="NAME", help="repeatable")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_convert, fail=p.error)
+
+
+def _convert(a: argparse.Namespace) -> None:
+    add = {}
+    for text in a.add:
+        name, _, width = text.partition(":")
+        if not (width.isascii() and width.isdigit()) or name in add:
+            a.fail(f"--add {text}; allowed: a new NAME:WIDTH, as last_step:1")
+        add[name] = int(width)
+    progress = False if a.quiet else None
+    convert.convert(
+        a.table, a.output, optimizer=a.optimizer, add=add, drop=a.drop, progress=progress
+    )
+    _info(argparse.Namespace(table=a.output, json=False, resident=False))
 
 
 def _counts(a: argparse.Namespace) -> NDArray[np.int64] | None:

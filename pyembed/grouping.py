@@ -6,6 +6,7 @@ bits for any number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,20 @@ def group(ids: ArrayLike, num_rows: int, num_threads: int | None = None) -> Grou
     ids = as_ids(ids)
     workers = threads.for_work(4 * ids.size, threads.resolve(num_threads))
     return Groups(*_core.group(ids, num_rows, workers))
+
+
+def group_many(
+    batches: Sequence[tuple[ArrayLike, int]], num_threads: int | None = None
+) -> list[Groups]:
+    """`group` for many small batches at once: pairs of ids and the number of rows.
+
+    >>> [groups.rows.tolist() for groups in group_many([([3, 1, 3], 4), ([0], 1)])]
+    [[1, 3], [0]]
+    """
+    pairs = [(as_ids(ids), rows) for ids, rows in batches]
+    size = sum(ids.size for ids, _ in pairs)
+    workers = threads.for_work(4 * size, threads.resolve(num_threads))
+    return [Groups(*arrays) for arrays in _core.group_many(pairs, workers)]
 
 
 class SparseGrad(NamedTuple):

@@ -15,6 +15,25 @@ from pyembed.init import Initializer
 CHUNK_FLOATS = 2 << 20
 
 
+def require_rule(optimizer: str) -> str:
+    """The name of a rule.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if optimizer not in _core.RULES:
+        allowed = ", ".join(_core.RULES)
+        raise ArgumentError(f"optimizer = {optimizer!r}; allowed: {allowed}, or None")
+    return optimizer
+
+
+def state_widths(rule: str, dim: int) -> dict[str, int]:
+    """The state columns of a rule of `_core.RULES`: as wide as the weight, or one float a row."""
+    state = _core.RULES[rule][1]
+    return {name: dim if kind == "element" else 1 for name, kind in state.items()}
+
+
 def row_columns(
     dim: int, optimizer: str | None, columns: Mapping[str, int] | None
 ) -> dict[str, int]:
@@ -27,10 +46,7 @@ def row_columns(
     """
     widths = {"weight": require_count(dim, "dim", 1, manifest.MAX_DIM)}
     if optimizer is not None:
-        if optimizer not in _core.RULES:
-            allowed = ", ".join(_core.RULES)
-            raise ArgumentError(f"optimizer = {optimizer!r}; allowed: {allowed}, or None")
-        widths |= dict.fromkeys(_core.RULES[optimizer][1], dim)
+        widths |= state_widths(require_rule(optimizer), dim)
     for name, width in (columns or {}).items():
         if name in widths:
             raise ArgumentError(

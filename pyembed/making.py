@@ -9,8 +9,9 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ def create(
     rows: int | None,
     finish: Callable[[Path], None] | None = None,
     durability: str = "process",
+    carried: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a whole new table from chunks of rows, in the memory of one chunk.
 
@@ -51,6 +53,8 @@ def create(
     finish : function of the folder, optional
         Writes what else belongs to the table (a vocabulary), before the table appears.
     durability : {"process", "power", "none"}
+    carried : mapping, optional
+        More of the manifest: ``meta`` and ``optimizer``.
 
     Raises
     ------
@@ -70,7 +74,7 @@ def create(
         (temporary / "lock").touch()
         if finish is not None:
             finish(temporary)
-        state = Manifest(written, columns, durability=durability)
+        state = Manifest(written, columns, durability=durability, **(carried or {}))
         replace_file(temporary / "manifest.json", manifests.encode(state))
         temporary.rename(path)
         try:

@@ -49,6 +49,8 @@ class Manifest:
         Which start of the machine a dirty table was changed in; empty if it is clean.
     meta : dict
         The user's own, from `Table.commit`.
+    optimizer : dict of str to dict
+        The steps that each optimizer has taken, by its rule: ``{"adam": {"steps": 9}}``.
     """
 
     rows: int
@@ -59,6 +61,7 @@ class Manifest:
     salt: str = ""
     boot: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def stride(self) -> int:
@@ -165,7 +168,8 @@ def _no_constant(name: str) -> None:
 
 def _validate(m: Manifest) -> None:
     """The checksum proves that the text is what was written; this, that it makes sense."""
-    for name, kind in (("rows", int), ("generation", int), ("columns", dict), ("meta", dict)):
+    kinds = {"rows": int, "generation": int, "columns": dict, "meta": dict, "optimizer": dict}
+    for name, kind in kinds.items():
         if type(getattr(m, name)) is not kind:
             raise ArgumentError(f"{name} is not of type {kind.__name__}")
     if not 0 <= m.rows <= MAX_ROWS or m.generation < 0:
@@ -176,6 +180,10 @@ def _validate(m: Manifest) -> None:
     if type(m.salt) is not str or not SALT.fullmatch(m.salt) or type(m.boot) is not str:
         raise ArgumentError(f"salt {m.salt!r} or boot {m.boot!r} is not what it should be")
     check_columns(m.columns)
+    for rule, state in m.optimizer.items():
+        steps = state.get("steps") if type(state) is dict else None
+        if type(rule) is not str or type(steps) is not int or steps < 0 or len(state) != 1:
+            raise ArgumentError(f"the state {state!r} of optimizer {rule!r} is unknown")
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -1,191 +1,72 @@
-"""Sparse optimizers, in order of increasing complexity. One step is one pass over the touched rows.
+"""Sparse optimizers, in order of increasing complexity: their hyper-parameters and formulas.
 
-A step groups the batch by row, sums the gradients of equal ids in batch order, and updates each
-row once ("exact" semantics). The rules are row kernels (`_kernels/rows.inc.h`, `reference.update`);
-a class here is its hyper-parameters. The state lies in the row, beside the weight.
+`optimizer` has what all of them share: the step, gradient accumulation, and the keywords that every
+class takes (`Options`): nonfinite, weight_decay, decay_mode, clip_value, clip_norm, max_norm,
+norm_type. `lr` is a number or one of `schedules`. See docs/optimizers.md for which one to use.
 
-Same bits for any number of threads and any SIMD level.
+Formulas: w weight, g summed gradient of a row, t number of the step, from 1. All are exact: one
+step for each touched row and batch. No other row changes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import ArrayLike
-
-from pyembed import _core, grouping, threads
-from pyembed.arrays import F32, as_ids, as_values, require_apart, require_count, require_finite
-from pyembed.bags import Bags, require_bags
 from pyembed.embedding import Layer
-from pyembed.embedding_bag import EmbeddingBag
-from pyembed.errors import ArgumentError, DTypeError
-from pyembed.grouping import SparseGrad
+from pyembed.errors import ArgumentError
+from pyembed.many import step_many
+from pyembed.optimizer import Optimizer, Options, in_range
+from pyembed.schedules import Schedule
 from pyembed.table import Table
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class _Batch(NamedTuple):
-    """Gradients grouped by row, as `_core.update` takes them."""
+__all__ = [
+    "FTRL",
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Optimizer",
+    "PartialRowwiseAdam",
+    "RMSprop",
+    "RowwiseAdagrad",
+    "step_many",
+]
 
-    rows: np.ndarray
-    starts: np.ndarray | None
-    order: np.ndarray | None
-    values: F32
-    bag_of: np.ndarray | None = None
-    coef: F32 | None = None
-
-
-class Optimizer:
-    """What all rules share: the table, the step, the checks.
-
-    Attributes
-    ----------
-    lr : float
-        Learning rate; may be changed between steps.
-    steps : int
-        Steps taken. Set it when training goes on with a table from disk:
-        ``table.commit(meta={"steps": o.steps})``, later ``o.steps = table.meta["steps"]``.
-    """
-
-    rule: ClassVar[str]
-
-    def __init__(self, target: Layer | Table, lr: float, nonfinite: str = "raise") -> None:
-        if not isinstance(target, (Layer, Table)):
-            allowed = "an Embedding, an EmbeddingBag or a Table"
-            raise DTypeError(f"{type(target).__name__}; allowed: {allowed}")
-        self._layer = target if isinstance(target, Layer) else None
-        self.table = target.table if isinstance(target, Layer) else target
-        if nonfinite not in ("raise", "allow"):
-            raise ArgumentError(f"nonfinite = {nonfinite!r}; allowed: 'raise', 'allow'")
-        self.nonfinite = nonfinite
-        self._steps = 0
-        self.lr = lr
-        self._refuse_frozen()
-        self._state: tuple[str, ...] = _core.RULES[self.rule][1]
-        self.table.ensure_columns(self._state)
-
-    @property
-    def steps(self) -> int:
-        return self._steps
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self._steps = require_count(value, "steps", 0, 2**62)
-
-    @property
-    def lr(self) -> float:
-        return self._lr
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self._lr = _in_range("lr", value, 0.0)
-
-    def step(self, ids: ArrayLike | Bags | SparseGrad, grad: ArrayLike | None = None) -> None:
-        """Update the rows of a batch.
-
-        Parameters
-        ----------
-        ids : integers of any shape, Bags of `EmbeddingBag.bags`, or a SparseGrad
-        grad : float32 array of shape ids.shape + (dim,), or (bags, dim)
-            The gradient of what the layer returned; not given with a SparseGrad.
-
-        Raises
-        ------
-        IdError, DTypeError, ArgumentError, NonFiniteError, ReadOnlyError
-            Before anything is written.
-        """
-        self._refuse_frozen()
-        batch = self._batch(ids, grad)
-        table, layer = self.table, self._layer
-        scale = layer is not None and layer.scale_grad_by_freq and batch.starts is not None
-        workers = threads.for_work(
-            batch.values.size if batch.order is None else batch.order.size * table.dim,
-            table.num_threads,
-        )
-        if self.nonfinite == "raise":
-            require_finite(batch.values, "grad", workers)
-            if batch.coef is not None:
-                require_finite(batch.coef, "per_sample_weights", workers)
-        skip = -1 if layer is None or layer.padding_idx is None else layer.padding_idx
-        for name in ("weight", *self._state):
-            require_apart(batch.values, table.column(name), "grad")
-        with table.changing(self._state, batch.rows) as columns:
-            hyper = self._hyper(self.steps + 1)  # in turn, as another thread's step counts too
-            _core.update(
-                columns,
-                batch.rows,
-                batch.starts,
-                batch.order,
-                batch.values,
-                self.rule,
-                hyper,
-                skip,
-                scale,
-                workers,
-                batch.bag_of,
-                batch.coef,
-            )
-            self.steps += 1
-
-    def _batch(self, ids: ArrayLike | Bags | SparseGrad, grad: ArrayLike | None) -> _Batch:
-        """What the caller gave, checked and grouped."""
-        table = self.table
-        if isinstance(ids, SparseGrad):
-            if grad is not None:
-                raise ArgumentError("step(sparse_grad): the gradient is given twice")
-            return self._sparse_batch(ids)
-        if grad is None:
-            raise ArgumentError("step(ids, grad): grad is missing")
-        if isinstance(self._layer, EmbeddingBag):
-            bags = require_bags(ids)
-            if self._layer.mode == "max":
-                return self._sparse_batch(self._layer.sparse_gradient(bags, grad))
-            values = self._layer.check_gradient(bags, grad)
-            groups = grouping.group(bags.ids, table.rows, table.num_threads)
-            return _Batch(*groups, values, bags.bag_of, self._layer.coefficients(bags))
-        if isinstance(ids, Bags):
-            raise DTypeError("Bags; allowed here: ids, since the target is no EmbeddingBag")
-        ids = as_ids(ids)
-        values = as_values(grad, (*ids.shape, table.dim), "grad")
-        return _Batch(*grouping.group(ids, table.rows, table.num_threads), values)
-
-    def _sparse_batch(self, sparse: SparseGrad) -> _Batch:
-        rows = as_ids(sparse.ids).astype(np.int64, copy=False)
-        values = as_values(sparse.values, (*rows.shape, self.table.dim), "values")
-        if rows.ndim != 1 or (rows.size > 1 and (np.diff(rows) <= 0).any()):
-            raise ArgumentError("a SparseGrad has unique ascending ids; use step(ids, grad)")
-        _core.check_ids(rows, self.table.rows, 1)
-        return _Batch(rows, None, None, values)
-
-    def _refuse_frozen(self) -> None:
-        if self._layer is not None and self._layer.frozen:
-            raise ArgumentError("the layer is frozen; use from_pretrained(..., freeze=False)")
-
-    def _hyper(self, step: int) -> tuple[float, float, float, float]:
-        """(lr, eps, 1 - beta1, 1 - beta2) of this step, see `pe_hyper` in _kernels/kernels.h."""
-        return self.lr, 0.0, 0.0, 0.0
-
-    def _parameters(self) -> dict[str, Any]:
-        return {"lr": self.lr}
-
-    def __repr__(self) -> str:
-        listed = ", ".join(f"{name}={value:g}" for name, value in self._parameters().items())
-        return f"{type(self).__name__}({listed})"
+Target = Layer | Table
+ABOVE_ZERO = 1e-30  # of what a rule divides by: float32 still holds it times a bias correction
 
 
 class SGD(Optimizer):
     """Stochastic gradient descent: w -= lr * g.
 
+    With momentum, by torch's formula: m = momentum * m + (1 - dampening) * g, w -= lr * m; the
+    first step is not dampened. Nesterov: w -= lr * (g + momentum * m).
+
+    State: none; with momentum ``momentum_buffer``, as wide as the weight.
+
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
-    lr : float
-    nonfinite : {"raise", "allow"}
-        What to do with NaN and infinity in a gradient: refuse the batch, or let them through.
+    lr : float or schedule
+    momentum, dampening : float
+        In [0, 1) and [0, 1].
+    nesterov : bool
+        Needs a momentum and no dampening.
+    lazy_momentum : bool
+        A touched row first moves on by the momentum of the steps that it missed, in closed form, as
+        it would have in a dense optimizer (at the learning rate of now). Needs ``last_step``.
+    **options
+        See `Options`.
 
     Examples
     --------
+    >>> import numpy as np
     >>> t = Table.memory(rows=2, dim=2)
     >>> SGD(t, lr=0.5).step([1, 1], np.ones((2, 2), np.float32))
     >>> t.gather(1)
@@ -195,26 +76,71 @@ class SGD(Optimizer):
     rule = "sgd"
 
     def __init__(
-        self, target: Layer | Table, lr: float = 1e-3, *, nonfinite: str = "raise"
+        self,
+        target: Target,
+        lr: float | Schedule = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        *,
+        lazy_momentum: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(target, lr, nonfinite)
+        self.momentum = in_range("momentum", momentum, 0.0, 1.0)
+        self.dampening = in_range("dampening", dampening, 0.0)
+        if self.dampening > 1:
+            raise ArgumentError(f"dampening = {dampening}; allowed: 0 .. 1")
+        if nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ArgumentError("nesterov=True; allowed: with a momentum and without dampening")
+        if lazy_momentum and self.momentum == 0:
+            raise ArgumentError("lazy_momentum=True; allowed: with a momentum")
+        self.nesterov, self.lazy_momentum = nesterov, lazy_momentum
+        if self.momentum:
+            self.rule = "nesterov" if nesterov else "momentum"
+        super().__init__(target, lr, options, lazy_momentum)
+        if lazy_momentum and self.decay_mode == "l2" and self.weight_decay:
+            raise ArgumentError(
+                "lazy_momentum with decay_mode='l2' has no closed form; allowed: 'lazy'"
+            )
+
+    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+        if not self.momentum:
+            return {"lr": lr}
+        add = 1.0 if step == 1 else 1 - self.dampening
+        return {"lr": lr, "momentum": self.momentum, "one_minus_b1": add}
+
+    def _missed(self, lr: float) -> dict[str, float]:
+        if not self.lazy_momentum:
+            return {}
+        return {
+            "momentum": self.momentum,
+            "missed_lr": lr * (self.momentum if self.nesterov else 1),
+        }
+
+    def _parameters(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {"momentum": self.momentum} if self.momentum else {}
+        shown |= {"dampening": self.dampening} if self.dampening else {}
+        shown |= {"nesterov": True} if self.nesterov else {}
+        return shown | ({"lazy_momentum": True} if self.lazy_momentum else {})
 
 
 class Adagrad(Optimizer):
-    """Adagrad: sum += g^2; w -= lr * g / (sqrt(sum) + eps).
+    """Adagrad: s += g^2; w -= lr * g / (sqrt(s) + eps).
 
-    State: ``sum``, as wide as the weight. (Duchi, Hazan, Singer: "Adaptive subgradient methods",
-    JMLR 2011; eps and its place as in torch.)
+    State: ``sum`` (s), as wide as the weight. (Duchi, Hazan, Singer: "Adaptive subgradient
+    methods", JMLR 2011; eps and its place as in torch.)
 
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
-    lr : float
+    lr : float or schedule
     eps : float
-    nonfinite : {"raise", "allow"}
+    **options
+        See `Options`.
 
     Examples
     --------
+    >>> import numpy as np
     >>> t = Table.memory(rows=2, dim=2)
     >>> Adagrad(t, lr=0.5).step([1], np.full((1, 2), 3, np.float32))
     >>> t.gather(1)
@@ -225,23 +151,132 @@ class Adagrad(Optimizer):
 
     def __init__(
         self,
-        target: Layer | Table,
-        lr: float = 1e-2,
+        target: Target,
+        lr: float | Schedule = 1e-2,
         eps: float = 1e-10,
-        *,
-        nonfinite: str = "raise",
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(target, lr, nonfinite)
-        self.eps = _in_range("eps", eps, 0.0)
+        super().__init__(target, lr, options)
+        self.eps = in_range("eps", eps, 0.0)
 
-    def _hyper(self, step: int) -> tuple[float, float, float, float]:
-        return self.lr, self.eps, 0.0, 0.0
+    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+        return {"lr": lr, "eps": self.eps}
 
     def _parameters(self) -> dict[str, Any]:
-        return {"lr": self.lr, "eps": self.eps}
+        return {"eps": self.eps}
 
 
-class Adam(Optimizer):
+class RowwiseAdagrad(Adagrad):
+    """Adagrad with one number a row: s += mean(g^2); w -= lr / (sqrt(s) + eps) * g.
+
+    State: ``row_sum`` (s), one float a row. (FBGEMM's EXACT_ROWWISE_ADAGRAD, and its eps.)
+
+    Parameters
+    ----------
+    target : Embedding, EmbeddingBag or Table
+    lr : float or schedule
+    eps : float
+        Above 0.
+    **options
+        See `Options`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> t = Table.memory(rows=2, dim=2)
+    >>> RowwiseAdagrad(t, lr=0.5).step([1], np.full((1, 2), 3, np.float32))
+    >>> t.columns
+    {'weight': 2, 'row_sum': 1}
+    """
+
+    rule = "rowwise_adagrad"
+
+    def __init__(
+        self,
+        target: Target,
+        lr: float | Schedule = 1e-2,
+        eps: float = 1e-8,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(target, lr, in_range("eps", eps, ABOVE_ZERO), **options)
+
+
+class RMSprop(Optimizer):
+    """RMSprop: v += (g^2 - v)(1 - alpha); w -= lr * g / (sqrt(v) + eps).
+
+    State: ``square_avg`` (v), as wide as the weight; rows that are not in a batch do not decay.
+    (Tieleman, Hinton: Coursera lecture 6.5, 2012; torch's formula, not centered, no momentum.)
+
+    Parameters
+    ----------
+    target : Embedding, EmbeddingBag or Table
+    lr : float or schedule
+    alpha : float
+        In [0, 1).
+    eps : float
+        Above 0.
+    **options
+        See `Options`.
+    """
+
+    rule = "rmsprop"
+
+    def __init__(
+        self,
+        target: Target,
+        lr: float | Schedule = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(target, lr, options)
+        self.alpha = in_range("alpha", alpha, 0.0, 1.0)
+        self.eps = in_range("eps", eps, ABOVE_ZERO)
+
+    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+        return {"lr": lr, "eps": self.eps, "one_minus_b2": 1 - self.alpha}
+
+    def _parameters(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "eps": self.eps}
+
+
+class _Moments(Optimizer):
+    """What the Adam family shares: two moments and their bias corrections."""
+
+    def __init__(
+        self,
+        target: Target,
+        lr: float | Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(target, lr, options)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ArgumentError(f"betas = {betas}; allowed: two numbers, each 0 <= beta < 1")
+        self.betas = (float(betas[0]), float(betas[1]))
+        self.eps = in_range("eps", eps, ABOVE_ZERO)
+
+    def _corrections(self, step: int) -> tuple[float, float]:
+        """1 - beta1^t and sqrt(1 - beta2^t)."""
+        b1, b2 = self.betas
+        return 1 - b1**step, math.sqrt(1 - b2**step)
+
+    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+        # sqrt(v / c^2) + eps = (sqrt(v) + c * eps) / c: the corrections go into lr and eps.
+        first, second = self._corrections(step)
+        return {
+            "lr": lr * second / first,
+            "eps": self.eps * second,
+            "one_minus_b1": 1 - self.betas[0],
+            "one_minus_b2": 1 - self.betas[1],
+        }
+
+    def _parameters(self) -> dict[str, Any]:
+        return {"beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
+
+
+class Adam(_Moments):
     """Adam on the touched rows alone, by the formula of torch's SparseAdam.
 
     m += (g - m)(1 - b1); v += (g^2 - v)(1 - b2);
@@ -253,15 +288,17 @@ class Adam(Optimizer):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
-    lr : float
+    lr : float or schedule
     betas : pair of float
         Each in [0, 1).
     eps : float
         Above 0.
-    nonfinite : {"raise", "allow"}
+    **options
+        See `Options`.
 
     Examples
     --------
+    >>> import numpy as np
     >>> t = Table.memory(rows=2, dim=2)
     >>> Adam(t, lr=0.5).step([1], np.full((1, 2), 3, np.float32))
     >>> t.gather(1).round(4)
@@ -270,35 +307,185 @@ class Adam(Optimizer):
 
     rule = "adam"
 
+    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+        return super()._hyper(step, lr) | {"eps": self.eps}  # beside the uncorrected v
+
+
+class AdamW(_Moments):
+    """Adam with decoupled weight decay, by the formula of torch's AdamW.
+
+    w *= 1 - lr * weight_decay; m and v as in `Adam`;
+    w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+
+    State as for `Adam`. decay_mode is "decoupled", for the touched rows alone, or "lazy".
+    (Loshchilov, Hutter: "Decoupled weight decay regularization", ICLR 2019.)
+
+    Parameters
+    ----------
+    target : Embedding, EmbeddingBag or Table
+    lr : float or schedule
+    betas : pair of float
+        Each in [0, 1).
+    eps : float
+        Above 0.
+    **options
+        See `Options`; weight_decay is 1e-2 if not given.
+    """
+
+    rule = "adamw"
+    decay_modes = ("decoupled", "lazy")
+    default_decay = 1e-2
+
+
+class PartialRowwiseAdam(_Moments):
+    """Adam whose second moment is one number a row: half of Adam's state.
+
+    v += (mean(g^2) - v)(1 - b2); m as in `Adam`;
+    w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+
+    State: ``exp_avg`` (m), as wide as the weight, and ``row_exp_avg_sq`` (v), one float a row.
+    decay_mode is "decoupled" or "lazy". (FBGEMM's PARTIAL_ROWWISE_ADAM.)
+
+    Parameters
+    ----------
+    target : Embedding, EmbeddingBag or Table
+    lr : float or schedule
+    betas : pair of float
+        Each in [0, 1).
+    eps : float
+        Above 0.
+    **options
+        See `Options`.
+    """
+
+    rule = "rowwise_adam"
+    decay_modes = ("decoupled", "lazy")
+
+
+class LAMB(_Moments):
+    """LAMB on each row: Adam's direction, as long as the row is.
+
+    m and v as in `Adam`;
+    r = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w; w -= lr * |w| / |r| * r.
+
+    Where a norm is zero the ratio is 1, so that rows of zeros learn. State as for `Adam`. The decay
+    is part of the rule: there is no decay_mode. (You et al.: "Large batch optimization", ICLR
+    2020.)
+
+    Parameters
+    ----------
+    target : Embedding, EmbeddingBag or Table
+    lr : float or schedule
+    betas : pair of float
+        Each in [0, 1).
+    eps : float
+        Above 0.
+    **options
+        See `Options`.
+    """
+
+    rule = "lamb"
+    decay_modes = ("rule",)
+
     def __init__(
         self,
-        target: Layer | Table,
-        lr: float = 1e-3,
+        target: Target,
+        lr: float | Schedule = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        *,
-        nonfinite: str = "raise",
+        eps: float = 1e-6,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(target, lr, nonfinite)
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ArgumentError(f"betas = {betas}; allowed: two numbers, each 0 <= beta < 1")
-        self.betas = (float(betas[0]), float(betas[1]))
-        self.eps = _in_range("eps", eps, float(np.finfo(np.float32).smallest_subnormal))
+        super().__init__(target, lr, betas, eps, **options)
 
-    def _hyper(self, step: int) -> tuple[float, float, float, float]:
-        b1, b2 = self.betas
-        lr = self.lr * math.sqrt(1 - b2**step) / (1 - b1**step)
-        return lr, self.eps, 1 - b1, 1 - b2
+    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+        first, second = self._corrections(step)
+        more = {"lr": lr, "correction": second / first, "decay": self.weight_decay}
+        return super()._hyper(step, lr) | more
+
+
+class LARS(Optimizer):
+    """LARS on each row: SGD whose step is a share of the row's norm.
+
+    a = eta * |w| / (|g| + weight_decay * |w|);
+    m = momentum * m + lr * a * (g + weight_decay * w); w -= m.
+
+    Where a norm is zero, a is 1, so that rows of zeros learn. State: ``momentum_buffer`` (m), as
+    wide as the weight. There is no decay_mode. (You, Gitman, Ginsburg: arXiv 1708.03888.)
+
+    Parameters
+    ----------
+    target : Embedding, EmbeddingBag or Table
+    lr : float or schedule
+    momentum : float
+        In [0, 1).
+    eta : float
+        The trust coefficient.
+    **options
+        See `Options`.
+    """
+
+    rule = "lars"
+    decay_modes = ("rule",)
+
+    def __init__(
+        self,
+        target: Target,
+        lr: float | Schedule = 1e-2,
+        momentum: float = 0.9,
+        eta: float = 1e-3,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(target, lr, options)
+        self.momentum = in_range("momentum", momentum, 0.0, 1.0)
+        self.eta = in_range("eta", eta, 0.0)
+
+    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+        decay = self.weight_decay
+        return {"lr": lr, "momentum": self.momentum, "correction": self.eta, "decay": decay}
 
     def _parameters(self) -> dict[str, Any]:
-        return {"lr": self.lr, "beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
+        return {"momentum": self.momentum, "eta": self.eta}
 
 
-def _in_range(name: str, value: float, low: float) -> float:
-    """A finite hyper-parameter of at least `low`."""
-    with np.errstate(over="ignore"):
-        used = float(np.float32(value))  # what the kernels compute with
-    if not (math.isfinite(used) and used >= low):
-        allowed = f"a number >= {low:g} that float32 holds"
-        raise ArgumentError(f"{name} = {value}; allowed: {allowed}")
-    return float(value)
+class FTRL(Optimizer):
+    """FTRL-Proximal: weights that are exactly zero until there is evidence against it.
+
+    z += g - (sqrt(n + g^2) - sqrt(n)) / lr * w; n += g^2;
+    w = 0 if |z| <= l1, else -(z - sign(z) * l1) / ((beta + sqrt(n)) / lr + l2).
+
+    State: ``ftrl_z`` and ``ftrl_n``, each as wide as the weight. The weight follows from the state,
+    so begin with rows of zeros; and there is no weight_decay, but l1 and l2. (McMahan et al.: "Ad
+    click prediction", KDD 2013.)
+
+    Parameters
+    ----------
+    target : Embedding, EmbeddingBag or Table
+    lr : float or schedule
+        Above 0.
+    beta, l1, l2 : float
+    **options
+        See `Options`.
+    """
+
+    rule = "ftrl"
+    decay_modes = ()
+    _least_lr = ABOVE_ZERO
+
+    def __init__(
+        self,
+        target: Target,
+        lr: float | Schedule = 0.1,
+        beta: float = 1.0,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(target, lr, options)
+        self.beta = in_range("beta", beta, 0.0)
+        self.l1, self.l2 = in_range("l1", l1, 0.0), in_range("l2", l2, 0.0)
+
+    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+        return {"lr": lr, "beta": self.beta, "l1": self.l1, "l2": self.l2}
+
+    def _parameters(self) -> dict[str, Any]:
+        return {"beta": self.beta, "l1": self.l1, "l2": self.l2}

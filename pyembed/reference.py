@@ -9,10 +9,13 @@ Legend: n ids, u unique rows, d floats of a row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pyembed import reference_rules as rules
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -43,6 +46,13 @@ def group(ids: NDArray[np.integer], rows: int) -> tuple[I64, I64, I64]:
     order = np.argsort(flat, kind="stable").astype(np.int64)
     unique, starts = np.unique(flat[order], return_index=True)
     return unique, np.append(starts, flat.size).astype(np.int64), order
+
+
+def group_many(
+    batches: Sequence[tuple[NDArray[np.integer], int]],
+) -> list[tuple[I64, I64, I64]]:
+    """`group` for each"""
+    return [group(ids, rows) for ids, rows in batches]
 
 
 def sum_groups(
@@ -83,38 +93,86 @@ def update(
     rows: I64,
     sums: F32,
     name: str,
-    hyper: tuple[float, float, float, float],
+    hyper: Mapping[str, float],
     skip_row: int = -1,
-) -> None:
-    """One optimizer step on the unique rows, given the sum of each row's gradients."""
-    lr, eps, one_minus_b1, one_minus_b2 = map(np.float32, hyper)
+    extras: Mapping[str, float] | None = None,
+) -> int:
+    """One optimizer step on the unique rows, given the sum of each row's gradients.
+
+    Returns how many rows were left alone for a gradient that is not finite.
+    """
     keep = rows != skip_row
+    skipped = 0
+    if extras is not None and extras["skip_nonfinite"]:
+        finite = np.isfinite(sums).all(axis=1)
+        skipped, keep = int((keep & ~finite).sum()), keep & finite
     r, g = rows[keep], sums[keep]
-    if name == "sgd":
-        (w,) = columns
-        w[r] -= lr * g
-    elif name == "adagrad":
-        w, s = columns
-        s[r] += g * g
-        w[r] -= lr * (g / (np.sqrt(s[r]) + eps))
-    elif name == "adam":
-        w, m, v = columns
-        m[r] += (g - m[r]) * one_minus_b1
-        v[r] += (g * g - v[r]) * one_minus_b2
-        w[r] -= lr * (m[r] / (np.sqrt(v[r]) + eps))
-    else:
-        raise ValueError(name)
+    with np.errstate(all="ignore"):
+        if extras is not None:
+            columns, g = _before(columns, r, g, extras)
+        values = rules.RULES[name](tuple(c[r] for c in columns), g, rules.Hyper(hyper))
+        for column, value in zip(columns, values, strict=True):
+            column[r] = value
+    if extras is not None and extras["max_norm"] < np.inf:
+        renorm(columns[0], r, extras["max_norm"], extras["norm_type"])
+    return skipped
 
 
-def lane_sum(terms: NDArray[Any]) -> Any:
-    """Lane i mod 16 sums every sixteenth term, then the lanes are summed in halves."""
-    lanes: NDArray[np.floating] = np.zeros(16, terms.dtype)
-    for at in range(0, terms.size, 16):
-        part = terms[at : at + 16]
-        lanes[: part.size] += part
-    for half in (8, 4, 2, 1):
-        lanes[:half] += lanes[half : 2 * half]
-    return lanes[0]
+def update_many(steps: Sequence[tuple[Any, ...]]) -> list[int]:
+    """`update` for each"""
+    return [update(*step) for step in steps]
+
+
+def _before(
+    columns: tuple[F32, ...], rows: I64, grad: F32, extras: Mapping[str, float]
+) -> tuple[tuple[F32, ...], F32]:
+    """What a step does before its rule: the rule's columns, and its gradient."""
+    if extras["step"]:
+        for row in rows:
+            _catch_up_row(columns, row, extras, True)
+        columns = columns[:-1]
+    elif extras["keep"] != 1:
+        columns[0][rows] *= np.float32(extras["keep"])
+    if extras["clip_value"] < np.inf:
+        grad = np.clip(grad, -np.float32(extras["clip_value"]), np.float32(extras["clip_value"]))
+    if extras["clip_scale"] != 1:
+        grad = grad * np.float32(extras["clip_scale"])
+    if extras["l2"]:
+        grad = grad + np.float32(extras["l2"]) * columns[0][rows]
+    return columns, grad
+
+
+def _catch_up_row(
+    columns: tuple[F32, ...], row: int, extras: Mapping[str, float], stepping: bool
+) -> None:
+    weight, last, now = columns[0][row], columns[-1][row], extras["step"]
+    n = int(now - 1 - last[0]) if 0 < last[0] < now - 1 else 0
+    kept, left, moved = rules.miss(extras["keep"], extras["momentum"], n)
+    keep = extras["keep"] if stepping else 1.0
+    if stepping or last[0] > 0:
+        last[0] = now if stepping else now - 1
+    if kept * keep != 1:
+        weight *= np.float32(kept * keep)
+    if extras["momentum"] and moved * keep:
+        buffer = columns[1][row]
+        weight += np.float32(-extras["missed_lr"] * (moved * keep)) * buffer
+        buffer *= np.float32(left)
+
+
+def catch_up(columns: tuple[F32, ...], rows: I64 | None, extras: Mapping[str, float]) -> None:
+    """Give these rows, or all, what they missed in the steps before extras["step"]."""
+    for row in range(len(columns[0])) if rows is None else rows:
+        _catch_up_row(columns, row, extras, False)
+
+
+def global_norm(rows: I64, grad: F32, skip_row: int = -1, skip_nonfinite: bool = False) -> float:
+    """The 2-norm of the gradients of unique rows as one vector."""
+    total = 0.0
+    for row, g in zip(rows, grad, strict=True):
+        squares = float(rules.lane_sum(g.astype(np.float64) ** 2))
+        if row != skip_row and (np.isfinite(squares) or not skip_nonfinite):
+            total += squares
+    return float(np.sqrt(total))
 
 
 def norm(row: F32, p: float) -> float:
@@ -123,15 +181,15 @@ def norm(row: F32, p: float) -> float:
     if np.isnan(x).any():
         return float("nan")
     if p == 2:
-        return float(np.sqrt(lane_sum(x * x)))
+        return float(np.sqrt(rules.lane_sum(x * x)))
     if p == 1:
-        return float(lane_sum(x))
+        return float(rules.lane_sum(x))
     if p == 0:
         return float(np.count_nonzero(x))
     largest = float(x.max(initial=0))
     if p == np.inf or largest in (0, np.inf):
         return largest
-    return largest * float(lane_sum((x / largest) ** p) ** (1 / p))
+    return largest * float(rules.lane_sum((x / largest) ** p) ** (1 / p))
 
 
 def renorm(column: F32, ids: NDArray[np.integer], max_norm: float, p: float) -> tuple[int, int]:
@@ -173,7 +231,7 @@ def reduce_bags(
 def bag_dots(column: F32, ids: I64, bag_of: I64, grad: F32, skip_row: int) -> F32:
     """out[p] = grad[bag_of[p]] . column[ids[p]], 0 for skip_row"""
     dots = [
-        lane_sum(grad[b] * column[i]) if i != skip_row else 0
+        rules.lane_sum(grad[b] * column[i]) if i != skip_row else 0
         for i, b in zip(ids, bag_of, strict=True)
     ]
     return np.array(dots, np.float32)

@@ -19,6 +19,8 @@ from pyembed import _core, files, grouping, threads
 from pyembed.arrays import F32, IdArray, as_ids, as_output, as_values, require_apart
 from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
 
+NO_STATE: Mapping[str, int] = {}
+
 
 class Renormed(NamedTuple):
     """What `Rows.renorm` did: rows that were scaled, and rows with a NaN, which it left alone."""
@@ -185,17 +187,17 @@ class Rows:
         weight, alpha = self.weight_column, float(alpha)
         ids = as_ids(ids)
         values = as_values(values, (*ids.shape, weight.dim), "values")
-        require_apart(values, weight.array, "values")
+        require_apart(values, weight, "values")
         workers = threads.for_work(values.size, self.num_threads)
         if deterministic:
             groups = grouping.group(ids, weight.rows, self.num_threads)
-            with self.changing((), groups.rows) as (column,):
+            with self.changing(NO_STATE, groups.rows) as (column,):
                 _core.add_groups(column, *groups, values, alpha, -1, False, workers)
             return
         _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
         touched = self._touched_by(ids)
         with self._turns.shared():
-            (column,) = self._begin_change((), touched)
+            (column,) = self._begin_change(NO_STATE, touched)
             _core.scatter_add(column, ids, values, alpha, workers)
 
     def renorm(self, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Renormed:
@@ -232,7 +234,7 @@ class Rows:
         weight, ids = self.weight_column, as_ids(ids)
         workers = threads.for_work(ids.size * weight.dim, self.num_threads)
         _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
-        with self.changing((), self._touched_by(ids)) as (column,):
+        with self.changing(NO_STATE, self._touched_by(ids)) as (column,):
             return Renormed(*_core.renorm(column, ids, max_norm, norm_type, workers))
 
     @contextmanager
@@ -262,7 +264,7 @@ class Rows:
             ids = as_ids(ids)
             _core.check_ids(ids, self.rows, self.num_threads)
             touched = self._touched_by(ids)
-        with self.changing((), touched) as (column,):
+        with self.changing(NO_STATE, touched) as (column,):
             view = column.array.view()
             self._open_blocks += 1
             try:
@@ -273,11 +275,12 @@ class Rows:
 
     @contextmanager
     def changing(
-        self, state: tuple[str, ...], touched: NDArray[np.int64]
+        self, state: Mapping[str, int], touched: NDArray[np.int64]
     ) -> Iterator[tuple[_core.Column, ...]]:
         """The weight and state columns, to be changed by a kernel, while nobody else may.
 
-        `touched` are the rows that will change, ascending and unique.
+        `state`: names and widths, see `ensure_columns`. `touched` are the rows that will change,
+        ascending and unique.
 
         Raises
         ------
@@ -289,14 +292,18 @@ class Rows:
             yield self._begin_change(state, touched)
 
     def _begin_change(
-        self, state: tuple[str, ...], touched: NDArray[np.int64]
+        self, state: Mapping[str, int], touched: NDArray[np.int64]
     ) -> tuple[_core.Column, ...]:
         weight = self.weight_column
         self._announce_change(touched)
         if not state:
             return (weight,)
         self.ensure_columns(state)
-        return (weight, *(self._columns[name] for name in state))
+        return (weight, *[self._columns[name] for name in state])
+
+    def columns_of(self, state: Mapping[str, int]) -> list[_core.Column]:
+        """The weight and these state columns, as the kernels take them, to be looked at."""
+        return [self.weight_column, *[self._columns[name] for name in state]]
 
     def _touched_by(self, ids: IdArray) -> NDArray[np.int64]:
         """The rows that ids name, ascending and unique, if somebody keeps what they were."""
@@ -307,27 +314,28 @@ class Rows:
     def _keeps_journal(self) -> bool:
         return False
 
-    def ensure_columns(self, names: tuple[str, ...]) -> None:
-        """State columns as wide as the weight: a table in memory adds those that are missing.
+    def ensure_columns(self, widths: Mapping[str, int]) -> None:
+        """State columns of these names and widths: a table in memory adds those that are missing.
 
         Raises
         ------
         ArgumentError
             If a table on disk lacks one, or one has another width.
         """
-        weight = self.weight_column
-        for name in names:
-            if name not in self._columns:
+        weight, columns = self.weight_column, self._columns
+        for name, width in widths.items():
+            if name not in columns:
                 if not self._may_add_columns():
+                    missing = [f"{n}:{w}" for n, w in widths.items() if n not in columns]
+                    options = " ".join(f"--add {column}" for column in missing)
                     raise ArgumentError(
-                        f"{self.path} has no column {name!r}, only {', '.join(self._columns)}; "
-                        "name the optimizer when the table is made: "
-                        f"Table.create(path, {weight.rows}, {weight.dim}, optimizer=...)"
+                        f"{self.path} has no column {name!r}, only {', '.join(columns)}; make a "
+                        f"table that has it: pyembed convert {self.path} -o NEW {options}"
                     )
-                self._columns[name] = _core.Column(files.anonymous(weight.rows, weight.dim))
-            if self._columns[name].dim != weight.dim:
-                width = self._columns[name].dim
-                raise ArgumentError(f"column {name!r} has width {width}; expected {weight.dim}")
+                columns[name] = _core.Column(files.anonymous(weight.rows, width))
+            if columns[name].dim != width:
+                found = columns[name].dim
+                raise ArgumentError(f"column {name!r} has width {found}; expected {width}")
 
     def _announce_change(self, touched: NDArray[np.int64]) -> None:
         """Called before rows change. A table on disk keeps what they were."""

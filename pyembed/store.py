@@ -47,6 +47,7 @@ there is no journal; it is known that changes were not committed, and the table 
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import fcntl
 import mmap
@@ -54,7 +55,6 @@ import os
 import secrets
 import threading
 import warnings
-from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,9 +62,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from pyembed import _core, order
+from pyembed import _core, order, undo
 from pyembed import manifest as manifests
 from pyembed.arrays import F32
 from pyembed.errors import (
@@ -91,17 +90,7 @@ from pyembed.touched import Touched
 
 I64 = NDArray[np.int64]
 CLEAN = {"state": "clean", "salt": "", "boot": ""}
-FRAMES_AHEAD = 8  # whose pages are on their way while a frame is put back
 FULL = (errno.ENOSPC, errno.EDQUOT)
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-def boot_id() -> str:
-    """Which start of the machine this is; one of its own for every call where nobody knows."""
-    try:
-        return BOOT_ID.read_text().strip()
-    except OSError:
-        return f"unknown {secrets.token_hex(8)}"
 
 
 class Store:
@@ -122,6 +111,8 @@ class Store:
     Attributes
     ----------
     manifest : Manifest
+    optimizer : dict of str to dict
+        The manifest's, to be changed in place; the next commit stores it.
     array : float32 array of shape (rows, stride)
         The mapping.
     keeper : residency.Keeper
@@ -156,6 +147,7 @@ class Store:
                 self._take_lock()
             self._fd = os.open(self._file, flags)
             self._open_rows(live, salvage)
+            self.optimizer = copy.deepcopy(self.manifest.optimizer)
             self.id_map = self._map_ids()
             self.keeper = Keeper(self._fd, self.array, memory_limit, mode == "r+")
             self._pages = self.keeper.pages
@@ -199,7 +191,7 @@ class Store:
             self.array = self._map(rows)
             self._adopt(rows)
         else:
-            replay = self._judge_journal()
+            replay = undo.judge(self.path, self.manifest)
             self.array = self._map(self.manifest.rows, private=self.mode != "r+")
             self._put_back(replay)
 
@@ -255,50 +247,9 @@ class Store:
 
     # --- undo ---------------------------------------------------------------------------------
 
-    def _judge_journal(self) -> Replay:
-        """The frames that bring a dirty table back to its last commit.
-
-        Raises
-        ------
-        DirtyError
-            If they cannot: there is no journal, or what it kept is lost.
-        """
-        state, why = self.manifest, ""
-        number, salt = state.generation, int(state.salt or "0", 16)
-        replay = Replay(undo_path(self.path, number), salt, number, state.stride, state.rows)
-        if state.durability == "none":
-            why = f"a commit after generation {number}, and it keeps no journal"
-        elif state.durability == "process" and state.boot != boot_id():
-            why = f"a commit after generation {number}, and then the machine went down"
-        else:
-            for _ in self._frames(replay, "checking the journal"):
-                pass
-            if replay.end == "damaged":
-                why = f"a commit after generation {number}, and {replay.problem}"
-        if why:
-            raise DirtyError(
-                errno.EUCLEAN,
-                f"the last writer ended without {why}: rows may be from any time since; "
-                "restore a copy, or open it as it is with salvage=True",
-                str(self.path),
-            )
-        return replay
-
-    @staticmethod
-    def _frames(replay: Replay, what: str) -> Iterable[tuple[I64, F32]]:
-        return tqdm(replay, desc=what, unit="frame", disable=None, delay=1, leave=False)
-
     def _put_back(self, replay: Replay) -> None:
         """Rows as the journal has them; in the file, only then clean; or in a private mapping."""
-        whole, coming = _core.Column(self.array, _core.Pages()), deque[tuple[I64, F32]]()
-        for rows, old in self._frames(replay, "recovering"):
-            _core.ask_pages(whole, rows)
-            coming.append((rows, old))
-            if len(coming) > FRAMES_AHEAD:
-                rows, old = coming.popleft()
-                self.array[rows] = old
-        for rows, old in coming:
-            self.array[rows] = old
+        undo.put_back(self.array, replay)
         if self.mode != "r+":
             self.array.flags.writeable = self.mode == "c"
             return
@@ -344,8 +295,9 @@ class Store:
                 f"{self.path} keeps no journal; make or open it with durability='process'"
             )
         if self.manifest.state == "clean":
+            self._forget_steps()
             return
-        replay = self._judge_journal()
+        replay = undo.judge(self.path, self.manifest)
         if replay.frames < self._journal.frames:
             what = f"{replay.frames} of {self._journal.frames} frames of the journal are left"
             raise DirtyError(errno.EUCLEAN, f"{what}; close the table", str(self.path))
@@ -355,9 +307,15 @@ class Store:
         except BaseException:  # rows of two times must not be committed
             self._failed_sync = True
             raise
+        self._forget_steps()
         self._touched.clear()
         if rows != self.array.shape[0]:
             self._remap(rows)
+
+    def _forget_steps(self) -> None:
+        """Optimizers have come as far as the last commit says."""
+        self.optimizer.clear()
+        self.optimizer |= copy.deepcopy(self.manifest.optimizer)
 
     # --- changing -----------------------------------------------------------------------------
 
@@ -400,7 +358,7 @@ class Store:
             if self.manifest.state == "clean":
                 if self._journal is not None:
                     self._journal.begin(self.manifest.generation, int(self._salt, 16))
-                dirty = {"state": "dirty", "salt": self._salt, "boot": boot_id()}
+                dirty = {"state": "dirty", "salt": self._salt, "boot": undo.boot_id()}
                 self._set(self.manifest.with_changes(**dirty))
             if self._journal is not None:
                 self._record(self._journal, self._touched.new(rows))
@@ -432,12 +390,14 @@ class Store:
         if self.mode == "c":
             what = "a private copy has no commit; open the table with mode='r+'"
             raise ReadOnlyError(errno.EROFS, what, str(self.path))
-        if self.manifest.state == "clean" and meta is None:
+        unchanged = self.manifest.state == "clean" and self.manifest.optimizer == self.optimizer
+        if unchanged and meta is None:
             return
         state = self.manifest.with_changes(
             rows=self.array.shape[0],
             generation=self.manifest.generation + 1,
             meta=self.manifest.meta if meta is None else meta,
+            optimizer=self.optimizer,
             **CLEAN,
         )
         # A meta that cannot be stored is refused before anything is synced; and a copy is kept.

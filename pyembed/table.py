@@ -51,6 +51,9 @@ class Table(Rows):
         What the last commit stored.
     generation : int
         How many commits there were.
+    optimizer : dict of str to dict
+        How far the optimizers over this table have come, by the name of the rule: their own
+        ``{"steps": n}``. Committed with the rows.
     id_map : int64 array of shape (rows,) or None
         ``id_map[id]`` is the row of an id, in a table that was built in the order of frequency; a
         read-only view of its file. None where ids are rows. See `rows_of`.
@@ -75,6 +78,7 @@ class Table(Rows):
         self.path = backing.path if backing else None
         self._store = backing
         self._state = manifest.Manifest(array.shape[0], columns)
+        self.optimizer: dict[str, dict[str, int]] = backing.optimizer if backing else {}
         self._borrowed = False  # the rows are the caller's own array
         self._has_locked = False  # pages, by lock_hot
         if backing is not None:
@@ -104,8 +108,10 @@ class Table(Rows):
             A folder that must not exist yet. It appears complete or not at all.
         rows, dim : int
             Shape of the weight: 0..2^40 rows, 1..65536 floats each.
-        optimizer : {"sgd", "adagrad", "adam"}, optional
-            Whose state the rows shall carry.
+        optimizer : str, optional
+            Whose state the rows shall carry, by the name of its rule: "adagrad", "adam", "adamw",
+            "ftrl", "lamb", "lars", "momentum", "nesterov", "rmsprop", "rowwise_adagrad",
+            "rowwise_adam", "sgd". Lazy optimizers also need the column ``last_step`` of width 1.
         columns : mapping of str to int, optional
             Columns of your own and their widths; they start as zero.
         init : Initializer, optional
@@ -253,7 +259,7 @@ class Table(Rows):
         if self._store is not None:
             return _reopen, (str(self.path), self._store.mode, self.num_threads)
         columns = {name: self.column(name) for name in self.columns}
-        return _rebuild, (columns, self.num_threads)
+        return _rebuild, (columns, self.num_threads, self.optimizer)
 
     @property
     def _manifest(self) -> manifest.Manifest:
@@ -262,6 +268,11 @@ class Table(Rows):
     @property
     def meta(self) -> dict[str, Any]:
         return dict(self._manifest.meta)
+
+    @property
+    def durability(self) -> str:
+        """What the last commit survives, see `create`."""
+        return self._manifest.durability
 
     @property
     def generation(self) -> int:
@@ -404,13 +415,13 @@ class Table(Rows):
                 self._store.commit(meta)
                 return
             state, kept = self._state, self._state.meta if meta is None else meta
-            state = state.with_changes(generation=state.generation + 1, meta=kept)
+            done = {"generation": state.generation + 1, "optimizer": self.optimizer}
+            state = state.with_changes(**done, meta=kept)
             self._state = manifest.decode(manifest.encode(state), "meta")
 
     def rollback(self) -> None:
-        """Bring the rows, their state, their number and `meta` back to the last commit.
+        """Bring rows, their state and number, `meta` and `optimizer` back to the last commit.
 
-        What is kept elsewhere is yours to bring back: ``optimizer.steps = table.meta["steps"]``.
         Views taken earlier show the old rows; no other call may run.
 
         Raises
@@ -469,8 +480,12 @@ def _reopen(path: str, mode: str, num_threads: int) -> Table:
     return Table.open(path, mode, num_threads=num_threads)
 
 
-def _rebuild(columns: dict[str, F32], num_threads: int) -> Table:
+def _rebuild(
+    columns: dict[str, F32], num_threads: int, optimizer: dict[str, dict[str, int]]
+) -> Table:
     widths = {name: array.shape[1] for name, array in columns.items()}
     rows = files.anonymous(len(columns["weight"]), sum(widths.values()))
     np.concatenate(list(columns.values()), axis=1, out=rows)
-    return Table(None, rows, widths, num_threads)
+    table = Table(None, rows, widths, num_threads)
+    table.optimizer |= optimizer
+    return table

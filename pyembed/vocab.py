@@ -29,6 +29,7 @@ from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError
 
 _TEXT = "vocab.txt"
 _COUNTS = "vocab.counts.npy"
+FILES = (_TEXT, _COUNTS)  # of a vocabulary, in its folder
 _SPELLING_POOL = 20_000  # rows searched for close spellings: milliseconds, as loops catch KeyError
 
 

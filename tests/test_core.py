@@ -4,19 +4,57 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DIMS, Batch, bad_ids, batches
 
 from pyembed import _core, reference
 from pyembed.errors import IdError
 
-HYPER = (0.05, 1e-8, 0.1, 0.001)
-COLUMNS = {name: 1 + len(state) for name, (_, state) in _core.RULES.items()}
+HYPER = _core.HYPER | {
+    "lr": 0.05,
+    "eps": 1e-8,
+    "momentum": 0.9,
+    "one_minus_b1": 0.1,
+    "one_minus_b2": 0.001,
+    "correction": 0.3,
+    "decay": 0.01,
+    "beta": 1.0,
+    "l1": 0.02,
+    "l2": 0.03,
+}
+# What a step may do beside its rule, each by itself and all that go together.
+EXTRAS = [
+    {"clip_value": 0.5},
+    {"clip_scale": 0.25},
+    {"l2": 0.1},
+    {"keep": 0.9},
+    {"keep": 0.9, "step": 50.0},
+    {"max_norm": 1.0},
+    {"max_norm": 3.0, "norm_type": 1.0},
+    {"skip_nonfinite": True},
+    {"skip_nonfinite": True, "keep": 0.99, "step": 9.0, "clip_value": 1.0, "max_norm": 2.0},
+]
 
 
-def column_parts(array: np.ndarray, dim: int) -> tuple[np.ndarray, ...]:
-    return tuple(array[:, i : i + dim] for i in range(0, array.shape[1], dim))
+def state_of(rule: str, dim: int) -> list[int]:
+    """The widths of a rule's columns, the weight first."""
+    state = _core.RULES[rule][1].values()
+    return [dim, *(dim if kind == "element" else 1 for kind in state)]
+
+
+def cut(array: np.ndarray, widths: list[int]) -> tuple[np.ndarray, ...]:
+    ends = np.cumsum(widths)
+    return tuple(array[:, end - width : end] for end, width in zip(ends, widths, strict=True))
+
+
+def table_of(rows: int, widths: list[int], seed: int) -> np.ndarray:
+    """Rows of all columns, non-negative as squares are; the last steps are small integers."""
+    rng = np.random.default_rng(seed)
+    some = np.abs(rng.standard_normal(9973, np.float32))  # a prime: rows differ; fast to repeat
+    table = np.resize(some, (rows, sum(widths)))
+    table[:, -1] = rng.integers(0, 40, rows)
+    return table
 
 
 def equal(got: np.ndarray, expected: np.ndarray) -> bool:
@@ -122,33 +160,99 @@ def test_scatter_add(batch: Batch, alpha: float, simd: str) -> None:
     assert equal(got, expected)
 
 
-@pytest.mark.parametrize("rule", COLUMNS)
+@pytest.mark.parametrize("rule", _core.RULES)
+@settings(max_examples=10)
 @given(batch=batches(), scale=st.booleans(), skip=st.booleans())
 def test_update(batch: Batch, rule: str, scale: bool, skip: bool, simd: str, workers: int) -> None:
     """A step gives the bits of the reference, and rows that are not in the batch keep theirs."""
     grad = batch.grad().reshape(-1, batch.dim)
     groups = reference.group(batch.ids, batch.rows)
     skip_row = int(groups[0][-1]) if skip and groups[0].size else -1
-    got, expected = batch.table(COLUMNS[rule]), batch.table(COLUMNS[rule])
-    columns = tuple(map(_core.Column, column_parts(got, batch.dim)))
+    widths = state_of(rule, batch.dim)
+    got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
+    columns = tuple(map(_core.Column, cut(got, widths)))
     _core.update(columns, *groups, grad, rule, HYPER, skip_row, scale, workers)
     sums = reference.sum_groups(*groups, grad, scale)
-    parts = column_parts(expected, batch.dim)
-    reference.update(parts, groups[0], sums, rule, HYPER, skip_row)
+    reference.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row)
     assert equal(got, expected)
 
 
-@pytest.mark.parametrize("rule", COLUMNS)
+@pytest.mark.parametrize("extras", EXTRAS, ids=lambda extras: "-".join(extras))
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "rowwise_adam"])
+@settings(max_examples=5)
+@given(batch=batches())
+def test_update_with_extras(
+    batch: Batch, rule: str, extras: dict[str, float], simd: str, workers: int
+) -> None:
+    """What a step does beside its rule gives the bits of the reference too."""
+    grad = batch.grad().reshape(-1, batch.dim)
+    groups = reference.group(batch.ids, batch.rows)
+    if "skip_nonfinite" in extras and grad.size:
+        grad[:: max(1, len(grad) // 3), -1] = [np.nan, np.inf, -np.inf][batch.seed % 3]
+    lazy = "step" in extras
+    widths = [*state_of(rule, batch.dim), *([1] if lazy else [])]
+    if rule == "momentum" and lazy:
+        extras = extras | {"momentum": 0.8, "missed_lr": 0.05}
+    extras = _core.EXTRAS | extras
+    got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
+    columns = tuple(map(_core.Column, cut(got, widths)))
+    before = got.copy()
+    found = _core.update(columns, *groups, grad, rule, HYPER, -1, False, workers, extras=extras)
+    sums = reference.sum_groups(*groups, grad)
+    skipped = reference.update(cut(expected, widths), groups[0], sums, rule, HYPER, -1, extras)
+    assert found == skipped
+    assert equal(got, expected)
+    untouched = np.setdiff1d(np.arange(batch.rows), groups[0])
+    assert equal(got[untouched], before[untouched])
+    if lazy and batch.rows < 1000:
+        _core.catch_up(columns, None, rule, HYPER, extras | {"step": 60.0}, workers)
+        reference.catch_up(cut(expected, widths), None, extras | {"step": 60.0})
+        assert equal(got, expected)
+
+
+@given(batch=batches(), skip=st.booleans())
+def test_global_norm(batch: Batch, skip: bool, simd: str, workers: int) -> None:
+    """The norm of all gradients is summed in one order, without the row that is skipped."""
+    rows = np.unique(batch.ids).astype(np.int64)
+    grad = batch.table()[rows]
+    skip_row = int(rows[0]) if skip and rows.size else -1
+    if rows.size > 1:
+        grad[-1, 0] = np.inf
+    for finite in (False, True):
+        expected = reference.global_norm(rows, grad, skip_row, finite)
+        assert _core.global_norm(rows, grad, skip_row, finite, workers) == expected
+
+
+@pytest.mark.parametrize("rule", _core.RULES)
+@pytest.mark.parametrize("what", ["zeros", "zero weight", "huge", "tiny"])
+def test_rules_at_the_edge(rule: str, what: str, simd: str) -> None:
+    """Rows and gradients of zeros, and of the largest and smallest numbers, as in the reference."""
+    widths = state_of(rule, 17)
+    got = np.zeros((4, sum(widths)), np.float32)
+    grad = np.zeros((4, 17), np.float32)
+    if what != "zeros":
+        grad[:] = {"zero weight": 1.0, "huge": 1e30, "tiny": 1e-40}[what]
+        got[1:] = 0.0 if what == "zero weight" else grad[0, 0]
+    expected = got.copy()
+    columns = tuple(map(_core.Column, cut(got, widths)))
+    _core.update(columns, np.arange(4), None, None, grad, rule, HYPER, -1, False, 1)
+    reference.update(cut(expected, widths), np.arange(4), grad, rule, HYPER)
+    np.testing.assert_array_equal(got, expected)  # a NaN may have another sign
+    if what in ("zeros", "zero weight"):
+        assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("rule", _core.RULES)
 def test_update_of_unique_rows(rule: str, simd: str, workers: int) -> None:
     """Gradients that belong to ascending unique rows need no groups."""
     rng = np.random.default_rng(5)
-    got = np.abs(rng.standard_normal((300, COLUMNS[rule] * 17), np.float32))
-    expected = got.copy()
+    widths = state_of(rule, 17)
+    got, expected = (table_of(300, widths, 5) for _ in range(2))
     rows = np.unique(rng.integers(0, 300, 200))
     grad = rng.standard_normal((rows.size, 17), np.float32)
-    columns = tuple(map(_core.Column, column_parts(got, 17)))
+    columns = tuple(map(_core.Column, cut(got, widths)))
     _core.update(columns, rows, None, None, grad, rule, HYPER, -1, False, workers)
-    reference.update(column_parts(expected, 17), rows, grad, rule, HYPER)
+    reference.update(cut(expected, widths), rows, grad, rule, HYPER)
     assert equal(got, expected)
 
 

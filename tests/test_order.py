@@ -349,7 +349,7 @@ def test_lock_hot_reads_rows(path: Path) -> None:
         (65536, 128, None, "", 128),
         (65536, 100, None, "", 163),  # row 163 lies on two pages
         (65536, 100, "adam", "", 54),
-        (65536, 1024, "sgd", "m.ensure_columns(('sum',)); t = m", 8),
+        (65536, 1024, "sgd", "m.ensure_columns({'sum': m.dim}); t = m", 8),
         (0, 1024, None, "", 0),
     ],
 )

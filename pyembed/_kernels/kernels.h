@@ -11,18 +11,37 @@
 
 #include <stdint.h>
 
-/* Update rules, in order of increasing complexity; the order of pe_kernels.update. */
-enum { PE_SGD, PE_ADAGRAD, PE_ADAM, PE_RULES };
+/* Update rules, in the order of rules.inc.h and of pe_kernels.update. */
+enum {
+    PE_SGD,
+    PE_MOMENTUM,
+    PE_NESTEROV,
+    PE_ADAGRAD,
+    PE_ROWWISE_ADAGRAD,
+    PE_RMSPROP,
+    PE_ADAM,
+    PE_ROWWISE_ADAM,
+    PE_LAMB,
+    PE_LARS,
+    PE_FTRL,
+    PE_RULES
+};
 
 /* Hyper-parameters of one step, already rounded to float32. A rule reads those that it names. */
 typedef struct {
-    float lr;            /* SGD, Adagrad: learning rate; Adam: lr * sqrt(1 - beta2^t) / (1 - beta1^t) */
+    float lr;           /* the step, with what is the same for all rows: Adam's carries both bias corrections */
     float eps;
-    float one_minus_b1;
-    float one_minus_b2;
+    float momentum;     /* SGD, LARS: what a buffer keeps */
+    float one_minus_b1; /* what a gradient adds to a first moment: Adam, LAMB 1 - beta1; SGD 1 - dampening */
+    float one_minus_b2; /* what a square adds to a second moment: Adam, LAMB 1 - beta2; RMSprop 1 - alpha */
+    float correction;   /* LAMB: sqrt(1 - beta2^t) / (1 - beta1^t); LARS: eta */
+    float decay;        /* LAMB, LARS: weight decay, which is part of their norms */
+    float beta;         /* FTRL */
+    float l1;
+    float l2;
 } pe_hyper;
 
-/* col[0] is the weight, col[1..] the state columns of the rule, all of the same row. */
+/* col[0] is the weight, col[1..] the state columns of the rule, all of the same row: d floats each, or one. */
 typedef void (*pe_update_row)(float *const *col, const float *grad_d, int64_t d, const pe_hyper *h);
 
 /* The rows of one sum, in order: row ids_n[r] begins at base + ids_n[r] * stride floats. A sum is the one place where a
@@ -39,6 +58,29 @@ typedef struct {
     int64_t ahead;       /* how many rows ahead memory is asked for */
 } pe_sum;
 
+/* What a row missed: n steps without a gradient, each of which multiplies the weight with `keep` and then takes a step of
+ * momentum. In closed form, by doubling: weight = kept * weight - lr * moved * buffer, buffer = left * buffer. No division,
+ * so none of the cases (keep = momentum, keep = 1) is special. */
+typedef struct {
+    double kept, left, moved;
+} pe_missed;
+
+static inline pe_missed pe_miss(double keep, double momentum, int64_t n) {
+    pe_missed m = {1.0, 1.0, 0.0};
+    for (int bit = 62; bit >= 0; bit--) {
+        if (n >> bit == 0) continue;
+        m.moved *= m.kept + m.left;
+        m.kept *= m.kept;
+        m.left *= m.left;
+        if (n >> bit & 1) {
+            m.left *= momentum;
+            m.moved = keep * m.moved + m.left;
+            m.kept *= keep;
+        }
+    }
+    return m;
+}
+
 #define PE_BLOCK 64 /* floats of one block of a random stream */
 
 typedef struct {
@@ -50,10 +92,12 @@ typedef struct {
     void (*axpy_row)(float *acc_d, const float *src_d, float alpha, int64_t d);  /* acc += alpha * src */
     void (*scale_row)(float *dst_d, float alpha, int64_t d);                     /* dst *= alpha */
     void (*divide_row)(float *dst_d, float by, int64_t d);                       /* dst /= by */
+    void (*clamp_row)(float *dst_d, float most, int64_t d);                      /* into -most..most; NaN stays */
     void (*max_row)(float *best_d, const float *src_d, int64_t d);               /* best = src > best ? src : best */
     /* as max_row, and where src wins, which = id */
     void (*max_which_row)(float *best_d, int64_t *which_d, const float *src_d, int64_t id, int64_t d);
     float (*dot_row)(const float *a_d, const float *b_d, int64_t d);             /* 16 lanes and a tree */
+    double (*squares_row)(const float *src_d, int64_t d);                        /* sum of squares in double, 16 lanes */
     double (*norm_row)(const float *src_d, double p, int64_t d);                 /* p-norm in double, 16 lanes; NaN if any */
     int (*finite_span)(const float *src_d, int64_t d);                           /* 1 if no NaN and no infinity */
     pe_update_row update[PE_RULES];

@@ -52,6 +52,14 @@ static void divide_row(float *restrict dst_d, float by, int64_t d) {
     for (int64_t i = 0; i < d; i++) dst_d[i] /= by;
 }
 
+/* A NaN stays one: both comparisons are false. */
+static void clamp_row(float *restrict dst_d, float most, int64_t d) {
+    for (int64_t i = 0; i < d; i++) {
+        const float x = dst_d[i], low = x < -most ? -most : x;
+        dst_d[i] = low > most ? most : low;
+    }
+}
+
 static void max_row(float *restrict best_d, const float *restrict src_d, int64_t d) {
     for (int64_t i = 0; i < d; i++) best_d[i] = src_d[i] > best_d[i] ? src_d[i] : best_d[i];
 }
@@ -86,12 +94,15 @@ static float dot_row(const float *restrict a_d, const float *restrict b_d, int64
     return lane[0];
 }
 
-/* Each norm is a function of its own, so that its lanes live in registers. */
-static double norm2_row(const float *restrict src_d, int64_t d) {
+/* The sum of squares in double: it neither overflows nor loses small terms. */
+static double squares_row(const float *restrict src_d, int64_t d) {
     double lane[PE_SUM_LANES] = {0};
     PE_LANE_SUM(lane, (double)src_d[i] * (double)src_d[i])
-    return sqrt(lane[0]);
+    return lane[0];
 }
+
+/* Each norm is a function of its own, so that its lanes live in registers. */
+static double norm2_row(const float *restrict src_d, int64_t d) { return sqrt(squares_row(src_d, d)); }
 
 static double norm1_row(const float *restrict src_d, int64_t d) {
     double lane[PE_SUM_LANES] = {0};
@@ -143,37 +154,7 @@ static int finite_span(const float *restrict src_d, int64_t d) {
     return !bad;
 }
 
-/* w -= lr * g */
-static void sgd_row(float *const *col, const float *restrict grad_d, int64_t d, const pe_hyper *h) {
-    float *restrict w_d = col[0];
-    const float lr = h->lr;
-    for (int64_t i = 0; i < d; i++) w_d[i] -= lr * grad_d[i];
-}
-
-/* s += g^2;  w -= lr * g / (sqrt(s) + eps) */
-static void adagrad_row(float *const *col, const float *restrict grad_d, int64_t d, const pe_hyper *h) {
-    float *restrict w_d = col[0], *restrict sum_d = col[1];
-    const float lr = h->lr, eps = h->eps;
-    for (int64_t i = 0; i < d; i++) {
-        const float g = grad_d[i], s = sum_d[i] + g * g;
-        sum_d[i] = s;
-        w_d[i] -= lr * (g / (sqrtf(s) + eps));
-    }
-}
-
-/* m += (g - m)(1 - b1);  v += (g^2 - v)(1 - b2);  w -= lr * m / (sqrt(v) + eps), lr with both bias corrections */
-static void adam_row(float *const *col, const float *restrict grad_d, int64_t d, const pe_hyper *h) {
-    float *restrict w_d = col[0], *restrict m_d = col[1], *restrict v_d = col[2];
-    const float lr = h->lr, eps = h->eps, one_minus_b1 = h->one_minus_b1, one_minus_b2 = h->one_minus_b2;
-    for (int64_t i = 0; i < d; i++) {
-        const float g = grad_d[i];
-        const float m = m_d[i] + (g - m_d[i]) * one_minus_b1;
-        const float v = v_d[i] + (g * g - v_d[i]) * one_minus_b2;
-        m_d[i] = m;
-        v_d[i] = v;
-        w_d[i] -= lr * (m / (sqrtf(v) + eps));
-    }
-}
+#include "rules.inc.h"
 
 const pe_kernels PE_CAT(pe_kernels_, PE_LEVEL) = {
     .name = PE_STR(PE_LEVEL),
@@ -183,12 +164,14 @@ const pe_kernels PE_CAT(pe_kernels_, PE_LEVEL) = {
     .axpy_row = axpy_row,
     .scale_row = scale_row,
     .divide_row = divide_row,
+    .clamp_row = clamp_row,
     .max_row = max_row,
     .max_which_row = max_which_row,
     .dot_row = dot_row,
     .norm_row = norm_row,
     .finite_span = finite_span,
-    .update = {[PE_SGD] = sgd_row, [PE_ADAGRAD] = adagrad_row, [PE_ADAM] = adam_row},
+    .squares_row = squares_row,
+    .update = PE_RULE_TABLE,
     .uniform_blocks = uniform_blocks,
     .normal_blocks = normal_blocks,
 };

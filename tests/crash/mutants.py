@@ -154,7 +154,7 @@ def sums_not_compared() -> None:
 
 
 def boot_not_compared() -> None:
-    store.boot_id = lambda: "the same"
+    undo.boot_id = lambda: "the same"
 
 
 def manifest_written_in_place() -> None:

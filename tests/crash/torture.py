@@ -1,8 +1,8 @@
 """The command: every sweep, in full or thinned out, and every mutant; a table of counts.
 
-    python -m crash.torture            all of it, about fifteen minutes     (make torture)
-    python -m crash.torture --short    a thin slice of each, for the tests
-    python -m crash.torture --write    and put the counts into docs/durability.md
+python -m crash.torture            all of it, about fifteen minutes     (make torture)
+python -m crash.torture --short    a thin slice of each, for the tests
+python -m crash.torture --write    and put the counts into docs/durability.md
 """
 
 from __future__ import annotations
