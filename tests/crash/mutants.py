@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pyembed import files, journal, store
+from pyembed import files, journal, store, undo
 from pyembed.journal import Journal, Replay
 from pyembed.store import CLEAN, Store
 from pyembed.touched import Touched

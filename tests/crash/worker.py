@@ -96,7 +96,7 @@ def memory_group(limit: int) -> Iterator[Path | None]:
         for _ in range(50):
             with contextlib.suppress(OSError):
                 group.rmdir()
-                return
+                break
             time.sleep(0.1)
 
 
