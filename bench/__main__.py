@@ -12,7 +12,16 @@ from pathlib import Path
 
 from bench import harness
 
-NAMES = ("gather", "update", "tables", "layers", "build", "outofcore", "replacement")
+NAMES = (
+    "gather",
+    "update",
+    "tables",
+    "layers",
+    "build",
+    "outofcore",
+    "replacement",
+    "durability",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyembed import Table, __version__, build, convert, init, order, show_config
-from pyembed.errors import ArgumentError, PyembedError
+from pyembed.errors import ArgumentError, FormatError, PyembedError
 from pyembed.train.neighbours import Model
 from pyembed.train.skipgram import train_skipgram
+from pyembed.verify import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_build(commands)
     _add_convert(commands)
     _add_info(commands)
+    _add_verify(commands)
+    _add_recover(commands)
     _add_train(commands)
     _add_similar(commands)
     doctor = commands.add_parser("doctor", help="what this build and this machine are")
@@ -169,6 +172,39 @@ def _info(a: argparse.Namespace) -> None:
         if a.resident:
             stats = table.stats()
             facts |= {"resident_bytes": stats.resident_bytes, "dirty_bytes": stats.dirty_bytes}
+    _show(facts, a.json)
+
+
+def _add_verify(commands: Any) -> None:
+    p = commands.add_parser("verify", help="is a table what its manifest says? changes nothing")
+    p.add_argument("table")
+    p.add_argument("--finite", action="store_true", help="and look at every row for NaN, infinity")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_verify)
+
+
+def _verify(a: argparse.Namespace) -> None:
+    found = verify(a.table, a.finite, False if a.quiet else None)
+    facts = {name: value for name, value in asdict(found).items() if value is not None}
+    _show(facts, a.json)
+    if found.nonfinite_rows:
+        raise FormatError(f"{a.table}: {found.nonfinite_rows:,} rows are not finite")
+
+
+def _add_recover(commands: Any) -> None:
+    p = commands.add_parser("recover", help="bring a table back to its last commit")
+    p.add_argument("table")
+    p.add_argument(
+        "--salvage", action="store_true", help="keep the rows as they are, as a commit of their own"
+    )
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_recover)
+
+
+def _recover(a: argparse.Namespace) -> None:
+    with Table.open(a.table, salvage=a.salvage) as table:
+        facts = {"rows": table.rows, "generation": table.generation, "meta": table.meta}
     _show(facts, a.json)
 
 

@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import shutil
+import tokenize
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_npy_header(path: Path, fd: int) -> tuple[int, int, int]:
             )
             shape, fortran, dtype = reader(file)
             offset = file.tell()
-    except ValueError as error:
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:
         raise FormatError(f"{path}: not an .npy file ({error})") from None
     if dtype != FLOAT32 or dtype.byteorder == ">" or len(shape) != 2 or (fortran and shape[0] > 1):
         order = "Fortran" if fortran else "C"
@@ -135,7 +136,14 @@ def sync_folder(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Atomically replace a file: temporary file, sync, rename, sync of the folder."""
+    """Atomically replace a file: temporary file, sync, rename, sync of the folder.
+
+    Raises
+    ------
+    OSError
+        With errno EIO if only the last failed: the file is the new one already, and a caller must
+        not take that for a full disk, which is met before.
+    """
     temporary = path.with_name(path.name + ".new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -144,7 +152,11 @@ def replace_file(path: Path, data: bytes) -> None:
     finally:
         os.close(fd)
     temporary.replace(path)
-    sync_folder(path.parent)
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        what = f"its new content may be lost with the machine ({error.strerror})"
+        raise OSError(errno.EIO, what, str(path)) from error
 
 
 class DirectWriter:

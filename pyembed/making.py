@@ -77,7 +77,11 @@ def create(
         state = Manifest(written, columns, durability=durability, **(carried or {}))
         replace_file(temporary / "manifest.json", manifests.encode(state))
         temporary.rename(path)
-        sync_folder(path.parent)
+        try:
+            sync_folder(path.parent)
+        except BaseException:
+            path.rename(temporary)
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

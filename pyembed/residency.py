@@ -18,6 +18,7 @@ from pathlib import Path
 from pyembed import _core
 from pyembed.arrays import F32
 from pyembed.errors import ArgumentError, DTypeError
+from pyembed.files import HEADER_BYTES
 
 POLL_SECONDS = 0.1  # between two looks; at 80,000 pages a second 32 MB have come in
 SLICE_BYTES = 32 << 20  # given back by one call
@@ -209,6 +210,9 @@ class Keeper:
         while left > 0 and not self._stop.is_set():
             end = min(self._hand + min(step, left), rows.shape[0])
             _core.page_out(rows[self._hand : end])
+            # That sees mapped pages alone, and unmaps changed ones instead of freeing them.
+            first, size = self._hand * 4 * rows.shape[1], (end - self._hand) * 4 * rows.shape[1]
+            os.posix_fadvise(self._fd, HEADER_BYTES + first, size, os.POSIX_FADV_DONTNEED)
             left -= end - self._hand
             self._hand = end % rows.shape[0]
 

@@ -40,8 +40,8 @@ there is no journal; it is known that changes were not committed, and the table 
 4. A table appears under its name complete or not at all.
 5. A dirty manifest keeps what was committed: rows appended since lie behind it, and are cut off by
    an undo.
-6. After a sync that failed nothing is called committed any more: what it lost is unknown. To open
-   the table again recovers it.
+6. After a sync or an undo that failed nothing is called committed any more: what is lost, or
+   half done, is unknown. To open the table again recovers it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ import os
 import secrets
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ from pyembed.touched import Touched
 
 I64 = NDArray[np.int64]
 CLEAN = {"state": "clean", "salt": "", "boot": ""}
+FRAMES_AHEAD = 8  # whose pages are on their way while a frame is put back
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -180,13 +183,19 @@ class Store:
 
     def _open_rows(self, live: bool, salvage: bool) -> None:
         """Map the rows of the last commit, recovered if need be; or as they are."""
-        rows, stride, self._offset = read_npy_header(self._file, self._fd)
         if not self.folder:
+            rows, stride, self._offset = read_npy_header(self._file, self._fd)
             self.manifest = Manifest(rows, {"weight": stride})
             self.array = self._map(rows)
             return
         source = self.path / "manifest.json"
         self.manifest = manifests.decode(source.read_bytes(), str(source))
+        if self.manifest.state == "dirty" and not salvage:
+            # An undo that the machine did not survive may have cut off rows that the header on
+            # the disk still counts. The next undo writes it anew.
+            rows, stride, self._offset = self.manifest.rows, self.manifest.stride, HEADER_BYTES
+        else:
+            rows, stride, self._offset = read_npy_header(self._file, self._fd)
         self._check_sizes(rows, stride)
         if self.manifest.state == "clean" or live:
             self.array = self._map(self.manifest.rows)
@@ -246,6 +255,7 @@ class Store:
         if self.manifest.durability != "none":
             self._journal = Journal(self.path, self.manifest.stride, self.manifest.durability)
             self._touched = Touched(self.manifest.rows, self.manifest.generation)
+            self._writer = ThreadPoolExecutor(1, "pyembed-journal")  # starts with its first task
 
     # --- undo ---------------------------------------------------------------------------------
 
@@ -284,7 +294,14 @@ class Store:
 
     def _put_back(self, replay: Replay) -> None:
         """Rows as the journal has them; in the file, only then clean; or in a private mapping."""
+        whole, coming = _core.Column(self.array, _core.Pages()), deque[tuple[I64, F32]]()
         for rows, old in self._frames(replay, "recovering"):
+            _core.ask_pages(whole, rows)
+            coming.append((rows, old))
+            if len(coming) > FRAMES_AHEAD:
+                rows, old = coming.popleft()
+                self.array[rows] = old
+        for rows, old in coming:
             self.array[rows] = old
         if self.mode != "r+":
             self.array.flags.writeable = self.mode == "c"
@@ -302,14 +319,18 @@ class Store:
             self._finish_interval(self.manifest.with_changes(rows=rows, generation=number, **CLEAN))
 
     def _finish_interval(self, state: Manifest) -> None:
-        """Sync the rows, then say in the manifest what they are. The first failure is final."""
-        try:
-            sync(self._fd)
-        except OSError:
-            self._failed_sync = True
-            raise
+        """Sync the rows, then say in the manifest what they are."""
+        self._sync_rows()
         self._set(state)
         self._salt = secrets.token_hex(8)
+
+    def _sync_rows(self) -> None:
+        """The first failure is final, and so is an interruption: a second try proves nothing."""
+        try:
+            sync(self._fd)
+        except BaseException:
+            self._failed_sync = True
+            raise
 
     def rollback(self) -> None:
         """Bring rows and meta back to the last commit.
@@ -334,7 +355,11 @@ class Store:
             what = f"{replay.frames} of {self._journal.frames} frames of the journal are left"
             raise DirtyError(errno.EUCLEAN, f"{what}; close the table", str(self.path))
         rows = self.manifest.rows
-        self._put_back(replay)
+        try:
+            self._put_back(replay)
+        except BaseException:  # rows of two times must not be committed
+            self._failed_sync = True
+            raise
         self._forget_steps()
         self._touched.clear()
         if rows != self.array.shape[0]:
@@ -357,7 +382,7 @@ class Store:
             what = "the table was opened before a fork; open it in this process, once it is closed"
             raise ReadOnlyError(errno.EROFS, what, str(self.path))
         if self._failed_sync:
-            what = "a sync failed, so rows may be lost; close it, and open it again to recover"
+            what = "a sync or an undo failed; close it, and open it again to recover"
             raise TableError(errno.EIO, what, str(self.path))
 
     @property
@@ -392,10 +417,18 @@ class Store:
                 self._record(self._journal, self._touched.new(rows))
 
     def _record(self, journal: Journal, rows: I64) -> None:
-        whole = _core.Column(self.array, self._pages)
+        """Write old rows, and mark them; what fails leaves them unmarked, and the table sound."""
+        whole, writing = _core.Column(self.array, self._pages), None
         _core.ask_pages(whole, rows)
-        for piece in journal.pieces(rows):
-            journal.record(piece, _core.gather(whole, piece, None, 1))
+        try:
+            for piece in journal.pieces(rows):  # the next is gathered while one is written
+                frame = journal.frame(piece, _core.gather(whole, piece, None, 1))
+                if writing is not None:
+                    writing.result()
+                writing = self._writer.submit(journal.write, frame)
+        finally:
+            if writing is not None:
+                writing.result()
         if rows.size and self.manifest.durability == "power":
             try:
                 journal.sync()
@@ -440,7 +473,7 @@ class Store:
             os.lseek(self._fd, end, os.SEEK_SET)
             for chunk in chunks:
                 write_all(self._fd, chunk)
-            sync(self._fd)
+            self._sync_rows()  # of changes that were made before, too
             os.pwrite(self._fd, npy_header(before + count, stride), 0)
         except BaseException:
             os.pwrite(self._fd, npy_header(before, stride), 0)
@@ -469,14 +502,18 @@ class Store:
 
     def release(self) -> None:
         """Let go of the lock and the files; the mapping lives as long as an array shows it."""
+        self.array = np.zeros((0, 1), np.float32)
         if self.keeper is not None:
             self.keeper.close()
+            self.keeper.rows = self.array
         if self._journal is not None:
+            self._writer.shutdown()
             self._journal.close()
             sound = self.manifest.state == "clean" and not self._failed_sync
             if sound and self._pid == os.getpid():
-                for number in range(2):  # nobody needs what they hold
-                    undo_path(self.path, number).unlink(missing_ok=True)
+                for number in range(2):  # nobody needs what they hold, so they may stay as well
+                    with contextlib.suppress(OSError):
+                        undo_path(self.path, number).unlink()
         for fd in (self._fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

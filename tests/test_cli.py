@@ -34,6 +34,34 @@ def test_build_and_info(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["resident_bytes"] is None or 0 <= facts["resident_bytes"] <= 4096 + 64_000 + 4096
 
 
+def test_verify_and_recover(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """verify changes nothing and says what is wrong; recover brings back the last commit."""
+    kill = (
+        "import os, signal, numpy, pyembed\n"
+        f"t = pyembed.Table.open({str(table)!r})\n"
+        "t.scatter_add([0], numpy.full((1, 2), numpy.inf, numpy.float32))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", kill], check=False)
+    before = {file.name: file.read_bytes() for file in table.iterdir()}
+    assert main(["verify", str(table), "--finite", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == {"rows": 4, "generation": 1, "state": "dirty", "nonfinite_rows": 0}
+    assert {file.name: file.read_bytes() for file in table.iterdir()} == before
+    assert main(["recover", str(table)]) == 0
+    assert "generation" in capsys.readouterr().out
+    with Table.open(table, "r") as t:
+        assert (t.state, t.gather(0).tolist()) == ("clean", [0, 1])
+    subprocess.run([sys.executable, "-c", kill], check=False)
+    assert main(["recover", str(table), "--salvage"]) == 0
+    assert main(["verify", str(table)]) == 0
+    assert main(["verify", str(table), "--finite", "-q"]) == 1
+    assert "1 rows are not finite" in capsys.readouterr().err
+    (table / "rows.npy").write_bytes(b"short")
+    assert main(["verify", str(table)]) == 1
+    assert "rows.npy" in capsys.readouterr().err
+
+
 def test_build_from_vectors(path: Path, tmp_path: Path) -> None:
     """build takes a file of vectors."""
     (tmp_path / "v.txt").write_text("a 1 2\nb 3 4\n")

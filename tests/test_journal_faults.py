@@ -357,9 +357,9 @@ def test_the_check_of_power_cuts_can_fail(tmp_path: Path, monkeypatch: pytest.Mo
         assert not survives_power_cuts(tmp_path / "blocks")
     real: Callable[..., None] = Journal._append
 
-    def settled(self: Journal, rows: np.ndarray, old: np.ndarray) -> None:
+    def settled(self: Journal, frame: object) -> None:
         self._settled = self.frames
-        real(self, rows, old)
+        real(self, frame)
 
     monkeypatch.setattr(Journal, "_append", settled)
     assert not survives_power_cuts(tmp_path / "settled")

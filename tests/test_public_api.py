@@ -22,7 +22,7 @@ ROOMS = [
     {"store", "making", "layout"},
     {"rows", "bags", "vocab", "formats"},
     {"table"},
-    {"embedding", "build", "convert"},
+    {"embedding", "build", "convert", "verify"},
     {"embedding_bag"},
     {"optimizer", "functional", "config", "lookahead"},
     {"many"},

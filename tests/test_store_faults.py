@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pyembed import Table, files, store
-from pyembed.errors import ArgumentError, ReadOnlyError, TableError
+from pyembed.errors import ArgumentError, FormatError, ReadOnlyError, TableError
 
 ONES = np.ones((1, 2), np.float32)
 
@@ -76,10 +76,120 @@ def test_failed_sync_is_not_forgotten(table: Path, monkeypatch: pytest.MonkeyPat
         t.commit()
     monkeypatch.undo()
     for call in (t.commit, lambda: t.scatter_add([0], ONES), t.rollback, t.close):
-        with pytest.raises(TableError, match="a sync failed"):
+        with pytest.raises(TableError, match="a sync or an undo failed"):
             call()
     with Table.open(table) as t:
         assert t.gather(0).tolist() == [0, 1]
+
+
+def fail_once(patch: pytest.MonkeyPatch, name: str, number: int, code: int) -> None:
+    """The call of this number, from 0, of a function of `os` fails."""
+    real, calls = getattr(os, name), iter(range(1000))
+
+    def failing(*args: object, **more: object) -> object:
+        if next(calls) == number:
+            raise OSError(code, "injected")
+        return real(*args, **more)
+
+    patch.setattr(os, name, failing)
+
+
+def test_failed_sync_of_an_append_is_not_forgotten(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have lost rows that steps changed before: they are not committed by a later sync."""
+    t = Table.open(table)
+    t.scatter_add([0], ONES)
+    with monkeypatch.context() as patch:
+        fail_once(patch, "fsync", 0, errno.EIO)
+        with pytest.raises(OSError, match="injected"):
+            t.append(3)
+    for call in (t.commit, lambda: t.append(3), t.close):
+        with pytest.raises(TableError, match="a sync or an undo failed"):
+            call()
+    with Table.open(table) as t:
+        assert (t.rows, t.gather(0).tolist()) == (4, [0, 1])
+
+
+@pytest.mark.parametrize("name", ["pwrite", "ftruncate", "fsync"])
+def test_half_an_undo_is_not_committed(
+    table: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rollback that fails in the middle: to open the table again ends it, `close` does not."""
+    t = Table.open(table)
+    t.scatter_add([0], ONES)
+    t.append(3)
+    with monkeypatch.context() as patch:
+        fail_once(patch, name, 0, errno.EIO)
+        with pytest.raises(OSError, match="injected"):
+            t.rollback()
+    with pytest.raises(TableError, match="a sync or an undo failed"):
+        t.close()
+    with Table.open(table) as t:
+        assert (t.rows, t.gather(0).tolist()) == (4, [0, 1])
+
+
+def test_full_disk_after_the_manifest_has_its_name(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's sync may fail for want of room: the manifest says dirty then, or committed."""
+    for number, change in (
+        (1, lambda t: t.scatter_add([0], ONES)),
+        (2, lambda t: t.commit({"a": 1})),
+    ):
+        t = Table.open(table)
+        with monkeypatch.context() as patch:
+            fail_once(patch, "fsync", number, errno.ENOSPC)
+            with pytest.raises(OSError, match="may be lost with the machine"):
+                change(t)
+        with pytest.raises(TableError, match="a sync or an undo failed"):
+            t.scatter_add([0], ONES)
+        with contextlib.suppress(OSError):
+            t.close()
+        with Table.open(table) as t:
+            assert t.gather(0).tolist() == [0, 1]
+
+
+def test_a_journal_that_cannot_be_removed(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in nobody's way: the table is closed all the same, and its lock is free."""
+    t = Table.open(table)
+    t.scatter_add([0], ONES)
+    with monkeypatch.context() as patch:
+        fail_once(patch, "unlink", 0, errno.EIO)
+        t.close()
+    with Table.open(table) as t:
+        assert t.gather(0).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("header", [b"(9", b"xx"])
+def test_header_after_half_an_undo(table: Path, header: bytes) -> None:
+    """With power, the file may be cut already where its header counts rows of before, or is torn:
+    the commit comes back."""
+    Table.open(table, durability="power").close()
+    code = (
+        "import os, signal, numpy, pyembed\n"
+        f"t = pyembed.Table.open({str(table)!r})\n"
+        "t.scatter_add([0], numpy.ones((1, 2), numpy.float32))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    file = table / "rows.npy"
+    file.write_bytes(file.read_bytes().replace(b"(4", header, 1))
+    if header == b"xx":  # who asks for the rows as they are needs it
+        with pytest.raises(FormatError, match="not an .npy file"):
+            Table.open(table, salvage=True)
+    for mode in ("r", "r+", "r"):
+        with Table.open(table, mode) as t:
+            assert (t.rows, t.gather(0).tolist()) == (4, [0, 1])
+    assert np.load(file).shape == (4, 4)
+
+
+def test_failed_creation_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a whole table, of which it is not sure that its name is safe."""
+    fail_once(monkeypatch, "fsync", 3, errno.EIO)
+    with pytest.raises(OSError, match="injected"):
+        Table.create(path, 4, 2)
+    assert list(path.parent.iterdir()) == []
 
 
 def test_forked_child_does_not_commit(table: Path) -> None:

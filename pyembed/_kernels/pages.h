@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define PE_ASK_RANGES 64
+#define PE_ASK_BYTES (128 << 10) /* of one range; the system may ignore what goes beyond its own read-ahead */
 #define PE_ASK_SEEN 1024 /* pages remembered, so that a hot page is asked for once: 8 KiB, inside the L1 cache */
 
 #ifdef __linux__
@@ -69,10 +70,15 @@ static inline void pe_asker_end(pe_asker *a, int64_t *total) {
 static inline void pe_ask(pe_asker *a, const void *from, int64_t bytes) {
     const uintptr_t first = (uintptr_t)from & ~(a->page_bytes - 1), end = (uintptr_t)from + (uintptr_t)bytes;
     uintptr_t *seen = &a->seen[(first / a->page_bytes * 0x9E3779B97F4A7C15u) >> 54];
+    struct iovec *last = &a->range[a->held - 1];
     if (*seen == first) return;
     *seen = first;
+    if (a->held && (uintptr_t)last->iov_base + last->iov_len == first && last->iov_len < PE_ASK_BYTES) {
+        last->iov_len = ((end + a->page_bytes - 1) & ~(a->page_bytes - 1)) - (uintptr_t)last->iov_base;
+        return; /* rows side by side are one read */
+    }
     a->range[a->held].iov_base = (void *)first;
-    a->range[a->held].iov_len = end - first;
+    a->range[a->held].iov_len = ((end + a->page_bytes - 1) & ~(a->page_bytes - 1)) - first;
     if (++a->held == PE_ASK_RANGES) pe_asker_flush(a);
 }
 

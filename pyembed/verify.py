@@ -1,0 +1,75 @@
+"""Is a table what its manifest says? Structure without changing anything; values if asked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from pyembed.table import Table
+
+CHUNK_FLOATS = 4 << 20  # looked at at a time
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    rows, generation : int
+        Of the last commit.
+    state : {"clean", "dirty"}
+        As the manifest says. A dirty table was opened as its last commit, from its journal.
+    nonfinite_rows : int or None
+        Rows with a NaN or an infinity in any column; None if nobody looked.
+    """
+
+    rows: int
+    generation: int
+    state: str
+    nonfinite_rows: int | None
+
+
+def verify(
+    path: str | os.PathLike[str], finite: bool = False, progress: bool | None = False
+) -> Verdict:
+    """Check a table without changing it.
+
+    Header, sizes, manifest and its checksum, the id map's length; of a table whose writer died,
+    that its journal brings it back to the last commit. Rows have no checksum.
+
+    Parameters
+    ----------
+    path : path-like
+    finite : bool
+        Also look at every row for NaN and infinity.
+    progress : bool, optional
+        A bar on stderr; None shows it on a terminal.
+
+    Raises
+    ------
+    FormatError, DirtyError, LockedError
+        If the table is not sound.
+    """
+    with Table.open(path, "r") as table:
+        columns = [table.column(name) for name in table.columns]
+        bad = _nonfinite(columns, progress) if finite else None
+        return Verdict(table.rows, table.generation, table.state, bad)
+
+
+def _nonfinite(columns: list[np.ndarray], progress: bool | None) -> int:
+    rows = columns[0].shape[0]
+    step = max(1, CHUNK_FLOATS // sum(column.shape[1] for column in columns))
+    disable = None if progress is None else not progress
+    found = 0
+    with tqdm(total=rows, desc="looking", unit="row", unit_scale=True, disable=disable) as bar:
+        for first in range(0, rows, step):
+            sound = np.ones(min(step, rows - first), np.bool_)
+            for column in columns:
+                sound &= np.isfinite(column[first : first + step]).all(axis=1)
+            found += int((~sound).sum())
+            bar.update(sound.size)
+    return found

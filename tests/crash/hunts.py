@@ -1,0 +1,78 @@
+"""Where each mutant has to be found: the sweep that is made for what it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from crash import cells, cuts
+from crash.cells import DEATHS, Counts, How
+from crash.program import Plan
+
+
+def plans(durability: str, first: int, count: int, stubborn: bool = False) -> list[Plan]:
+    """Programs of consecutive seeds, of both optimizers and two widths."""
+    return [
+        Plan(
+            seed=seed,
+            dim=(4, 16)[seed // 2 % 2],
+            optimizer=("adagrad", "adam")[seed % 2],
+            durability=durability,
+            stubborn=stubborn,
+        )
+        for seed in range(first, first + count)
+    ]
+
+
+def _kills(how: How) -> Counts:
+    return cells.kill_points(how, plans("process", 0, 4))
+
+
+def _refused(how: How) -> Counts:
+    actions = ["ENOSPC", "ENOSPC then kill"]
+    return cells.failures(how, plans("process", 0, 4, stubborn=True), actions)
+
+
+def _recoveries(how: How) -> Counts:
+    return cells.recovery_points(how, plans("process", 0, 4), DEATHS)
+
+
+def _cuts(how: How) -> Counts:
+    return cuts.power_cuts(how, plans("power", 0, 4))
+
+
+def _cuts_in_recovery(how: How) -> Counts:
+    return cuts.power_cuts_in_recovery(how, plans("power", 0, 4))
+
+
+def _cuts_of_process(how: How) -> Counts:
+    return cuts.power_cuts(how, plans("process", 0, 4))
+
+
+def _failed_syncs(how: How) -> Counts:
+    return cuts.failed_syncs(how, plans("process", 0, 4, stubborn=True))
+
+
+HUNTS: dict[str, Callable[[How], Counts]] = {
+    "rows change before they are recorded": _kills,
+    "marked before recorded": _refused,
+    "journal not synced": _cuts,
+    "manifest before the rows": _cuts,
+    "rows not synced": _cuts,
+    "salt kept": _kills,
+    "marks kept over a commit": _kills,
+    "touched hears of no commit": _kills,
+    "dirty after the first change": _kills,
+    "undo not synced": _cuts_in_recovery,
+    "undo of the first frame only": _kills,
+    "clean before the rows are back": _recoveries,
+    "sums not compared": _cuts,
+    "boot not compared": _cuts_of_process,
+    "manifest written in place": _kills,
+    "failed sync forgotten": _failed_syncs,
+}
+
+
+def hunt(mutant: str, how: How) -> Counts:
+    """Run the sweep on the mutant, until a state is bad."""
+    return HUNTS[mutant](replace(how, mutant=mutant, until_bad=True))

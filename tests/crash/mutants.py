@@ -1,0 +1,202 @@
+"""Ways to break the protocol. A suite that does not notice them proves nothing.
+
+Each is applied to a process that is thrown away, by name.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pyembed import files, journal, store
+from pyembed.journal import Journal, Replay
+from pyembed.store import CLEAN, Store
+from pyembed.touched import Touched
+
+
+def rows_change_before_they_are_recorded() -> None:
+    """What is recorded is right, but late: at the next change, or the commit."""
+    waiting: list[Any] = []
+    real_protect, real_record, real_commit = Store.protect, Journal.record, Store.commit
+
+    def late(self: Journal, rows: np.ndarray, old: np.ndarray) -> None:
+        waiting.append((self, rows.copy(), old.copy()))
+
+    def protect(self: Store, rows: np.ndarray) -> None:
+        flush()
+        real_protect(self, rows)
+
+    def commit(self: Store, meta: Any) -> None:
+        flush()
+        real_commit(self, meta)
+
+    def flush() -> None:
+        while waiting:
+            real_record(*waiting.pop(0))
+
+    Journal.record, Store.protect, Store.commit = late, protect, commit  # type: ignore
+
+
+def marked_before_recorded() -> None:
+    real = Store._record
+
+    def record(self: Store, log: Journal, rows: np.ndarray) -> None:
+        self._touched.mark(rows)
+        real(self, log, rows)
+
+    Store._record = record  # type: ignore[method-assign]
+
+
+def journal_not_synced() -> None:
+    Journal.sync = lambda self: None  # type: ignore[method-assign]
+
+
+def manifest_before_the_rows() -> None:
+    def finish(self: Store, state: Any) -> None:
+        self._set(state)
+        files.sync(self._fd)
+        self._salt = store.secrets.token_hex(8)
+
+    Store._finish_interval = finish  # type: ignore[method-assign]
+
+
+def rows_not_synced() -> None:
+    def finish(self: Store, state: Any) -> None:
+        self._set(state)
+        self._salt = store.secrets.token_hex(8)
+
+    Store._finish_interval = finish  # type: ignore[method-assign]
+
+
+def salt_kept() -> None:
+    store.secrets = types.SimpleNamespace(token_hex=lambda n: "00" * (n - 1) + "07")  # type: ignore
+
+
+def marks_kept_over_a_commit() -> None:
+    real, clear = Touched.commit, Touched.clear
+
+    def commit(self: Touched, rows: int) -> None:
+        Touched.clear = lambda self: None  # type: ignore[method-assign]
+        real(self, rows)
+        Touched.clear = clear  # type: ignore[method-assign]
+
+    Touched.commit = commit  # type: ignore[method-assign]
+
+
+def touched_hears_of_no_commit() -> None:
+    Touched.commit = lambda self, rows: None  # type: ignore[method-assign]
+
+
+def dirty_after_the_first_change() -> None:
+    """The manifest says so at the second change of an interval."""
+    real_set, real_protect = Store._set, Store.protect
+    waiting: list[Any] = []
+
+    def set_later(self: Store, state: Any) -> None:
+        if state.state == "dirty":
+            waiting.append(state)
+            self.manifest = state
+        else:
+            waiting.clear()
+            real_set(self, state)
+
+    def protect(self: Store, rows: np.ndarray) -> None:
+        if waiting:
+            real_set(self, waiting.pop())
+        real_protect(self, rows)
+
+    Store._set, Store.protect = set_later, protect  # type: ignore[method-assign]
+
+
+def undo_not_synced() -> None:
+    real = Store._put_back
+
+    def put_back(self: Store, replay: Replay) -> None:
+        sync, store.sync = store.sync, lambda fd: None
+        real(self, replay)
+        store.sync = sync
+
+    Store._put_back = put_back  # type: ignore[method-assign]
+
+
+def undo_of_the_first_frame_only() -> None:
+    real = Replay.__iter__
+
+    def first(self: Replay) -> Iterator[Any]:
+        found = list(real(self))
+        yield from found[:1]
+
+    Replay.__iter__ = first  # type: ignore[method-assign]
+
+
+def clean_before_the_rows_are_back() -> None:
+    real = Store._put_back
+
+    def put_back(self: Store, replay: Replay) -> None:
+        if self.mode == "r+":
+            self._set(self.manifest.with_changes(**CLEAN))
+        real(self, replay)
+
+    Store._put_back = put_back  # type: ignore[method-assign]
+
+
+def sums_not_compared() -> None:
+    """A frame is taken for whole if its header is."""
+    real = journal._crc
+
+    def crc(data: Any) -> int:
+        return real(data) if isinstance(data, bytes) else 0
+
+    journal._crc = crc
+
+
+def boot_not_compared() -> None:
+    store.boot_id = lambda: "the same"
+
+
+def manifest_written_in_place() -> None:
+    def write(path: Any, data: bytes) -> None:
+        fd = files.os.open(path, files.os.O_WRONLY | files.os.O_CREAT | files.os.O_TRUNC, 0o666)
+        files.write_all(fd, data)
+        files.sync(fd)
+        files.os.close(fd)
+
+    store.replace_file = write
+
+
+def failed_sync_forgotten() -> None:
+    Store._failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
+    Journal._failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
+
+
+MUTANTS: dict[str, Callable[[], None]] = {
+    function.__name__.replace("_", " "): function
+    for function in (
+        rows_change_before_they_are_recorded,
+        marked_before_recorded,
+        journal_not_synced,
+        manifest_before_the_rows,
+        rows_not_synced,
+        salt_kept,
+        marks_kept_over_a_commit,
+        touched_hears_of_no_commit,
+        dirty_after_the_first_change,
+        undo_not_synced,
+        undo_of_the_first_frame_only,
+        clean_before_the_rows_are_back,
+        sums_not_compared,
+        boot_not_compared,
+        manifest_written_in_place,
+        failed_sync_forgotten,
+    )
+}
+
+
+def apply(name: str) -> None:
+    """Break this process; "" breaks nothing. Frames are short, so that an interval has many."""
+    journal.FRAME_BYTES = 600
+    if name:
+        MUTANTS[name]()

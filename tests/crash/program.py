@@ -1,0 +1,236 @@
+"""What is run: training that draws everything from one seed, and can go on where a commit was.
+
+The same program over a table in memory is the oracle: it says beforehand what each commit holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyembed import Table, init
+from pyembed.optim import Adagrad, Adam, Optimizer
+
+RULES: dict[str, Callable[..., Optimizer]] = {"adagrad": Adagrad, "adam": Adam}
+STARTS = init.uniform(-1.0, 1.0)
+TRIES = 3
+REAL_WRITE, REAL_FSYNC = os.write, os.fsync  # acknowledgements are not what is tested
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One program. `stubborn`: go on after an error as a caller may, instead of ending with it."""
+
+    seed: int = 0
+    rows: int = 300
+    dim: int = 4
+    optimizer: str = "adagrad"
+    durability: str = "process"
+    intervals: int = 6
+    stubborn: bool = False
+
+
+def digest(table: Table) -> str:
+    """Rows, state and meta as one short text."""
+    sums = hashlib.blake2b(digest_size=16)
+    for name in table.columns:
+        sums.update(np.ascontiguousarray(table.column(name)))
+    sums.update(json.dumps(table.meta, sort_keys=True).encode())
+    return f"{table.rows}:{sums.hexdigest()}"
+
+
+class Trainer:
+    """The program over one open table."""
+
+    def __init__(self, plan: Plan, table: Table, say: Callable[[str, int], None]) -> None:
+        self.plan, self.table, self.say = plan, table, say
+        self._saved = b""  # what a table in memory goes back to
+        self._resume()
+
+    def _resume(self) -> None:
+        """From the meta of the last commit: the step, the generator's state, the optimizer's."""
+        meta = self.table.meta
+        self.rng = np.random.default_rng(self.plan.seed)
+        if meta:
+            self.rng.bit_generator.state = meta["rng"]
+        self.optimizer = RULES[self.plan.optimizer](self.table, lr=0.1)
+        self.optimizer.steps = self._steps = meta.get("steps", 0)
+        self.step = meta.get("step", 0)
+        if self.table.path is None:
+            self._saved = pickle.dumps(self.table)
+
+    def rollback(self) -> None:
+        if self.table.path is None:
+            self.table = pickle.loads(self._saved)
+            self.optimizer.table = self.table
+        else:
+            self.table.rollback()
+        self.optimizer.steps = self._steps
+
+    def _changes(self) -> Iterator[Callable[[], object]]:
+        """The calls of one interval; each draws what it needs before it is made."""
+        rng, plan = self.rng, self.plan
+        for turn in range(int(rng.integers(3, 6))):
+            ids = rng.integers(0, self.table.rows, 24)
+            grad = rng.standard_normal((24, plan.dim), np.float32)
+            kind = int(rng.integers(8))
+            if kind == 5:
+                yield lambda ids=ids, grad=grad: self.table.scatter_add(ids, grad)  # type: ignore
+            elif kind == 6:
+                yield lambda ids=ids: self.table.renorm(ids, 1.0)  # type: ignore[misc]
+            elif kind == 7:
+                yield lambda ids=ids[:5], grad=grad[:5]: self._write(ids, grad)  # type: ignore
+            elif kind == 4 and turn and plan.durability != "none":
+                yield self.rollback
+            elif kind == 3:
+                more = int(ids[0]) % 40
+                yield lambda more=more: self.table.append(more, STARTS, plan.seed)  # type: ignore
+            else:
+                yield lambda ids=ids, grad=grad: self.optimizer.step(ids, grad)  # type: ignore
+
+    def _write(self, ids: np.ndarray, values: np.ndarray) -> None:
+        with self.table.writing(ids) as weight:
+            weight[ids] = values
+
+    def interval(self) -> None:
+        """Changes, then the commit of the next generation."""
+        for attempt in range(TRIES):
+            try:
+                for change in self._changes():
+                    self._attempt(change)
+                break
+            except OSError:
+                if not self.plan.stubborn or attempt == TRIES - 1:
+                    raise
+                self.table.rollback()
+                self._resume()
+        step = self.step + 1
+        meta = {"step": step, "steps": self.optimizer.steps, "rng": self.rng.bit_generator.state}
+        for attempt in range(TRIES):
+            self.say("begin", step)
+            try:
+                self.table.commit(meta=meta)
+                break
+            except OSError:
+                if not self.plan.stubborn or attempt == TRIES - 1:
+                    raise
+        self.say("ack", step)
+        self.step, self._steps = step, self.optimizer.steps
+        self._saved = pickle.dumps(self.table) if self.table.path is None else b""
+
+    def _attempt(self, change: Callable[[], object]) -> None:
+        """A change that met an error changed nothing, so it may be made again."""
+        try:
+            change()
+        except OSError:
+            if not self.plan.stubborn or change == self.rollback:
+                raise
+            change()
+
+
+@functools.lru_cache(maxsize=64)
+def oracle(plan: Plan) -> tuple[str, ...]:
+    """The digest of each generation."""
+    found = []
+    table = Table.memory(plan.rows, plan.dim, plan.optimizer, init=STARTS, seed=plan.seed)
+    trainer = Trainer(plan, table, lambda word, number: None)
+    found.append(digest(trainer.table))
+    for _ in range(plan.intervals):
+        trainer.interval()
+        found.append(digest(trainer.table))
+    return tuple(found)
+
+
+def open_or_create(path: Path, plan: Plan, say: Callable[[str, int], None]) -> Table:
+    if path.exists():
+        return Table.open(path)
+    say("begin", 0)
+    table = Table.create(
+        path,
+        plan.rows,
+        plan.dim,
+        plan.optimizer,
+        init=STARTS,
+        seed=plan.seed,
+        durability=plan.durability,
+    )
+    say("ack", 0)
+    return table
+
+
+def train(path: Path, plan: Plan, say: Callable[[str, int], None]) -> None:
+    """From wherever the last commit is to the end. The table is closed every third interval."""
+    errors, done = 0, False
+    while not done:
+        try:
+            with open_or_create(path, plan, say) as table:
+                trainer = Trainer(plan, table, say)
+                done = table.generation >= plan.intervals
+                while not done:
+                    trainer.interval()
+                    done = table.generation >= plan.intervals
+                    if table.generation % 3 == 0:
+                        break
+        except OSError:
+            errors += 1
+            if not plan.stubborn or errors == TRIES:
+                raise
+
+
+class Log:
+    """Acknowledgements in a file of their own: "begin 3" before a commit, "ack 3" after it."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def say(self, word: str, number: int) -> None:
+        REAL_WRITE(self._fd, f"{word} {number}\n".encode())
+        REAL_FSYNC(self._fd)
+
+
+def read_log(path: Path) -> list[tuple[str, int]]:
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [(line.split()[0], int(line.split()[1])) for line in lines]
+
+
+def allowed(said: list[tuple[str, int]]) -> set[int]:
+    """The generations that may be found: the last one acknowledged, and one under way."""
+    acknowledged = max((number for word, number in said if word == "ack"), default=-1)
+    return {acknowledged} | {number for _, number in said if number == acknowledged + 1}
+
+
+def judge(path: Path, plan: Plan, said: list[tuple[str, int]], resume: bool) -> dict[str, Any]:
+    """Open what is left, as a reader and as a writer; then go on to the end if so asked.
+
+    Returns
+    -------
+    dict
+        "bad": what is wrong, or ""; "found": the generation.
+    """
+    may, digests = allowed(said), oracle(plan)
+    if not path.exists():
+        return {"bad": "" if -1 in may else "the table is gone", "found": -1}
+    for mode in ("r", "r+"):
+        table = Table.open(path, mode)
+        # Nothing is committed by looking at it.
+        number, found = table.generation, digest(table)
+        table.close()
+        if number not in may:
+            return {"bad": f"{mode}: generation {number}, allowed {sorted(may)}", "found": number}
+        if found != digests[number]:
+            return {"bad": f"{mode}: other rows than commit {number}", "found": number}
+    if resume:
+        train(path, plan, lambda word, number: None)
+        with Table.open(path, "r") as table:
+            if digest(table) != digests[-1]:
+                return {"bad": "resumed, it ended with other rows", "found": number}
+    return {"bad": "", "found": number}

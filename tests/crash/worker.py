@@ -1,0 +1,155 @@
+"""One run in a process of its own, forked from one that has imported everything.
+
+A fork takes about two milliseconds, a new Python a third of a second; what dies is a process
+either way. Nothing here starts threads, so that a fork is safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from crash import mutants, program
+from crash.calls import Calls
+from crash.program import Log, Plan
+from pyembed.errors import DirtyError, PyembedError
+
+PATIENCE = 60.0  # seconds: a run takes less than one
+
+
+class Ended(NamedTuple):
+    """How a child ended: the signal or 0, what it returned, and its error's text."""
+
+    signal: int
+    result: Any
+    error: str
+    typed: bool
+
+
+def in_child(function: Callable[[], Any], kill_after: float | None = None) -> Ended:
+    """Run it in a fork; kill that after some seconds if so asked, and in any case at last."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _answer(function, writing)
+    os.close(writing)
+    text, end = b"", time.monotonic() + (PATIENCE if kill_after is None else kill_after)
+    while True:
+        ready, _, _ = select.select([reading], [], [], max(0.0, end - time.monotonic()))
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+            break
+        piece = os.read(reading, 1 << 20)
+        if not piece:
+            break
+        text += piece
+    os.close(reading)
+    _, status = os.waitpid(child, 0)
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    answer = json.loads(text) if text and not number else {}
+    return Ended(number, answer.get("result"), answer.get("error", ""), answer.get("typed", False))
+
+
+def _answer(function: Callable[[], Any], writing: int) -> None:
+    """In the child: send what came out, and end without anything that Python does at exit."""
+    send, answer = os.write, {}
+    try:
+        answer = {"result": function()}
+    except BaseException as error:
+        typed = isinstance(error, (OSError, PyembedError, KeyboardInterrupt))
+        answer = {"error": traceback.format_exc(), "typed": typed}
+    with contextlib.suppress(BaseException):
+        data = memoryview(json.dumps(answer).encode())
+        while data:
+            data = data[send(writing, data) :]
+    os._exit(0)
+
+
+@contextlib.contextmanager
+def memory_group(limit: int) -> Iterator[Path | None]:
+    """A control group with so many bytes of memory; None where it cannot be made."""
+    parent = Path("/sys/fs/cgroup")
+    old = (parent / "memory").is_dir()
+    group = parent / ("memory" if old else "") / f"pyembed-crash-{os.getpid()}"
+    try:
+        group.mkdir()
+        file = "memory.limit_in_bytes" if old else "memory.max"
+        (group / file).write_text(str(limit))
+    except OSError:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        yield None
+        return
+    try:
+        yield group
+    finally:
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                group.rmdir()
+                return
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def scratch(root: Path | None = None) -> Iterator[Path]:
+    """A folder for one case."""
+    folder = Path(tempfile.mkdtemp(prefix="crash-", dir=root))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(
+    folder: Path,
+    plan: Plan,
+    calls: Calls | None = None,
+    mutant: str = "",
+    kill_after: float | None = None,
+    group: Path | None = None,
+) -> Ended:
+    """Train in a child; returns the names of the calls that it made, if it lived.
+
+    `group` is a control group that the child joins, which limits its memory.
+    """
+
+    def child() -> list[str]:
+        mutants.apply(mutant)
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+        log = Log(folder / "log")
+        if calls is not None:
+            calls.install()
+        program.train(folder / "t.pyembed", plan, log.say)
+        return calls.names if calls is not None else []
+
+    return in_child(child, kill_after)
+
+
+def judge(folder: Path, plan: Plan, mutant: str = "", resume: bool = False) -> str:
+    """What is wrong with what a run left, or ""."""
+
+    def child() -> dict[str, Any]:
+        mutants.apply(mutant)
+        said = program.read_log(folder / "log")
+        try:
+            return program.judge(folder / "t.pyembed", plan, said, resume)
+        except DirtyError:
+            if plan.durability != "none":  # which promises no more than to notice
+                raise
+            return {"bad": ""}
+
+    ended = in_child(child)
+    if ended.signal or ended.error:
+        return f"signal {ended.signal}" if ended.signal else ended.error
+    return str(ended.result["bad"])
