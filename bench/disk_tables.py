@@ -97,7 +97,7 @@ class Pyembed:
         import pyembed
 
         name = where.optimizer
-        self.table = pyembed.Table.open(where.path, "r+" if name else "r")
+        self.table = pyembed.Table.open(where.path, "r+" if name else "r", durability="none")
         self.optimizer = getattr(pyembed.optim, name)(self.table, lr=LR) if name else None
         self.out = np.empty((0, DIM), np.float32)
 
@@ -163,7 +163,9 @@ class ThreeFiles(_Columns):
 
         self.rule = where.optimizer
         names = STATES[: COLUMNS[self.rule]]
-        self.tables = [pyembed.Table.open(Path(where.path, n), "r+") for n in names]
+        self.tables = [
+            pyembed.Table.open(Path(where.path, n), "r+", durability="none") for n in names
+        ]
         self.layer = pyembed.Embedding.from_pretrained(self.tables[0], freeze=False, sparse=True)
 
     def gather(self, ids: Array) -> Array:

@@ -13,6 +13,7 @@ too; of cold batches the median. A step is gather, update, and what is written b
 computes as long as a step takes. *stalls*: every step of a long training. *by size*: one memory,
 ids from more and more of the file.
 
+Tables are opened with durability "none", as no peer keeps a journal; `durability` has its cost.
 Peers take smaller batches where they would need seconds for one. It needs root for the cgroups and
 refuses to measure without a limit: every cell then says why there is no number.
 """

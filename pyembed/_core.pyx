@@ -120,6 +120,7 @@ cdef extern from "_kernels/pages.h" nogil:
     void pe_ask(pe_asker *a, const void *at, int64_t bytes) noexcept
     void pe_asker_flush(pe_asker *a) noexcept
     void pe_asker_end(pe_asker *a, int64_t *total) noexcept
+    int pe_map_pages(const void *at, int64_t bytes, int to_write) noexcept
     int pe_page_resident(const void *at) noexcept
     int64_t pe_major_faults() noexcept
     int64_t pe_cached_pages(int fd, int64_t *dirty) noexcept

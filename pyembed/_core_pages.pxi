@@ -141,24 +141,53 @@ cdef int _ask_all(Column column, cnp.ndarray ids, int64_t floats) except -1:
 
 
 def ask_pages(Column column not None, cnp.ndarray ids not None):
-    """Ask for the pages of whole rows and do not wait for them; not if all of a sample are in memory."""
+    """Ask for the pages of whole rows and do not wait for them; False, and nothing, if all of a sample are in memory."""
     cdef bint wide = _is_int64(ids)
     cdef int64_t n = cnp.PyArray_SIZE(ids), sampled = min(n, SAMPLE), found
     cdef const void *ids_n = cnp.PyArray_DATA(ids)
     _check_ids(ids, wide, column.rows, 1)
     if column.pages is None:
-        return
+        return False
     if wide:
         found = _count_resident(column, <const int64_t *>ids_n, n, sampled)
     else:
         found = _count_resident(column, <const int32_t *>ids_n, n, sampled)
     if found == sampled:
-        return
+        return False
     column.pages.batches += 1
     column.pages.rows += n
     column.pages.sampled += sampled
     column.pages.found += found
     _ask_all(column, ids, column.stride)
+    return True
+
+
+cdef void _map_span(Column column, const ids_t *ids, int64_t lo, int64_t hi, bint to_write) noexcept nogil:
+    cdef int64_t p
+    for p in range(lo, hi):
+        if not pe_map_pages(column.data + ids[p] * column.stride, 4 * column.stride, to_write):
+            return
+
+
+def map_pages(Column column not None, cnp.ndarray ids not None, bint to_write):
+    """Wait until the pages of whole rows are in memory, and map them, to be written or only read: a helper's work.
+
+    Pages that are mapped to be written count as changed for the system.
+    """
+    cdef bint wide = _is_int64(ids)
+    cdef int64_t n = cnp.PyArray_SIZE(ids), lo, hi
+    cdef const void *ids_n = cnp.PyArray_DATA(ids)
+    _check_ids(ids, wide, column.rows, 1)
+    if column.pages is None:
+        return
+    for lo in range(0, n, COLD_SPAN_ROWS):
+        hi = min(lo + COLD_SPAN_ROWS, n)
+        with nogil:
+            if wide:
+                _map_span(column, <const int64_t *>ids_n, lo, hi, to_write)
+            else:
+                _map_span(column, <const int32_t *>ids_n, lo, hi, to_write)
+        PyErr_CheckSignals()
 
 
 def cached_pages(int fd):

@@ -6,6 +6,8 @@ Nothing is rounded, wrapped or broadcast.
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -153,3 +155,22 @@ def require_count(value: Any, name: str, low: int, high: int) -> int:
     if not low <= value <= high:
         raise ArgumentError(f"{name} = {value}; allowed: {low}..{high}")
     return int(value)
+
+
+def in_range(name: str, value: float, low: float, below: float = math.inf) -> float:
+    """A finite hyper-parameter of at least `low`, and less than `below`.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    used = math.nan
+    if isinstance(value, numbers.Real):
+        with np.errstate(over="ignore"):
+            used = float(np.float32(value))  # what the kernels compute with
+    if not (math.isfinite(used) and used >= low and value < below):
+        limit = "" if below == math.inf else f" and < {below:g}"
+        raise ArgumentError(
+            f"{name} = {value!r}; allowed: a number >= {low:g}{limit} that float32 holds"
+        )
+    return float(value)

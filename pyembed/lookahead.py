@@ -100,7 +100,7 @@ class _Source:
     def _next(self) -> tuple[Any, BaseException | None]:
         try:
             batch = next(self._batches)
-            self._table.prefetch(batch if self._ids is None else self._ids(batch))
+            self._table.prefetch(batch if self._ids is None else self._ids(batch), wait=True)
         except BaseException as error:  # to be raised in the loop, where somebody sees it
             return None, error
         return batch, None

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from pyembed.arrays import in_range
 from pyembed.embedding import Layer
 from pyembed.errors import ArgumentError
 from pyembed.many import step_many
-from pyembed.optimizer import Optimizer, Options, in_range
+from pyembed.optimizer import Optimizer, Options
 from pyembed.schedules import Schedule
 from pyembed.table import Table
 

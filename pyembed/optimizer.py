@@ -10,8 +10,6 @@ Same bits for any number of threads and any SIMD level.
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import numpy as np
@@ -23,6 +21,7 @@ from pyembed.arrays import (
     IdArray,
     as_ids,
     as_values,
+    in_range,
     require_apart,
     require_count,
     require_finite,
@@ -101,8 +100,8 @@ class Optimizer:
     lr : float
         Learning rate of the next step; may be set between steps, to a number or to a schedule.
     steps : int
-        Steps taken. The table keeps the count: it is committed with the rows, and an optimizer
-        that is made for a table from disk goes on from there.
+        Steps taken. The table keeps the count, one for each rule: it is committed with the rows,
+        and an optimizer that is made for a table from disk goes on from there.
     skipped : int
         Rows that ``nonfinite="skip_row"`` has left alone so far.
     """
@@ -158,7 +157,7 @@ class Optimizer:
         if clip_value is not None and clip_norm is not None:
             raise ArgumentError("clip_value and clip_norm are both given; allowed: one of them")
         self.nonfinite, self.decay_mode = nonfinite, mode
-        self.weight_decay = in_range("weight_decay", weight_decay, 0.0)
+        self._weight_decay = in_range("weight_decay", weight_decay, 0.0)
         self.clip_norm = None if clip_norm is None else in_range("clip_norm", clip_norm, 0.0)
         extras = dict(_core.EXTRAS)
         if nonfinite == "skip_row":
@@ -175,6 +174,11 @@ class Optimizer:
         decays = self.weight_decay != 0 and mode in ("decoupled", "lazy")
         asked = decays or self.clip_norm is not None or extras | {"norm_type": 2.0} != _core.EXTRAS
         return extras if asked else None
+
+    @property
+    def weight_decay(self) -> float:
+        """As the optimizer was made with."""
+        return self._weight_decay
 
     @property
     def steps(self) -> int:
@@ -477,22 +481,3 @@ class Optimizer:
             for name, value in shown.items()
         )
         return f"{type(self).__name__}({listed})"
-
-
-def in_range(name: str, value: float, low: float, below: float = math.inf) -> float:
-    """A finite hyper-parameter of at least `low`, and less than `below`.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    used = math.nan
-    if isinstance(value, numbers.Real):
-        with np.errstate(over="ignore"):
-            used = float(np.float32(value))  # what the kernels compute with
-    if not (math.isfinite(used) and used >= low and value < below):
-        limit = "" if below == math.inf else f" and < {below:g}"
-        raise ArgumentError(
-            f"{name} = {value!r}; allowed: a number >= {low:g}{limit} that float32 holds"
-        )
-    return float(value)

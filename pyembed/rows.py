@@ -158,17 +158,30 @@ class Rows:
             weight, ids, out, threads.for_work(ids.size * weight.dim, self.num_threads)
         )
 
-    def prefetch(self, ids: ArrayLike) -> None:
+    def prefetch(self, ids: ArrayLike, wait: bool = False) -> None:
         """Ask for the pages of the rows that `ids` name; return when all were asked for.
 
-        It does not wait until they are in memory, and changes no result. Nothing is asked for if
-        a sample of the rows is all there. `pyembed.lookahead` does this for a loop.
+        It changes no result. Nothing is asked for if a sample of the rows is all in memory.
+        `pyembed.lookahead` does this for a loop.
+
+        Parameters
+        ----------
+        ids : integers of any shape
+        wait : bool
+            Return when the pages are in memory and mapped, so that a lookup, and in a table that
+            has changes a step, does not wait for the system either: for a thread of its own.
 
         Raises
         ------
         IdError, DTypeError, ClosedError
         """
-        _core.ask_pages(self.weight_column, as_ids(ids))
+        weight, ids = self.weight_column, as_ids(ids)
+        if _core.ask_pages(weight, ids) and wait:
+            _core.map_pages(weight, ids, self._is_training())
+
+    def _is_training(self) -> bool:
+        """Whether rows that are looked up are likely to be changed."""
+        return False
 
     def scatter_add(
         self, ids: ArrayLike, values: ArrayLike, alpha: float = 1.0, deterministic: bool = False

@@ -248,6 +248,9 @@ class Table(Rows):
             if self._keeper is not None:
                 self._keeper.changing()
 
+    def _is_training(self) -> bool:
+        return self.writable and self.state == "dirty"
+
     def _keeps_journal(self) -> bool:
         return self._store is not None and self._store.keeps_journal
 

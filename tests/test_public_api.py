@@ -98,6 +98,7 @@ def test_reference_has_the_names_of_the_kernels() -> None:
         "all_finite",
         "are_finite",
         "ask_pages",
+        "map_pages",
         "cached_pages",
         "start_write_back",
         "page_out",

@@ -67,8 +67,9 @@ typedef struct {
 
 static inline pe_missed pe_miss(double keep, double momentum, int64_t n) {
     pe_missed m = {1.0, 1.0, 0.0};
-    for (int bit = 62; bit >= 0; bit--) {
-        if (n >> bit == 0) continue;
+    int bits = 0;
+    while (n >> bits) bits++;
+    for (int bit = bits - 1; bit >= 0; bit--) {
         m.moved *= m.kept + m.left;
         m.kept *= m.kept;
         m.left *= m.left;

@@ -82,6 +82,13 @@ static inline void pe_ask(pe_asker *a, const void *from, int64_t bytes) {
     if (++a->held == PE_ASK_RANGES) pe_asker_flush(a);
 }
 
+/* Wait until the pages of a row are in memory, and map them; 0 if the system cannot (before Linux 5.14). */
+static inline int pe_map_pages(const void *from, int64_t bytes, int to_write) {
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)from & ~(page - 1);
+    const uintptr_t end = ((uintptr_t)from + (uintptr_t)bytes + page - 1) & ~(page - 1);
+    return madvise((void *)first, end - first, to_write ? 23 : 22 /* MADV_POPULATE_WRITE, _READ */) == 0;
+}
+
 /* Whether the page at `at` is in memory. Where the system does not say, yes. */
 static inline int pe_page_resident(const void *at) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -129,6 +136,7 @@ static inline void pe_asker_begin(pe_asker *a) { a->asked = 0; }
 static inline void pe_asker_flush(pe_asker *a) { (void)a; }
 static inline void pe_asker_end(pe_asker *a, int64_t *total) { (void)a, (void)total; }
 static inline void pe_ask(pe_asker *a, const void *from, int64_t bytes) { (void)a, (void)from, (void)bytes; }
+static inline int pe_map_pages(const void *from, int64_t bytes, int to_write) { return (void)from, (void)bytes, (void)to_write, 0; }
 static inline int pe_page_resident(const void *at) { return (void)at, 1; }
 static inline int64_t pe_major_faults(void) { return 0; }
 static inline int64_t pe_cached_pages(int fd, int64_t *dirty) { return (void)fd, *dirty = 0, -1; }
