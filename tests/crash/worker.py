@@ -94,9 +94,9 @@ def memory_group(limit: int) -> Iterator[Path | None]:
         yield group
     finally:
         for _ in range(50):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # busy, for a moment after the last of it died
                 group.rmdir()
-                return
+                break
             time.sleep(0.1)
 
 
