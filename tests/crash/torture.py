@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("PYEMBED_NUM_THREADS", "1")  # before pyembed: a fork must find no threads
+if __name__ == "__main__":
+    os.environ["PYEMBED_NUM_THREADS"] = "1"  # before pyembed is asked: a fork must find no threads
 
 from crash import cells, cuts, hunts
 from crash.cells import DEATHS, ROOT, Counts, How
