@@ -1,4 +1,4 @@
-# demo · test · bench · lint · debug: each makes the virtual environment that it needs, from a clean clone.
+# demo · test · torture · bench · lint · debug: each makes the virtual environment that it needs, from a clean clone.
 #   make test WITH="torch==2.13.0 gensim"     also installs these, so that the tests against them run
 #   make bench NAME=gather                    see bench/README.md
 PYTHON ?= python3
@@ -8,7 +8,7 @@ WITH ?=
 PY = $(VENV)/bin/python
 SOURCES = $(wildcard pyembed/*.pyx pyembed/*.pxi pyembed/_kernels/*) setup.py pyproject.toml
 
-.PHONY: demo test bench lint debug build clean
+.PHONY: demo test torture bench lint debug build clean
 
 demo: build
 	$(PY) -m pip install -q matplotlib
@@ -16,6 +16,10 @@ demo: build
 
 test: build
 	$(PY) -m pytest
+
+# Every sweep of the crash suite in full, about fifteen minutes; its counts go into docs/durability.md.
+torture: build
+	cd tests && PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(abspath $(PY)) -m crash.torture --write
 
 bench: build
 	$(PY) -m pip install -q psutil torch==2.13.0 && $(PY) -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0

@@ -38,7 +38,7 @@ def _recoveries(how: How) -> Counts:
 
 
 def _cuts(how: How) -> Counts:
-    return cuts.power_cuts(how, plans("power", 0, 4))
+    return cuts.power_cuts(how, plans("power", 2, 4))
 
 
 def _cuts_in_recovery(how: How) -> Counts:
@@ -50,7 +50,7 @@ def _cuts_of_process(how: How) -> Counts:
 
 
 def _failed_syncs(how: How) -> Counts:
-    return cuts.failed_syncs(how, plans("process", 0, 4, stubborn=True))
+    return cuts.failed_syncs(how, plans("process", 3, 4, stubborn=True))
 
 
 HUNTS: dict[str, Callable[[How], Counts]] = {

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("PYEMBED_NUM_THREADS", "1")  # before pyembed: a fork must find no threads
+if __name__ == "__main__":
+    os.environ["PYEMBED_NUM_THREADS"] = "1"  # before pyembed is asked: a fork must find no threads
 
 from crash import cells, cuts, hunts
 from crash.cells import DEATHS, ROOT, Counts, How
@@ -33,30 +34,29 @@ def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
     def how(step: int) -> How:
         return How(step=step, offset=5) if short else How()
 
-    n = 1 if short else 2
-    process, power = plans("process", 0, n), plans("power", 1, n)
+    process, power = plans("process", 0, 1), plans("power", 1, 1)
     both, none = [*process, *power], plans("none", 2, 1)
     patient, stubborn = process[:1], plans("power", 3, 1, stubborn=True)
     many = [*plans("process", 0, 8), *plans("power", 8, 8), *plans("none", 16, 1)]
     failed = plans("process", 1, 1 if short else 2, stubborn=True)
     return {
-        "kill-points": lambda: cells.kill_points(how(41), [*both, *none]),
+        "kill-points": lambda: cells.kill_points(how(61), [*both, *none]),
         "random-kills": lambda: cells.random_kills(how(1), many, 20 if short else 2000),
-        "little-memory": lambda: cells.kills_with_little_memory(how(1), 0 if short else 20),
+        "little-memory": lambda: cells.kills_with_little_memory(how(1), 0 if short else 10),
         "resumed": lambda: cells.resumed(how(1), many[:16], 3 if short else 100),
-        "recovery-kills": lambda: cells.recovery_points(how(29), both, DEATHS),
+        "recovery-kills": lambda: cells.recovery_points(how(47), both, DEATHS),
         "recovery-failures": lambda: cells.recovery_points(
-            how(41), patient, ["EIO", "ENOSPC", "short", "interrupt after"]
+            how(97), patient, ["EIO", "ENOSPC", "short", "interrupt after"]
         ),
         "failures": lambda: cells.failures(how(101), patient),
         "failures-gone-on": lambda: cells.failures(how(101), stubborn),
-        "failed-syncs": lambda: cuts.failed_syncs(how(11), [*failed, *stubborn]),
+        "failed-syncs": lambda: cuts.failed_syncs(how(17), [*failed, *stubborn]),
         "power-cuts": lambda: cuts.power_cuts(how(11), plans("power", 0, 2 if short else 8)),
         "power-cuts-process": lambda: cuts.power_cuts(how(11), process),
         "power-cuts-recovery": lambda: cuts.power_cuts_in_recovery(
             how(23), plans("power", 4, 1 if short else 4), 150 if short else 40
         ),
-        "damage": lambda: cells.damage(how(17), both),
+        "damage": lambda: cells.damage(how(37), process if short else both),
     }
 
 
@@ -121,12 +121,12 @@ def where() -> str:
     )
 
 
-def write_page(cell_lines: list[str], mutant_lines: list[str]) -> None:
+def write_page(place: str, cell_lines: list[str], mutant_lines: list[str]) -> None:
     text = PAGE.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
     body = [
-        f"\n{where()}\n",
+        f"\n{place}\n",
         "| what | states | bad |",
         "|---|---|---|",
         *cell_lines,
@@ -146,6 +146,7 @@ def main() -> int:
     parser.add_argument("--cell", action="append", default=[], choices=list(TITLES))
     parser.add_argument("--mutant", action="append", default=[], choices=list(hunts.HUNTS))
     options = parser.parse_args()
+    place = where()
     some = bool(options.cell or options.mutant)
     cell_lines, mutant_lines, bad, missed = [], [], 0, 0
     if options.cell or not some:
@@ -153,7 +154,7 @@ def main() -> int:
     if options.mutant or not some:
         mutant_lines, missed = run_mutants(options.mutant, options.short)
     if options.write and not some:
-        write_page(cell_lines, mutant_lines)
+        write_page(place, cell_lines, mutant_lines)
     print(f"{bad} bad states, {missed} mutants missed")
     return int(bad + missed > 0)
 

@@ -94,7 +94,7 @@ def memory_group(limit: int) -> Iterator[Path | None]:
         yield group
     finally:
         for _ in range(50):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # busy, for a moment after the last of it died
                 group.rmdir()
                 break
             time.sleep(0.1)

@@ -1,0 +1,44 @@
+"""A thin slice of every sweep of the crash suite, and the mutants that it must find.
+
+`make torture` runs all of it; docs/durability.md has its counts.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from crash import hunts, mutants, torture
+
+TESTS = Path(__file__).parents[1]
+
+
+def run(*options: str) -> None:
+    """In a process of its own: it forks, and there must be no threads then."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "crash.torture", "--short", *options],
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": path, "PYEMBED_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def test_a_slice_of_every_sweep() -> None:
+    """Whatever happens where: the last commit is there, or the one under way; bit for bit."""
+    run(*(f"--cell={name}" for name in torture.TITLES))
+
+
+def test_the_suite_notices_every_mutant() -> None:
+    """There is a bad state wherever the protocol is broken."""
+    run(*(f"--mutant={name}" for name in hunts.HUNTS))
+
+
+def test_every_mutant_is_hunted() -> None:
+    """And none is left out."""
+    assert set(hunts.HUNTS) == set(mutants.MUTANTS)
