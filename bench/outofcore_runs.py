@@ -46,7 +46,7 @@ class Size:
     n_by_size: int = 16384
     seconds: float = 8.0
     seconds_by_size: float = 2.0
-    seconds_stalls: float = 600.0
+    seconds_stalls: float = 300.0
     seconds_fio: float = 3.0
     rounds: int = 5
     ratios: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 8, 16)  # table / memory

@@ -30,7 +30,7 @@ cdef class Pages:
     cdef int64_t unchecked, faults
     cdef int calm
 
-    def __init__(self):
+    def __cinit__(self):
         self.cold = True
 
     cdef bint _faulted(self, int64_t n) noexcept:
