@@ -187,7 +187,7 @@ class _OurBags(update.Pyembed):
 
 class _FbgemmBags(update.Fbgemm):
     def __init__(self, mode: str, weight: Array) -> None:
-        self.name, self.rule = FBGEMM, "row-wise Adagrad"
+        self.name, self.rule = FBGEMM, "RowwiseAdagrad"
         self.table = peers.table(weight, "EXACT_ROWWISE_ADAGRAD", mode.upper())
 
     def use(self, batches: list[Array], grad: Array) -> tuple[Sequence[Any], Sequence[Any]]:

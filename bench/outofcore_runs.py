@@ -46,11 +46,11 @@ class Size:
     n_by_size: int = 16384
     seconds: float = 8.0
     seconds_by_size: float = 2.0
-    seconds_stalls: float = 300.0
+    seconds_stalls: float = 240.0
     seconds_fio: float = 3.0
     rounds: int = 5
-    ratios: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 8, 16)  # table / memory
-    ratios_step: tuple[float, ...] = (0.25, 1, 4, 16)
+    ratios: tuple[float, ...] = (0.25, 1, 2, 4, 16)  # table / memory
+    ratios_step: tuple[float, ...] = (0.25, 2, 16)
 
 
 FULL = Size()
@@ -177,7 +177,9 @@ class Run:
             raise SystemExit(f"{spec} ended with {done.returncode}:\n{done.stderr[-2000:]}")
         result: Result = json.loads(done.stdout.splitlines()[-1])
         if "wrong" in result:
-            raise CheckFailed(result["wrong"])
+            if spec.who in (OURS, THREE):
+                raise CheckFailed(result["wrong"])
+            return "gives a wrong result"
         return str(result["unavailable"]) if "unavailable" in result else result
 
     def disk(self, spec: Spec) -> float | str:
