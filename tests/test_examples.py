@@ -83,6 +83,16 @@ def test_text_classifier(capsys: pytest.CaptureFixture[str]) -> None:
     assert train > test > baseline + 25
 
 
+def test_torch_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """A torch model over a file of rows is far better than the frequencies."""
+    pytest.importorskip("torch")
+    out = printed("torch_model", capsys)
+    [baseline] = numbers(out, r"frequencies: +loss (\S+)")
+    [loss] = numbers(out, r"before: +loss (\S+)")
+    [length] = numbers(out, r"of length (\S+)\n")
+    assert loss < baseline - 1.5 and length > 0.6  # rows began with a length of 0.4
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_is_explained(path: Path) -> None:
     """An example says at its top how to run it, and has a test here unless it is the demo."""

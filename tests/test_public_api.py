@@ -28,7 +28,7 @@ ROOMS = [
     {"optimizer", "functional", "config", "lookahead"},
     {"many"},
     {"optim"},
-    {"train"},
+    {"train", "torch"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,593 @@
+"""The torch adapter: torch.nn's layers and optimizers are the expectation; errors are ours.
+
+Tolerance 1e-5 after steps: both compute in float32, but not in the same order.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyembed import Table, optim
+from pyembed.errors import (
+    ArgumentError,
+    ClosedError,
+    DTypeError,
+    IdError,
+    LockedError,
+    NonFiniteError,
+    ReadOnlyError,
+)
+
+torch = pytest.importorskip("torch")
+
+import pyembed.torch as pt  # noqa: E402 -- only where there is torch
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
+
+ROWS, DIM, STEPS = 12, 4, 6
+LAYERS = ("Embedding", "EmbeddingBag")
+SGD = functools.partial(optim.SGD, lr=0.5)
+OPTIMIZERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "SGD": (SGD, lambda p: torch.optim.SGD(p, lr=0.5)),
+    "Adagrad": (functools.partial(optim.Adagrad, lr=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)),
+    "SparseAdam": (
+        functools.partial(optim.Adam, lr=0.1),
+        lambda p: torch.optim.SparseAdam(p, lr=0.1),
+    ),
+}
+
+
+def batches(shape: tuple[int, ...] = (3, 5), count: int = STEPS) -> list[Any]:
+    """Ids with duplicates, some of them the padding row."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(0, ROWS, shape, generator=generator) for _ in range(count)]
+
+
+def weights() -> Any:
+    """The rows that a test begins with."""
+    return torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(3))
+
+
+def ours(layer: str = "Embedding", **options: Any) -> Any:
+    """A layer over a copy of these rows."""
+    return getattr(pt, layer)(ROWS, DIM, _weight=weights(), **options)
+
+
+def theirs(layer: str = "Embedding", **options: Any) -> Any:
+    """Torch's layer over a copy of these rows."""
+    return getattr(torch.nn, layer)(ROWS, DIM, _weight=weights(), **options)
+
+
+def rows_of(layer: Any) -> Any:
+    """All rows, as a tensor."""
+    return torch.from_numpy(np.array(layer.table.weight))
+
+
+def on_disk(path: Path, optimizer: str | None = "sgd") -> Path:
+    """A committed table with these rows."""
+    with Table.create(path, ROWS, DIM, optimizer) as table, table.writing() as weight:
+        weight[:] = weights().numpy()
+    return path
+
+
+def loss_of(rows: Any) -> Any:
+    """Every element has a gradient of its own."""
+    return (rows * torch.arange(rows.numel()).reshape(rows.shape).cos()).sum() + rows.square().sum()
+
+
+def close(a: Any, b: Any) -> None:
+    """Equal within 1e-5."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("where", ["fused", "disk", "parameter"])
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_idx": 2}, {"max_norm": 1.5}], ids=["plain", "padding", "max_norm"]
+)
+def test_training_is_torchs(name: str, where: str, options: dict[str, Any], path: Path) -> None:
+    """Rows, and the table after some steps, are those of nn.Embedding(sparse=True)."""
+    ours_of, theirs_of = OPTIMIZERS[name]
+    twin = theirs(sparse=True, **options)
+    step = theirs_of(twin.parameters())
+    mine: Any
+    if where == "parameter":
+        layer = ours(sparse=True, **options)
+        mine = theirs_of(layer.parameters())
+    elif where == "fused":
+        layer, mine = ours(optimizer=ours_of, **options), None
+    else:
+        rule = {"SGD": "sgd", "Adagrad": "adagrad", "SparseAdam": "adam"}[name]
+        on_disk(path, rule)
+        layer, mine = pt.Embedding(ROWS, DIM, path=path, optimizer=ours_of, **options), None
+    for ids in batches():
+        step.zero_grad()
+        rows, expected = layer(ids), twin(ids)
+        close(rows, expected)
+        loss_of(expected).backward()
+        step.step()
+        if mine is not None:
+            mine.zero_grad()
+        loss_of(rows).backward()
+        if mine is not None:
+            [found] = layer.weight.grad._indices()
+            assert layer.weight.grad.is_sparse and len(found) == len(found.unique())
+            mine.step()
+        close(rows_of(layer), twin.weight.detach())
+    layer.table.close()
+    if where == "disk":
+        with Table.open(path, "r") as table:  # what was trained is what lies in the file
+            close(torch.from_numpy(np.array(table.weight)), twin.weight.detach())
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dense_gradient_is_torchs(layer: str) -> None:
+    """Without sparse=True, weight.grad is dense, and torch's Adam steps on it."""
+    mine, twin = ours(layer, padding_idx=1), theirs(layer, padding_idx=1)
+    ids = batches()[0]
+    for each in (mine, twin):
+        optimizer = torch.optim.Adam(each.parameters(), lr=0.1)
+        loss_of(each(ids)).backward()
+        optimizer.step()
+    close(mine.weight.grad, twin.weight.grad)
+    close(mine.weight, twin.weight)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_bags_are_torchs(mode: str, weighted: bool, last: bool, fused: bool) -> None:
+    """Bags with offsets: rows, the table after steps, and the gradient of per_sample_weights."""
+    if weighted and mode != "sum":
+        with pytest.raises(ArgumentError, match="mode='sum'"):
+            ours("EmbeddingBag", mode=mode)(batches()[0], None, torch.ones(3, 5))
+        return
+    options = {"mode": mode, "include_last_offset": last, "padding_idx": 3}
+    mine = ours("EmbeddingBag", optimizer=SGD if fused else None, **options)
+    twin = theirs("EmbeddingBag", **options)
+    offsets = torch.tensor([0, 4, 4, 9] + ([15] if last else []))
+    for ids in batches((15,)):
+        given = [torch.rand(15).requires_grad_() if weighted else None]
+        given.append(given[0].detach().clone().requires_grad_() if weighted else None)
+        for layer, psw in zip((mine, twin), given, strict=True):
+            layer.zero_grad()
+            rows = layer(ids, offsets, psw)
+            loss_of(rows).backward()
+            if layer is twin or not fused:
+                torch.optim.SGD(layer.parameters(), lr=0.5).step()
+        if weighted:
+            close(given[0].grad, given[1].grad)
+        close(rows_of(mine), twin.weight.detach())
+    close(mine(batches()[0]), twin(batches()[0]))
+
+
+def test_weights_of_a_frozen_bag_learn() -> None:
+    """per_sample_weights have their gradient where the table has none."""
+    bag, ids = ours("EmbeddingBag", mode="sum", _freeze=True), batches()[0]
+    psw = torch.ones(3, 5, requires_grad=True)
+    bag(ids, None, psw).sum().backward()
+    close(psw.grad, weights()[ids].sum(-1))
+    assert bag.weight.grad is None
+
+
+def test_beside_dense_layers() -> None:
+    """model.parameters() goes to torch's optimizer as ever: the table steps once, by itself."""
+    model = torch.nn.Sequential(ours(optimizer=SGD), torch.nn.Linear(DIM, 1))
+    for make in (torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad):
+        before, ids = rows_of(model[0]), torch.tensor([5])
+        optimizer = make(model.parameters(), lr=0.1)
+        model(ids).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, norm_type=float("inf"))
+        expected = before[5] - 0.5 * model[1].weight[0].detach()
+        optimizer.step()
+        close(rows_of(model[0])[5], expected)
+        assert torch.equal(rows_of(model[0])[:5], before[:5])
+
+
+def test_step_and_learning_rate() -> None:
+    """One step for each call of the layer; the optimizer can be reached, and its rate set."""
+    layer = ours(optimizer=SGD)
+    (layer(torch.tensor([1])).sum() + layer(torch.tensor([1])).sum()).backward()
+    assert layer.optimizer.steps == 2
+    layer.optimizer.lr = 0.0
+    before = rows_of(layer)
+    layer(torch.tensor([1])).sum().backward()
+    assert torch.equal(rows_of(layer), before)
+
+
+# --- a drop-in -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fresh_weights_are_torchs(layer: str) -> None:
+    """The same seed gives the rows of torch.nn, with the padding row zero, fused or not."""
+    found = []
+    for make in (getattr(torch.nn, layer), getattr(pt, layer)):
+        torch.manual_seed(5)
+        found.append(make(ROWS, DIM, padding_idx=-2).weight)
+    torch.manual_seed(5)
+    fused = getattr(pt, layer)(ROWS, DIM, padding_idx=-2, optimizer=SGD)
+    assert torch.equal(*found) and torch.equal(rows_of(fused), found[0])
+    assert (fused.num_embeddings, fused.embedding_dim, fused.padding_idx) == (ROWS, DIM, ROWS - 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3, "max_norm": 2.0, "sparse": True}])
+def test_repr(options: dict[str, Any]) -> None:
+    """The text is torch's; with optimizer= it names the table, also a closed one."""
+    assert repr(ours(**options)) == repr(theirs(**options))
+    layer = ours(optimizer=SGD, **options)
+    assert "12 rows of weight 4" in repr(layer) and "SGD(lr=0.5)" in repr(layer)
+    layer.table.close()
+    assert "closed" in repr(layer)
+
+
+@pytest.mark.parametrize("optimizer", [None, SGD])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_state_dict_both_ways(layer: str, optimizer: Any) -> None:
+    """state_dict has weight alone, and travels strictly to nn's layer and back, inside a model."""
+    mine = torch.nn.ModuleDict({"a": getattr(pt, layer)(ROWS, DIM, optimizer=optimizer)})
+    twin = torch.nn.ModuleDict({"a": theirs(layer)})
+    assert list(mine.state_dict()) == ["a.weight"]
+    mine.load_state_dict(twin.state_dict())
+    assert torch.equal(rows_of(mine["a"]), weights())
+    with torch.no_grad():
+        twin["a"].weight.zero_()
+    twin.load_state_dict(mine.state_dict())
+    assert torch.equal(twin["a"].weight, weights())
+
+
+@pytest.mark.parametrize("optimizer", [None, SGD])
+def test_strict_loading(optimizer: Any) -> None:
+    """A missing key, another key and another shape are torch's error, and change nothing."""
+    layer = ours(optimizer=optimizer)
+    for state, text in (
+        ({}, "Missing key"),
+        ({"weight": weights(), "bias": weights()}, "Unexpected key.*bias"),
+        ({"weight": weights()[1:]}, "size mismatch for weight"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            layer.load_state_dict(state)
+    assert torch.equal(rows_of(layer), weights())
+    found = layer.load_state_dict({"bias": weights()}, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (["weight"], ["bias"])
+
+
+def test_state_of_a_large_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is in the state while a copy fits; else the error names what to do, and that works."""
+    layer = pt.Embedding(ROWS, DIM, path=on_disk(path), optimizer=SGD)
+    assert torch.equal(layer.state_dict()["weight"], weights())
+    monkeypatch.setattr(pt, "STATE_SHARE", 1e-12)
+    with pytest.raises(ArgumentError, match="in_state_dict = False"):
+        layer.state_dict()
+    layer.in_state_dict = False
+    assert layer.state_dict() == {} and layer.load_state_dict({})
+    layer.table.close()
+
+
+@pytest.mark.parametrize("optimizer", [None, SGD])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_copies(layer: str, copied: Any, optimizer: Any) -> None:
+    """deepcopy and pickle give a layer that learns by itself, from the same rows."""
+    first = ours(layer, optimizer=optimizer, padding_idx=1)
+    ids = batches()[0]
+    first(ids)
+    second = copied(first)
+    assert torch.equal(first(ids), second(ids)) and second.padding_idx == 1
+    second(ids).sum().backward()
+    if optimizer is None:
+        assert first.weight.grad is None and second.weight.grad is not None
+    else:
+        assert second.optimizer.steps == 1 and first.optimizer.steps == 0
+        assert not torch.equal(rows_of(second), weights())
+    assert torch.equal(rows_of(first), weights())
+
+
+def test_saved_whole() -> None:
+    """torch.save and torch.load of the layer itself."""
+    buffer = io.BytesIO()
+    torch.save(ours(optimizer=SGD), buffer)
+    buffer.seek(0)
+    assert torch.equal(rows_of(torch.load(buffer, weights_only=False)), weights())
+
+
+def test_copies_of_a_file(path: Path) -> None:
+    """A written file has no second writer, and says so; a frozen one is opened by its path."""
+    layer = pt.Embedding(ROWS, DIM, path=on_disk(path), optimizer=SGD)
+    with pytest.raises(ArgumentError, match="share the layer"):
+        copy.deepcopy(layer)
+    bytes_of = pickle.dumps(layer)
+    with pytest.raises(LockedError):
+        pickle.loads(bytes_of)
+    layer.table.close()
+    again = pickle.loads(bytes_of)
+    assert torch.equal(rows_of(again), weights())
+    again.table.close()
+    frozen = pt.Embedding.from_pretrained(path)
+    assert torch.equal(copy.deepcopy(frozen)(torch.tensor([3])), weights()[3:4])
+
+
+def test_pretrained_and_frozen(path: Path) -> None:
+    """from_pretrained takes a tensor, an array, a table and a path; frozen, nothing learns."""
+    ids = batches()[0]
+    tensor, array = weights(), weights().numpy()
+    array.flags.writeable = False
+    for source in (tensor, array, Table.from_array(array), on_disk(path)):
+        layer = pt.Embedding.from_pretrained(source, padding_idx=0)
+        rows = layer(ids)
+        assert torch.equal(rows, weights()[ids]) and not rows.requires_grad
+    shared = pt.Embedding.from_pretrained(tensor, freeze=False)
+    assert shared.weight.data_ptr() == tensor.data_ptr()  # no copy, as in torch
+    bag = pt.EmbeddingBag.from_pretrained(tensor, mode="sum")
+    close(bag(ids), weights()[ids].sum(1))
+    with pytest.raises(ArgumentError, match=r"\(rows, dim\)"):
+        pt.Embedding.from_pretrained(tensor[0])
+
+
+def test_requires_grad_freezes() -> None:
+    """requires_grad_(False) on a model stops the table, and True lets it go on."""
+    model = torch.nn.Sequential(ours(optimizer=SGD), torch.nn.Linear(DIM, 1))
+    model.requires_grad_(False)
+    assert not model(torch.tensor([1])).requires_grad
+    model.requires_grad_(True)
+    model(torch.tensor([1])).sum().backward()
+    assert model[0].optimizer.steps == 1
+    frozen = pt.Embedding.from_pretrained(Table.from_array(weights().numpy()), freeze=True)
+    assert frozen.requires_grad_(True)(torch.tensor([1])).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # ids have no gradient
+def test_hooks() -> None:
+    """Hooks of modules and of the weight run; a state dict's too."""
+    seen = []
+    layer, fused = ours(), ours(optimizer=SGD)
+    layer.weight.register_hook(lambda grad: seen.append("grad"))
+    for each in (layer, fused):
+        each.register_forward_hook(lambda *_: seen.append("forward"))
+        each.register_full_backward_hook(lambda *_: seen.append("backward"))
+        each.register_load_state_dict_pre_hook(lambda *_: seen.append("load"))
+        each(torch.tensor([1])).sum().backward()
+        each.load_state_dict(each.state_dict())
+    assert sorted(seen) == sorted(["grad", *2 * ["forward", "backward", "load"]])
+
+
+def test_functional_call() -> None:
+    """A Parameter can be replaced for a call, as in torch."""
+    out = torch.func.functional_call(ours(), {"weight": weights() * 2}, torch.tensor([1]))
+    assert torch.equal(out, weights()[1:2] * 2)
+
+
+def test_memory_is_shared_with_the_table() -> None:
+    """A table in memory and the Parameter over it are the same rows."""
+    table = Table.memory(ROWS, DIM)
+    layer = pt.Embedding(ROWS, DIM, table=table)
+    with torch.no_grad():
+        layer.weight.fill_(7)
+    assert (table.weight == 7).all() and (layer.table.weight == 7).all()
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("optimizer", [None, SGD])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_compiled(layer: str, optimizer: Any, max_norm: float | None, backend: str) -> None:
+    """fullgraph=True compiles, and steps as without it, at two shapes."""
+    torch._dynamo.reset()
+    plain = ours(layer, optimizer=optimizer, max_norm=max_norm)
+    model = ours(layer, optimizer=optimizer, max_norm=max_norm)
+    compiled = torch.compile(lambda ids: loss_of(model(ids)), fullgraph=True, backend=backend)
+    for ids in (*batches(count=2), *batches((4, 3), count=2)):
+        loss, expected = compiled(ids), loss_of(plain(ids))
+        close(loss, expected)
+        loss.backward()
+        expected.backward()
+        close(rows_of(model), rows_of(plain))
+    if optimizer is None:
+        close(model.weight.grad, plain.weight.grad)
+    else:
+        assert model.optimizer.steps == 4
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("optimizer", [None, functools.partial(optim.SGD, lr=0.0)])
+def test_ops_are_what_they_say(layer: str, optimizer: Any) -> None:
+    """torch's own check of the lookup: schema, autograd registration, fake kernel, tracing.
+
+    Tracing compares gradients too. That of a table's anchor is the step, and None without tracing,
+    so that no optimizer looks at it; `test_compiled` has this case.
+    """
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks += ["test_aot_dispatch_dynamic"] if optimizer is None else []
+    module, ids = ours(layer, optimizer=optimizer), batches()[0]
+    anchor = module.weight if optimizer is None else module._anchor
+    torch.library.opcheck(pt._rows, (anchor, ids, None, None, module._number), test_utils=checks)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [None, SGD])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_bad_input(layer: str, optimizer: Any) -> None:
+    """dtype, device and range mistakes are typed, and leave the rows as they were."""
+    module = ours(layer, optimizer=optimizer)
+    good = batches()[0]
+    for bad, error in (
+        (good.float(), DTypeError),
+        (good.bool(), DTypeError),
+        (good.numpy(), DTypeError),
+        (good.to("meta"), ArgumentError),
+        (good - ROWS, IdError),
+        (good + ROWS, IdError),
+    ):
+        with pytest.raises(error):
+            module(bad)
+    for cast in (torch.float64, torch.float16, torch.bfloat16):
+        with pytest.raises(DTypeError, match="allowed: float32"):
+            copy.deepcopy(module).to(cast)(good)
+    with pytest.raises(NonFiniteError) if optimizer else pytest.raises(ArithmeticError):
+        (module(good) * float("nan")).sum().backward()
+        raise ArithmeticError  # as in torch, a NaN goes into weight.grad
+    assert torch.equal(rows_of(module), weights())
+
+
+def test_bad_bags() -> None:
+    """Offsets and weights of bags are checked before a kernel sees them."""
+    bag, ids = ours("EmbeddingBag", mode="sum"), torch.arange(6)
+    for offsets in (None, torch.tensor([1, 3]), torch.tensor([0, 7]), torch.tensor([0, 4, 2])):
+        with pytest.raises(ArgumentError):
+            bag(ids, offsets)
+    with pytest.raises(DTypeError):
+        bag(ids, torch.tensor([0]), torch.ones(6, dtype=torch.float64))
+    with pytest.raises(ArgumentError):
+        bag(ids, torch.tensor([0]), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"table": Table.memory(3, DIM)}, ArgumentError),
+        ({"table": Table.memory(ROWS, DIM), "_weight": weights()}, ArgumentError),
+        ({"_weight": weights().double()}, DTypeError),
+        ({"_weight": weights().numpy()}, DTypeError),
+        ({"_weight": weights().to("meta")}, DTypeError),
+        ({"_weight": weights()[0]}, ArgumentError),
+        ({"dtype": torch.float16}, ArgumentError),
+        ({"device": "meta"}, ArgumentError),
+        ({"device": "cuda"}, ArgumentError),  # as a Parameter
+        ({"padding_idx": ROWS}, ArgumentError),
+        ({"seed": 1}, ArgumentError),
+        ({"num_threads": 1}, ArgumentError),
+        ({"optimizer": torch.optim.SGD}, DTypeError),
+        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1)}, DTypeError),
+        ({"optimizer": optim.SGD(Table.memory(ROWS, DIM))}, DTypeError),
+        ({"optimizer": lambda layer: None}, DTypeError),
+        ({"optimizer": SGD, "_freeze": True}, ArgumentError),
+    ],
+)
+def test_bad_construction(options: dict[str, Any], error: type[Exception]) -> None:
+    """What cannot be is refused when the layer is made."""
+    with pytest.raises(error):
+        pt.Embedding(ROWS, DIM, **options)
+
+
+def test_files_without_an_optimizer(path: Path) -> None:
+    """A file is no Parameter: it needs optimizer= or a frozen layer, and is let go of."""
+    on_disk(path)
+    with pytest.raises(ArgumentError, match="optimizer="):
+        pt.Embedding(ROWS, DIM, path=path)
+    with Table.open(path) as table, pytest.raises(ArgumentError, match="optimizer="):
+        pt.Embedding(ROWS, DIM, table=table)
+
+
+def test_read_only_rows_stay_as_they_are(path: Path) -> None:
+    """Torch writes into what it was given, and the file does not change; max_norm is refused."""
+    layer = pt.Embedding(ROWS, DIM, path=on_disk(path), _freeze=True)
+    layer(torch.arange(ROWS)).fill_(9)
+    layer.state_dict()["weight"].fill_(9)
+    assert torch.equal(rows_of(layer), weights())
+    with pytest.raises(ReadOnlyError):
+        layer.load_state_dict({"weight": weights()})
+    layer.table.close()
+    layer = pt.Embedding(ROWS, DIM, path=path, _freeze=True, max_norm=0.1)
+    with pytest.raises(ReadOnlyError):
+        layer(torch.arange(ROWS))
+
+
+@pytest.mark.parametrize("optimizer", [None, SGD])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_double_backward(layer: str, optimizer: Any) -> None:
+    """A second derivative is refused before the table changes."""
+    module = ours(layer, optimizer=optimizer)
+    rows = module(batches()[0])
+    with pytest.raises(ArgumentError, match="create_graph"):
+        rows.square().sum().backward(create_graph=True)
+    assert torch.equal(rows_of(module), weights())
+
+
+def test_use_after_close() -> None:
+    """A closed table is a typed error in forward and in backward."""
+    layer = ours(optimizer=SGD)
+    rows = layer(torch.tensor([1]))
+    layer.table.close()
+    with pytest.raises(ClosedError):
+        rows.sum().backward()
+    with pytest.raises(ClosedError):
+        layer(torch.tensor([1]))
+
+
+def test_weight_that_updates_itself() -> None:
+    """Torch's optimizers refuse the weight of a table, and every use of it says why."""
+    layer = ours(optimizer=SGD)
+    with pytest.raises(TypeError, match="WeightInTable"):
+        torch.optim.SGD([layer.weight], lr=0.1)
+    for use in (lambda w: torch.optim.SGD(w, lr=0.1), lambda w: w.shape, lambda w: w[0]):
+        with pytest.raises(ArgumentError, match="updates itself"):
+            use(layer.weight)
+
+
+def test_rows_that_changed_in_between() -> None:
+    """Backward of max and of per_sample_weights needs the rows of forward, or says so."""
+    ids = batches()[0]
+    for options, psw in (({"mode": "max"}, None), ({"mode": "sum"}, torch.ones(3, 5))):
+        for optimizer in (SGD, None):
+            bag = ours("EmbeddingBag", optimizer=optimizer, **options)
+            first, second = bag(ids, None, psw), bag(ids, None, psw)
+            first.sum().backward()
+            if optimizer is None:
+                torch.optim.SGD(bag.parameters(), lr=0.1).step()
+            with pytest.raises((ArgumentError, RuntimeError), match=r"changed|modified"):
+                second.sum().backward()
+
+
+def test_layer_may_go_before_backward() -> None:
+    """The graph keeps the layer that it needs."""
+    table = Table.from_array(weights().numpy())
+    rows = pt.Embedding(ROWS, DIM, table=table, optimizer=SGD)(torch.tensor([1]))
+    rows.sum().backward()
+    assert torch.equal(torch.from_numpy(np.array(table.weight[1])), weights()[1] - 0.5)
+
+
+# --- a GPU, the document -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rows_on_a_gpu(layer: str) -> None:
+    """Rows come to the GPU, gradients go back, and the table learns as on the CPU."""
+    gpu, cpu = (ours(layer, optimizer=SGD, device=device) for device in ("cuda", "cpu"))
+    for ids in batches():
+        rows = gpu(ids.cuda())
+        assert rows.is_cuda
+        loss_of(rows.cpu()).backward()
+        loss_of(cpu(ids)).backward()
+    close(rows_of(gpu), rows_of(cpu))
+
+
+def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python of docs/torch-compatibility.md runs as it stands."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "torch-compatibility.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "torch-compatibility.md", "exec"), names)
+    assert blocks and (tmp_path / "items.pyembed" / "rows.npy").exists()
