@@ -22,7 +22,7 @@ torture: build
 	cd tests && PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(abspath $(PY)) -m crash.torture --write
 
 bench: build
-	$(PY) -m pip install -q psutil torch==2.13.0 && $(PY) -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
+	$(PY) -m pip install -q psutil lmdb rocksdict matplotlib torch==2.13.0 && $(PY) -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
 	$(PY) -m bench $(NAME)
 
 lint: build
