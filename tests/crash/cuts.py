@@ -12,7 +12,7 @@ import numpy as np
 from crash import disk, mutants, program, worker
 from crash.cells import Counts, How, collect, dirty_tables, names_of_calls
 from crash.program import Plan
-from pyembed import store
+from pyembed import undo
 from pyembed.errors import DirtyError, PyembedError
 
 
@@ -21,7 +21,7 @@ def _cut_everywhere(
 ) -> list[list[str]]:
     """[case, problem] for each prefix of the events in each mode."""
     other = Path("/proc/self")  # any other start of the machine
-    store.BOOT_ID = other / "sessionid"
+    undo.BOOT_ID = other / "sessionid"
     now = disk.Disk(recorder.root, start)
     now.said = list(said)
     found = []

@@ -20,10 +20,10 @@ from pyembed.touched import Touched
 def rows_change_before_they_are_recorded() -> None:
     """What is recorded is right, but late: at the next change, or the commit."""
     waiting: list[Any] = []
-    real_protect, real_record, real_commit = Store.protect, Journal.record, Store.commit
+    real_protect, real_write, real_commit = Store.protect, Journal.write, Store.commit
 
-    def late(self: Journal, rows: np.ndarray, old: np.ndarray) -> None:
-        waiting.append((self, rows.copy(), old.copy()))
+    def late(self: Journal, frame: Any) -> None:
+        waiting.append((self, frame))  # whose arrays are nobody else's
 
     def protect(self: Store, rows: np.ndarray) -> None:
         flush()
@@ -35,9 +35,9 @@ def rows_change_before_they_are_recorded() -> None:
 
     def flush() -> None:
         while waiting:
-            real_record(*waiting.pop(0))
+            real_write(*waiting.pop(0))
 
-    Journal.record, Store.protect, Store.commit = late, protect, commit  # type: ignore
+    Journal.write, Store.protect, Store.commit = late, protect, commit  # type: ignore
 
 
 def marked_before_recorded() -> None:
