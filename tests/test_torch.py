@@ -1,4 +1,4 @@
-"""The torch adapter: torch.nn's layers and optimizers are the expectation; errors are ours.
+"""The torch adapter: torch.nn's layers and optimizers are the expectation.
 
 Tolerance 1e-5 after steps: both compute in float32, but not in the same order.
 """
@@ -10,22 +10,31 @@ import functools
 import io
 import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch_layers import (
+    DIM,
+    LAYERS,
+    OPTIMIZERS,
+    ROWS,
+    SGD,
+    batches,
+    close,
+    loss_of,
+    on_disk,
+    ours,
+    rows_of,
+    theirs,
+    weights,
+)
 
 from pyembed import Table, optim
 from pyembed.errors import (
     ArgumentError,
-    ClosedError,
-    DTypeError,
-    IdError,
     LockedError,
-    NonFiniteError,
-    ReadOnlyError,
 )
 
 torch = pytest.importorskip("torch")
@@ -33,61 +42,6 @@ torch = pytest.importorskip("torch")
 import pyembed.torch as pt  # noqa: E402 -- only where there is torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
-
-ROWS, DIM, STEPS = 12, 4, 6
-LAYERS = ("Embedding", "EmbeddingBag")
-SGD = functools.partial(optim.SGD, lr=0.5)
-OPTIMIZERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-    "SGD": (SGD, lambda p: torch.optim.SGD(p, lr=0.5)),
-    "Adagrad": (functools.partial(optim.Adagrad, lr=0.1), lambda p: torch.optim.Adagrad(p, lr=0.1)),
-    "SparseAdam": (
-        functools.partial(optim.Adam, lr=0.1),
-        lambda p: torch.optim.SparseAdam(p, lr=0.1),
-    ),
-}
-
-
-def batches(shape: tuple[int, ...] = (3, 5), count: int = STEPS) -> list[Any]:
-    """Ids with duplicates, some of them the padding row."""
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(0, ROWS, shape, generator=generator) for _ in range(count)]
-
-
-def weights() -> Any:
-    """The rows that a test begins with."""
-    return torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(3))
-
-
-def ours(layer: str = "Embedding", **options: Any) -> Any:
-    """A layer over a copy of these rows."""
-    return getattr(pt, layer)(ROWS, DIM, _weight=weights(), **options)
-
-
-def theirs(layer: str = "Embedding", **options: Any) -> Any:
-    """Torch's layer over a copy of these rows."""
-    return getattr(torch.nn, layer)(ROWS, DIM, _weight=weights(), **options)
-
-
-def rows_of(layer: Any) -> Any:
-    """All rows, as a tensor."""
-    return torch.from_numpy(np.array(layer.table.weight))
-
-
-def on_disk(path: Path, optimizer: str | None = "sgd") -> Path:
-    """A committed table with these rows."""
-    with Table.create(path, ROWS, DIM, optimizer) as table, table.writing() as weight:
-        weight[:] = weights().numpy()
-    return path
-
-
-def loss_of(rows: Any) -> Any:
-    """Every element has a gradient of its own."""
-    return (rows * torch.arange(rows.numel()).reshape(rows.shape).cos()).sum() + rows.square().sum()
-
-
-def close(a: Any, b: Any) -> None:
-    """Equal within 1e-5."""
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -419,151 +373,6 @@ def test_ops_are_what_they_say(layer: str, optimizer: Any) -> None:
     module, ids = ours(layer, optimizer=optimizer), batches()[0]
     anchor = module.weight if optimizer is None else module._anchor
     torch.library.opcheck(pt._rows, (anchor, ids, None, None, module._number), test_utils=checks)
-
-
-# --- what is refused -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("optimizer", [None, SGD])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_bad_input(layer: str, optimizer: Any) -> None:
-    """dtype, device and range mistakes are typed, and leave the rows as they were."""
-    module = ours(layer, optimizer=optimizer)
-    good = batches()[0]
-    for bad, error in (
-        (good.float(), DTypeError),
-        (good.bool(), DTypeError),
-        (good.numpy(), DTypeError),
-        (good.to("meta"), ArgumentError),
-        (good - ROWS, IdError),
-        (good + ROWS, IdError),
-    ):
-        with pytest.raises(error):
-            module(bad)
-    for cast in (torch.float64, torch.float16, torch.bfloat16):
-        with pytest.raises(DTypeError, match="allowed: float32"):
-            copy.deepcopy(module).to(cast)(good)
-    with pytest.raises(NonFiniteError) if optimizer else pytest.raises(ArithmeticError):
-        (module(good) * float("nan")).sum().backward()
-        raise ArithmeticError  # as in torch, a NaN goes into weight.grad
-    assert torch.equal(rows_of(module), weights())
-
-
-def test_bad_bags() -> None:
-    """Offsets and weights of bags are checked before a kernel sees them."""
-    bag, ids = ours("EmbeddingBag", mode="sum"), torch.arange(6)
-    for offsets in (None, torch.tensor([1, 3]), torch.tensor([0, 7]), torch.tensor([0, 4, 2])):
-        with pytest.raises(ArgumentError):
-            bag(ids, offsets)
-    with pytest.raises(DTypeError):
-        bag(ids, torch.tensor([0]), torch.ones(6, dtype=torch.float64))
-    with pytest.raises(ArgumentError):
-        bag(ids, torch.tensor([0]), torch.ones(5))
-
-
-@pytest.mark.parametrize(
-    "options, error",
-    [
-        ({"table": Table.memory(3, DIM)}, ArgumentError),
-        ({"table": Table.memory(ROWS, DIM), "_weight": weights()}, ArgumentError),
-        ({"_weight": weights().double()}, DTypeError),
-        ({"_weight": weights().numpy()}, DTypeError),
-        ({"_weight": weights().to("meta")}, DTypeError),
-        ({"_weight": weights()[0]}, ArgumentError),
-        ({"dtype": torch.float16}, ArgumentError),
-        ({"device": "meta"}, ArgumentError),
-        ({"device": "cuda"}, ArgumentError),  # as a Parameter
-        ({"padding_idx": ROWS}, ArgumentError),
-        ({"seed": 1}, ArgumentError),
-        ({"num_threads": 1}, ArgumentError),
-        ({"optimizer": torch.optim.SGD}, DTypeError),
-        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1)}, DTypeError),
-        ({"optimizer": optim.SGD(Table.memory(ROWS, DIM))}, DTypeError),
-        ({"optimizer": lambda layer: None}, DTypeError),
-        ({"optimizer": SGD, "_freeze": True}, ArgumentError),
-    ],
-)
-def test_bad_construction(options: dict[str, Any], error: type[Exception]) -> None:
-    """What cannot be is refused when the layer is made."""
-    with pytest.raises(error):
-        pt.Embedding(ROWS, DIM, **options)
-
-
-def test_files_without_an_optimizer(path: Path) -> None:
-    """A file is no Parameter: it needs optimizer= or a frozen layer, and is let go of."""
-    on_disk(path)
-    with pytest.raises(ArgumentError, match="optimizer="):
-        pt.Embedding(ROWS, DIM, path=path)
-    with Table.open(path) as table, pytest.raises(ArgumentError, match="optimizer="):
-        pt.Embedding(ROWS, DIM, table=table)
-
-
-def test_read_only_rows_stay_as_they_are(path: Path) -> None:
-    """Torch writes into what it was given, and the file does not change; max_norm is refused."""
-    layer = pt.Embedding(ROWS, DIM, path=on_disk(path), _freeze=True)
-    layer(torch.arange(ROWS)).fill_(9)
-    layer.state_dict()["weight"].fill_(9)
-    assert torch.equal(rows_of(layer), weights())
-    with pytest.raises(ReadOnlyError):
-        layer.load_state_dict({"weight": weights()})
-    layer.table.close()
-    layer = pt.Embedding(ROWS, DIM, path=path, _freeze=True, max_norm=0.1)
-    with pytest.raises(ReadOnlyError):
-        layer(torch.arange(ROWS))
-
-
-@pytest.mark.parametrize("optimizer", [None, SGD])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_double_backward(layer: str, optimizer: Any) -> None:
-    """A second derivative is refused before the table changes."""
-    module = ours(layer, optimizer=optimizer)
-    rows = module(batches()[0])
-    with pytest.raises(ArgumentError, match="create_graph"):
-        rows.square().sum().backward(create_graph=True)
-    assert torch.equal(rows_of(module), weights())
-
-
-def test_use_after_close() -> None:
-    """A closed table is a typed error in forward and in backward."""
-    layer = ours(optimizer=SGD)
-    rows = layer(torch.tensor([1]))
-    layer.table.close()
-    with pytest.raises(ClosedError):
-        rows.sum().backward()
-    with pytest.raises(ClosedError):
-        layer(torch.tensor([1]))
-
-
-def test_weight_that_updates_itself() -> None:
-    """Torch's optimizers refuse the weight of a table, and every use of it says why."""
-    layer = ours(optimizer=SGD)
-    with pytest.raises(TypeError, match="WeightInTable"):
-        torch.optim.SGD([layer.weight], lr=0.1)
-    for use in (lambda w: torch.optim.SGD(w, lr=0.1), lambda w: w.shape, lambda w: w[0]):
-        with pytest.raises(ArgumentError, match="updates itself"):
-            use(layer.weight)
-
-
-def test_rows_that_changed_in_between() -> None:
-    """Backward of max and of per_sample_weights needs the rows of forward, or says so."""
-    ids = batches()[0]
-    for options, psw in (({"mode": "max"}, None), ({"mode": "sum"}, torch.ones(3, 5))):
-        for optimizer in (SGD, None):
-            bag = ours("EmbeddingBag", optimizer=optimizer, **options)
-            first, second = bag(ids, None, psw), bag(ids, None, psw)
-            first.sum().backward()
-            if optimizer is None:
-                torch.optim.SGD(bag.parameters(), lr=0.1).step()
-            with pytest.raises((ArgumentError, RuntimeError), match=r"changed|modified"):
-                second.sum().backward()
-
-
-def test_layer_may_go_before_backward() -> None:
-    """The graph keeps the layer that it needs."""
-    table = Table.from_array(weights().numpy())
-    rows = pt.Embedding(ROWS, DIM, table=table, optimizer=SGD)(torch.tensor([1]))
-    rows.sum().backward()
-    assert torch.equal(torch.from_numpy(np.array(table.weight[1])), weights()[1] - 0.5)
 
 
 # --- a GPU, the document -------------------------------------------------------------------------
