@@ -1,21 +1,19 @@
-"""torch.nn layers over a `Table`: pyembed's lookups for autograd, torch.compile and nn.Module.
+"""The layers as nn.Module: where the rows are, and torch's protocols.
 
-The only file that imports torch (2.4 or newer); no file imports this one. A layer has its rows
+A layer has its rows
 
 - in a Parameter, as torch.nn has, and torch's own optimizers update it: in memory, no `optimizer=`;
 - or in a table, which backward updates at once: with `optimizer=`, or frozen. Torch gets copies of
   rows, never the table: a read-only one cannot be written, and nothing of its size is made.
 
-It refuses double backward, and what cannot be: a Parameter in a file, a second writer of one.
+It refuses what cannot be: a Parameter in a file, a second writer of one.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import os
-import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,19 +26,14 @@ from pyembed.arrays import F32
 from pyembed.errors import ArgumentError, DTypeError
 from pyembed.optimizer import Optimizer
 from pyembed.table import Table
+from pyembed.torch import ops
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Embedding", "EmbeddingBag"]
-
 STATE_SHARE = 0.5  # of the memory: a copy of a file's weight that is larger is no part of a state
 Path = str | os.PathLike[str]
 MakeOptimizer = Callable[[embedding.Layer], Optimizer]
-
-# Ops take tensors and numbers: through them, and a compiled graph, a layer goes as a number.
-_layers: weakref.WeakValueDictionary[int, _Layer] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
 
 
 class WeightInTable:
@@ -95,7 +88,7 @@ class _Layer(nn.Module):
             raise DTypeError(f"_weight is a {_kind(weight)}; allowed: a float32 Tensor on the CPU")
         fresh = weight is None and table is None and path is None
         if weight is not None:
-            table = Table.from_array(_array(weight))
+            table = Table.from_array(ops.array_of(weight))
         elif table is None:
             table = Table.memory(*shape) if path is None else Table.open(path, mode)
         self.in_state_dict = True  # False: the table is its own checkpoint
@@ -162,8 +155,7 @@ class _Layer(nn.Module):
         self.weight = WeightInTable()
 
     def _register(self) -> None:
-        self._number = next(_numbers)
-        _layers[self._number] = self
+        self._number = ops.register(self)
 
     @property
     def table(self) -> Table:
@@ -212,8 +204,8 @@ class _Layer(nn.Module):
             raise DTypeError(f"the layer was cast to {weight.dtype}; allowed: float32; cast rows")
         if self._core.max_norm is not None and not self._in_table:
             with torch.no_grad():
-                _renorm(weight, ids, self._number)
-        rows: Tensor = _rows(weight, ids, offsets, weights, self._number)
+                ops.renorm(weight, ids, self._number)
+        rows: Tensor = ops.rows(weight, ids, offsets, weights, self._number)
         return rows
 
     def _over(self, weight: Tensor) -> Any:
@@ -222,7 +214,7 @@ class _Layer(nn.Module):
             return self._core
         core = copy.copy(self._core)
         core.max_norm = None  # _renorm has seen to it
-        core.table = Table.from_array(_array(weight))
+        core.table = Table.from_array(ops.array_of(weight))
         return core
 
     # --- torch's protocols --------------------------------------------------------------------
@@ -336,134 +328,7 @@ def _kind(value: Any) -> str:
     return f"{getattr(value, 'dtype', '')} {type(value).__name__} of shape {shape}".strip()
 
 
-def _array(tensor: Tensor) -> F32:
-    """Its memory, if it is on the CPU; else a copy there."""
-    array: F32 = tensor.detach().cpu().numpy()
-    return array
-
-
 def _shared(table: Table) -> Tensor:
     """The rows of a table in memory as a tensor, without a copy; a read-only one refuses."""
     with table.writing() as weight:
         return torch.from_numpy(weight)
-
-
-# --- the ops: what torch.compile sees, and calls as it is -----------------------------------------
-
-_BATCH = "Tensor weight, Tensor ids, Tensor? offsets, Tensor? weights, int layer"
-
-
-def _batch(core: Any, ids: Tensor, offsets: Any, weights: Any, layer: int) -> Any:
-    """What pyembed's layer takes: ids, or bags."""
-    if isinstance(core, embedding.Embedding):
-        return _array(ids)
-    arrays = [None if given is None else _array(given) for given in (offsets, weights)]
-    return core.bags(_array(ids), *arrays)
-
-
-@torch.library.custom_op(
-    "pyembed::renorm_",
-    mutates_args={"weight"},
-    schema="(Tensor(a!) weight, Tensor ids, int layer) -> ()",
-)
-def _renorm(weight: Tensor, ids: Tensor, layer: int) -> None:
-    owner = _layers[layer]
-    owner._over(weight).table.renorm(_array(ids), owner.max_norm, owner.norm_type)
-
-
-@torch.library.custom_op("pyembed::rows", mutates_args=(), schema=f"({_BATCH}) -> Tensor")
-def _rows(weight: Tensor, *batch: Any) -> Tensor:
-    core = _layers[batch[-1]]._over(weight)
-    rows = torch.from_numpy(core(_batch(core, *batch)))
-    # A GPU copies from pinned memory without waiting; torch keeps that buffer until it has.
-    return rows.pin_memory().to(weight.device, non_blocking=True) if weight.is_cuda else rows
-
-
-@_rows.register_fake
-def _(weight: Tensor, ids: Tensor, offsets: Any, weights: Any, layer: int) -> Tensor:
-    core, dim = _layers[layer]._core, _layers[layer].embedding_dim
-    if isinstance(core, embedding.Embedding):
-        return weight.new_empty((*ids.shape, dim))
-    bags = ids.shape[0] if offsets is None else offsets.shape[0] - core.include_last_offset
-    return weight.new_empty((bags, dim))
-
-
-@torch.library.custom_op(
-    "pyembed::backward",
-    mutates_args=(),
-    schema=f"({_BATCH}, Tensor grad, bool first, bool second) -> (Tensor, Tensor)",
-)
-def _backward(weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    """The gradients of the weight and of per_sample_weights; or a step of the table, after both.
-
-    One op, so that no compiler moves the step before what reads the rows. A step has a result,
-    without elements, so that none removes it.
-    """
-    *batch, grad, first, second = given
-    owner, values = _layers[batch[-1]], _array(grad)
-    core = owner._over(weight)
-    ids = _batch(core, *batch)
-    of_weight, of_weights = weight.new_empty(0), weight.new_empty(0)
-    if second:
-        dots = torch.from_numpy(core.per_sample_weights_grad(ids, values))
-        of_weights = dots.reshape(batch[2].shape).to(batch[2].device)
-    if first and owner._in_table:
-        if owner.optimizer is None:
-            raise ArgumentError("the layer has no optimizer; give optimizer=, or freeze the layer")
-        owner.optimizer.step(ids, values)
-        owner._changes += 1
-    elif first:
-        of_weight = torch.from_numpy(core.backward(ids, values))
-    return of_weight, of_weights
-
-
-@_backward.register_fake
-def _(weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    _, _, weights, _, _, first, second = given
-    of_weight = weight.new_empty(weight.shape if first else 0)
-    return of_weight, weights.new_empty(weights.shape) if second else weight.new_empty(0)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, ids, offsets, weights, number = inputs
-    ctx.layer, ctx.number, ctx.weight = _layers[number], number, weight
-    # Backward reads the rows again for these two, so they must be those that forward read.
-    ctx.rereads = weights is not None or getattr(ctx.layer, "mode", "") == "max"
-    ctx.changes = ctx.layer._changes
-    ctx.save_for_backward(ids, offsets, weights, weight if ctx.rereads else None)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():
-        raise ArgumentError(
-            "create_graph=True: pyembed's layers have no second derivative; allowed: "
-            "create_graph=False, or torch.nn.Embedding"
-        )
-    layer, weight = ctx.layer, ctx.weight
-    ids, offsets, weights, _ = ctx.saved_tensors
-    if ctx.rereads and ctx.changes != layer._changes:
-        raise ArgumentError(
-            "the table changed between forward and backward, which reads the rows again for "
-            "mode='max' and per_sample_weights; call the layer once for each backward"
-        )
-    first, second = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    batch = (ids, offsets, weights, ctx.number)
-    sparse = first and layer.sparse and not layer._in_table
-    of_weight, of_weights = _backward(weight, *batch, grad, first and not sparse, second)
-    if sparse:
-        of_weight = _sparse_gradient(layer._over(weight), weight, grad, batch)
-    # A step has no gradient to give, except while it is traced: there the result is the step.
-    elif not first or (layer._in_table and type(of_weight) is Tensor):
-        of_weight = None
-    return of_weight, None, None, of_weights if second else None, None
-
-
-def _sparse_gradient(core: Any, weight: Tensor, grad: Tensor, batch: tuple[Any, ...]) -> Tensor:
-    found = core.backward(_batch(core, *batch), _array(grad))
-    ids, values = torch.from_numpy(found.ids), torch.from_numpy(found.values)
-    return torch.sparse_coo_tensor(
-        ids[None], values, weight.shape, is_coalesced=True, check_invariants=False
-    )
-
-
-_rows.register_autograd(_differentiate, setup_context=_keep)
