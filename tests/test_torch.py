@@ -335,6 +335,23 @@ def test_memory_is_shared_with_the_table() -> None:
     assert (table.weight == 7).all() and (layer.table.weight == 7).all()
 
 
+def test_a_parameter_that_moved() -> None:
+    """The layer looks rows up where the Parameter lies now: replaced, shared, or assigned."""
+    layer, ids = ours(sparse=True), batches()[0]
+    layer(ids)
+    for value in (3.0, 4.0, 5.0):
+        if value == 3:
+            layer.weight.data = torch.full((ROWS, DIM), value)
+        elif value == 4:
+            layer.share_memory().weight.data.fill_(value)
+        else:
+            layer.load_state_dict({"weight": torch.full((ROWS, DIM), value)}, assign=True)
+        assert (layer(ids) == value).all() and (rows_of(layer) == value).all()
+    layer.weight.data = weights().repeat(1, 2)[:, :DIM]  # with other strides
+    layer(ids).sum().backward()
+    assert torch.equal(layer(ids), weights()[ids]) and layer.weight.grad.is_sparse
+
+
 # --- torch.compile -------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STATE_SHARE = 0.5  # of the memory: a copy of a file's weight that is larger is no part of a state
+PLAIN = (Tensor, nn.Parameter)
 Path = str | os.PathLike[str]
 MakeOptimizer = Callable[[embedding.Layer], Optimizer]
 
@@ -92,9 +93,11 @@ class _Layer(nn.Module):
         elif table is None:
             table = Table.memory(*shape) if path is None else Table.open(path, mode)
         self.in_state_dict = True  # False: the table is its own checkpoint
+        self._seen: tuple[Any, Any] | None = None  # the Parameter's memory, as a table
         self._changes = 0  # so that a backward which reads rows again knows that they are others
         try:
             self._core = self._core_class(**settings, table=table)
+            self._is_max = getattr(self._core, "mode", None) == "max"
             self.optimizer = None if optimizer is None else self._made(optimizer)
             self._place_rows(table, weight, place)
         except BaseException:
@@ -190,34 +193,50 @@ class _Layer(nn.Module):
     # --- lookups ------------------------------------------------------------------------------
 
     def _look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        weight = self._anchor if self._in_table else self.weight
-        places = ("cpu", "cuda") if self._in_table else ("cpu",)
+        # Module.__getattr__ takes 0.4 µs; only a parametrised weight is not among the parameters.
+        weight: Any = self._parameters.get("_anchor" if self._in_table else "weight")
+        weight = self.weight if weight is None else weight
         for given in (weight, ids, offsets, weights):
-            if given is not None and not isinstance(given, Tensor):
-                raise DTypeError(f"the input is a {type(given).__name__}; allowed: Tensors")
-            if given is not None and given.device.type not in places:
-                raise ArgumentError(
-                    f"a tensor is on {given.device}; allowed: {', '.join(places)}; rows of a layer "
-                    "with optimizer= and device='cuda' stay in memory, and go to the GPU as copies"
-                )
+            if given is not None and not (isinstance(given, Tensor) and given.is_cpu):
+                self._refuse_place(given)
         if weight.dtype != torch.float32:
             raise DTypeError(f"the layer was cast to {weight.dtype}; allowed: float32; cast rows")
-        if self._core.max_norm is not None and not self._in_table:
+        if not self._in_table and self._core.max_norm is not None:
             with torch.no_grad():
                 ops.renorm(weight, ids, self._number)
-        rows: Tensor = ops.rows(weight, ids, offsets, weights, self._number)
+        # What only pretends to be a tensor, in a compiler or outside of one, needs an op.
+        if torch.compiler.is_compiling() or not (type(ids) in PLAIN and type(weight) in PLAIN):
+            rows: Tensor = ops.rows(weight, ids, offsets, weights, self._number)
+        else:
+            rows = ops.Lookup.apply(weight, ids, offsets, weights, self)  # type: ignore[no-untyped-call]
         return rows
+
+    def _refuse_place(self, given: Any) -> None:
+        if not isinstance(given, Tensor):
+            raise DTypeError(f"the input is a {type(given).__name__}; allowed: Tensors")
+        places = ("cpu", "cuda") if self._in_table else ("cpu",)
+        if given.device.type not in places:
+            raise ArgumentError(
+                f"a tensor is on {given.device}; allowed: {', '.join(places)}; rows of a layer "
+                "with optimizer= and device='cuda' stay in memory, and go to the GPU as copies"
+            )
 
     def _over(self, weight: Tensor) -> Any:
         """pyembed's layer, over the table or this Parameter."""
         if self._in_table:
             return self._core
-        core = copy.copy(self._core)
-        core.max_norm = None  # _renorm has seen to it
-        core.table = Table.from_array(ops.array_of(weight))
-        return core
+        where = weight.data_ptr(), weight.shape, weight.stride()
+        if self._seen is None or self._seen[0] != where:
+            core = copy.copy(self._core)
+            core.max_norm = None  # ops.renorm has seen to it
+            core.table = Table.from_array(ops.array_of(weight))
+            self._seen = where, core  # with it the memory, so that the address stays taken
+        return self._seen[1]
 
     # --- torch's protocols --------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -230,7 +249,7 @@ class _Layer(nn.Module):
                 "or call table.close(), copy the folder, and open the copy with path="
             )
         memo[id(self)] = twin = type(self).__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
