@@ -4,5 +4,6 @@ The only folder that imports torch (2.4 or newer); nothing else in pyembed impor
 """
 
 from pyembed.torch.layers import Embedding, EmbeddingBag
+from pyembed.torch.optim import Optimizer
 
-__all__ = ["Embedding", "EmbeddingBag"]
+__all__ = ["Embedding", "EmbeddingBag", "Optimizer"]

@@ -58,7 +58,7 @@ def _setting(name: str) -> Any:
     return property(lambda self: getattr(self._core, name), doc=f"`{name}`, which cannot be set.")
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """What both layers share: where the rows are, and torch's protocols."""
 
     padding_idx, max_norm, norm_type = map(_setting, ("padding_idx", "max_norm", "norm_type"))
@@ -94,6 +94,7 @@ class _Layer(nn.Module):
             table = Table.memory(*shape) if path is None else Table.open(path, mode)
         self.in_state_dict = True  # False: the table is its own checkpoint
         self._seen: tuple[Any, Any] | None = None  # the Parameter's memory, as a table
+        self._ranks: Any = None  # who steps with this table, see `distributed`
         self._changes = 0  # so that a backward which reads rows again knows that they are others
         try:
             self._core = self._core_class(**settings, table=table)
@@ -235,14 +236,25 @@ class _Layer(nn.Module):
 
     # --- torch's protocols --------------------------------------------------------------------
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        anchor: Any = self._parameters.get("_anchor")
+        if self.optimizer is not None and anchor.is_cpu and anchor.is_shared():
+            anchor.data = anchor.data.clone()
+            raise ArgumentError(
+                "share_memory() of a layer with optimizer=: another process would not see the "
+                "steps; share one without optimizer=, or use DistributedDataParallel"
+            )
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
+        return {**self.__dict__, "_seen": None, "_ranks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._register()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         if self._in_table and self.table.path is not None and self.table.writable:
             raise ArgumentError(
                 f"{self.table.path} is written by this layer, and has one writer; share the layer, "
@@ -289,7 +301,7 @@ class _Layer(nn.Module):
             self._changes += 1
 
 
-class Embedding(_Layer):
+class Embedding(Layer):
     """`torch.nn.Embedding` over a table.
 
     Parameters
@@ -326,7 +338,7 @@ class Embedding(_Layer):
         return self._look_up(input, None, None)
 
 
-class EmbeddingBag(_Layer):
+class EmbeddingBag(Layer):
     """`torch.nn.EmbeddingBag` over a table; torch's arguments, then those of `Embedding`."""
 
     _core_class = embedding_bag.EmbeddingBag
