@@ -85,6 +85,25 @@ def test_weight_tying() -> None:
         torch.nn.Linear(DIM, ROWS).weight = ours(optimizer=SGD).weight
 
 
+class _Halved(torch.nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: Any) -> Any:
+        return weight / 2
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_parametrised_weight(layer: str) -> None:
+    """A weight that is computed from a Parameter is looked up, and passes its gradient on."""
+    ids, found = batches()[0], []
+    for each in (ours(layer), theirs(layer)):
+        torch.nn.utils.parametrize.register_parametrization(each, "weight", _Halved())
+        loss_of(each(ids)).backward()
+        found.append((each(ids), each.parametrizations.weight.original.grad))
+    for mine, expected in zip(*found, strict=True):
+        close(mine, expected)
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_share_memory(depth: int) -> None:
     """A Parameter is shared, a frozen table may stay; steps that others would not see are refused.

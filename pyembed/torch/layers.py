@@ -226,13 +226,13 @@ class Layer(nn.Module):
         """pyembed's layer, over the table or this Parameter."""
         if self._in_table:
             return self._core
-        where = weight.data_ptr(), weight.shape, weight.stride()
-        if self._seen is None or self._seen[0] != where:
+        where, seen = (weight.data_ptr(), weight.shape, weight.stride()), self._seen
+        if seen is None or seen[0] != where:
             core = copy.copy(self._core)
             core.max_norm = None  # ops.renorm has seen to it
             core.table = Table.from_array(ops.array_of(weight))
-            self._seen = where, core  # with it the memory, so that the address stays taken
-        return self._seen[1]
+            seen = self._seen = where, core  # with its memory, so that the address stays taken
+        return seen[1]
 
     # --- torch's protocols --------------------------------------------------------------------
 
