@@ -167,6 +167,7 @@ def _info(a: argparse.Namespace) -> None:
             "id_map": table.id_map is not None,
             "generation": table.generation,
             "state": table.state,
+            "sealed": bool(table.committed.seal),
             "meta": table.meta,
         }
         if a.resident:
@@ -186,7 +187,11 @@ def _add_verify(commands: Any) -> None:
 
 def _verify(a: argparse.Namespace) -> None:
     found = verify(a.table, a.finite, False if a.quiet else None)
-    facts = {name: value for name, value in asdict(found).items() if value is not None}
+    facts = asdict(found)
+    if not a.finite:
+        del facts["nonfinite_rows"]
+    if found.checked_blocks is None and not a.json:
+        facts["checked_blocks"] = "none: rows changed since they were written, so have no checksum"
     _show(facts, a.json)
     if found.nonfinite_rows:
         raise FormatError(f"{a.table}: {found.nonfinite_rows:,} rows are not finite")

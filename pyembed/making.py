@@ -1,6 +1,7 @@
 """A new table: written whole under another name, then given its own.
 
 It appears complete or not at all; its space is allocated before it is filled, where it is known.
+It is sealed: checksums of its rows lie beside them until they change.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pyembed import manifest as manifests
+from pyembed import seal
 from pyembed.arrays import F32
 from pyembed.errors import TableError
 from pyembed.files import (
@@ -70,11 +72,12 @@ def create(
     temporary = path.with_name(f"{path.name}.creating-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        written = _write_rows(temporary / "rows.npy", stride, chunks, rows)
+        written, sums = _write_rows(temporary / "rows.npy", stride, chunks, rows)
+        carried = {**(carried or {}), "seal": seal.save(temporary, sums)}
         (temporary / "lock").touch()
         if finish is not None:
             finish(temporary)
-        state = Manifest(written, columns, durability=durability, **(carried or {}))
+        state = Manifest(written, columns, durability=durability, **carried)
         replace_file(temporary / "manifest.json", manifests.encode(state))
         temporary.rename(path)
         try:
@@ -87,7 +90,10 @@ def create(
         raise
 
 
-def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None) -> int:
+def _write_rows(
+    path: Path, stride: int, chunks: Iterable[F32], rows: int | None
+) -> tuple[int, list[int]]:
+    """How many rows there were, and the checksums of the file."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         if rows is not None:
@@ -103,7 +109,7 @@ def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None
         elif written != rows:
             raise ValueError(f"{written} rows were made instead of {rows}")
         sync(fd)
-        return written
+        return written, writer.sums
     except OSError as error:
         if error.errno == errno.ENOSPC and not isinstance(error, TableError):
             raise TableError(error.errno, f"{error.strerror}: make room", str(path)) from None

@@ -24,6 +24,7 @@ MAX_DIM = 65536
 MAX_BYTES = 1 << 20  # of the whole text: a manifest is written at every commit
 DURABILITIES = ("process", "power", "none")
 SALT = re.compile(r"([0-9a-f]{16})?")
+SUM = re.compile(r"([0-9a-f]{8})?")
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -47,6 +48,9 @@ class Manifest:
         Empty if the table is clean.
     boot : str
         Which start of the machine a dirty table was changed in; empty if it is clean.
+    seal : str
+        8 hex digits, the CRC-32C of the checksums of the committed rows, see `seal`; empty if there
+        are none, as rows changed since the table was written.
     meta : dict
         The user's own, from `Table.commit`.
     optimizer : dict of str to dict
@@ -60,6 +64,7 @@ class Manifest:
     durability: str = "none"
     salt: str = ""
     boot: str = ""
+    seal: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -179,6 +184,8 @@ def _validate(m: Manifest) -> None:
     check_durability(m.durability)
     if type(m.salt) is not str or not SALT.fullmatch(m.salt) or type(m.boot) is not str:
         raise ArgumentError(f"salt {m.salt!r} or boot {m.boot!r} is not what it should be")
+    if type(m.seal) is not str or not SUM.fullmatch(m.seal):
+        raise ArgumentError(f"seal {m.seal!r} is not what it should be")
     check_columns(m.columns)
     for rule, state in m.optimizer.items():
         steps = state.get("steps") if type(state) is dict else None

@@ -6,6 +6,7 @@ A table is a folder::
     manifest.json   the committed state, see manifest.py
     undo0, undo1    the journal while rows change, see journal.py
     lock            held by flock: exclusively by a writer, shared by readers
+    seal.npy        checksums, if no commit changed rows since they were written, see seal.py
     id_map.npy      optional: the row of each id, see order.py; never changes
 
 State diagram (the function on each arrow)::
@@ -63,7 +64,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import _core, order, undo
+from pyembed import _core, order, seal, undo
 from pyembed import manifest as manifests
 from pyembed.arrays import F32
 from pyembed.errors import (
@@ -262,8 +263,8 @@ class Store:
         """Rows that no commit vouches for are committed as they are, if they may be changed."""
         if self.mode == "r+":
             os.ftruncate(self._fd, HEADER_BYTES + 4 * rows * self.manifest.stride)
-            number = self.manifest.generation + 1
-            self._finish_interval(self.manifest.with_changes(rows=rows, generation=number, **CLEAN))
+            new = {"rows": rows, "generation": self.manifest.generation + 1, "seal": "", **CLEAN}
+            self._finish_interval(self.manifest.with_changes(**new))
 
     def _finish_interval(self, state: Manifest) -> None:
         """Sync the rows, then say in the manifest what they are."""
@@ -390,14 +391,15 @@ class Store:
         if self.mode == "c":
             what = "a private copy has no commit; open the table with mode='r+'"
             raise ReadOnlyError(errno.EROFS, what, str(self.path))
-        unchanged = self.manifest.state == "clean" and self.manifest.optimizer == self.optimizer
-        if unchanged and meta is None:
+        same_rows = self.manifest.state == "clean"
+        if same_rows and self.manifest.optimizer == self.optimizer and meta is None:
             return
         state = self.manifest.with_changes(
             rows=self.array.shape[0],
             generation=self.manifest.generation + 1,
             meta=self.manifest.meta if meta is None else meta,
             optimizer=self.optimizer,
+            seal=self.manifest.seal if same_rows else "",
             **CLEAN,
         )
         # A meta that cannot be stored is refused before anything is synced; and a copy is kept.
@@ -458,9 +460,11 @@ class Store:
             self._journal.close()
             sound = self.manifest.state == "clean" and not self._failed_sync
             if sound and self._pid == os.getpid():
-                for number in range(2):  # nobody needs what they hold, so they may stay as well
+                useless = [undo_path(self.path, number) for number in range(2)]
+                useless += [] if self.manifest.seal else [self.path / seal.FILE]
+                for file in useless:  # nobody needs what they hold, so they may stay as well
                     with contextlib.suppress(OSError):
-                        undo_path(self.path, number).unlink()
+                        file.unlink()
         for fd in (self._fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

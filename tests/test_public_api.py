@@ -18,7 +18,7 @@ ROOMS = [
     {"threads", "arrays", "reference_rules", "schedules"},
     {"reference"},
     {"init", "grouping", "manifest", "files", "hot"},
-    {"order", "residency", "journal", "touched"},
+    {"order", "residency", "journal", "touched", "seal"},
     {"undo"},
     {"store", "making", "layout"},
     {"rows", "bags", "vocab", "formats"},

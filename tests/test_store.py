@@ -334,6 +334,7 @@ def test_wrong_size(table: Path, change: int) -> None:
         ({"durability": "always"}, "durability = 'always'"),
         ({"salt": "xyz"}, "salt 'xyz'"),
         ({"boot": 5}, "boot 5"),
+        ({"seal": "12"}, "seal '12'"),
         ({"surprise": 1}, "surprise"),
     ],
 )
