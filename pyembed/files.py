@@ -13,6 +13,7 @@ import os
 import shutil
 import tokenize
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pyembed.errors import FormatError, TableError
 HEADER_BYTES = 4096
 MAX_STRIDE = 1 << 24  # floats of a row: 256 columns of the widest kind
 PIECE_BYTES = 8 << 20  # of a table that is being made, per write
+OPEN_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)  # of a file that is nobody's link
 WRITERS = 2  # of them under way: 1 leaves the disk waiting, 4 gains nothing
 SUM_BYTES = 1 << 20  # of a file that have a checksum of their own
 
@@ -137,8 +139,10 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, parts: Iterable[bytes]) -> None:
     """Atomically replace a file: temporary file, sync, rename, sync of the folder.
+
+    What makes the parts may fail: the file is then as it was.
 
     Raises
     ------
@@ -149,7 +153,8 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        write_all(fd, data)
+        for part in parts:
+            write_all(fd, part)
         sync(fd)
     finally:
         os.close(fd)

@@ -69,7 +69,7 @@ from numpy.typing import NDArray
 from pyembed import _core
 from pyembed.arrays import F32, FLOAT32, INT64
 from pyembed.errors import ArgumentError, FormatError, TableError
-from pyembed.files import allocate, sync, sync_folder
+from pyembed.files import OPEN_FLAGS, allocate, sync, sync_folder
 
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
@@ -86,7 +86,6 @@ GROWTH_BYTES = 64 << 20  # at most, of one allocation
 AHEAD_BYTES = 32 << 20  # that a replay asks for
 SCAN_BYTES = 1 << 20  # of what is read at once behind the last frame
 ZEROS = bytes(BLOCK + UNIT)
-OPEN_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -156,6 +155,8 @@ class Journal:
         Of this interval, the one without rows included; 0 before `begin`.
     bytes_written : int
         Since this object was made.
+    failed_sync : bool
+        Nothing is safe any more.
     """
 
     def __init__(self, folder: Path, stride: int, durability: str = "process") -> None:
@@ -164,7 +165,7 @@ class Journal:
         self._fds = [-1, -1]  # kept open: a file opened anew need not hear of a failed write
         self._fd = -1
         self._salt = self._generation = self._at = self._allocated = self._settled = 0
-        self._failed_sync = False
+        self.failed_sync = False
         self.path = folder
         self.frames = self.bytes_written = 0
 
@@ -304,11 +305,11 @@ class Journal:
         try:
             syncing(what)
         except BaseException:  # also where it was interrupted: a second try would prove nothing
-            self._failed_sync = True
+            self.failed_sync = True
             raise
 
     def _require_sound(self) -> None:
-        if self._failed_sync:
+        if self.failed_sync:
             what = "a sync of the journal failed; close the table, and open it again to recover"
             raise TableError(errno.EIO, what, str(self.path))
 

@@ -6,11 +6,12 @@ It is sealed: checksums of its rows lie beside them until they change.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +65,34 @@ def create(
     TableError
         If the disk is full.
     """
+    with appearing(path) as folder:
+        written, sums = write_rows(folder, sum(columns.values()), chunks, rows)
+        (folder / "lock").touch()
+        if finish is not None:
+            finish(folder)
+        more = {"commit": secrets.token_hex(8), **(carried or {}), "seal": sums}
+        state = Manifest(written, columns, durability=durability, **more)
+        replace_file(folder / "manifest.json", [manifests.encode(state)])
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A folder to be filled, that gets its name at the end of the block; on an exception it goes.
+
+    The last file of it is put there by `replace_file`, which syncs the folder.
+
+    Raises
+    ------
+    FileExistsError
+    """
     if os.path.lexists(path):
         raise FileExistsError(
             errno.EEXIST, "there is something already; choose a new name", str(path)
         )
-    stride = sum(columns.values())
     temporary = path.with_name(f"{path.name}.creating-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        written, sums = _write_rows(temporary / "rows.npy", stride, chunks, rows)
-        carried = {**(carried or {}), "seal": seal.save(temporary, sums)}
-        (temporary / "lock").touch()
-        if finish is not None:
-            finish(temporary)
-        state = Manifest(written, columns, durability=durability, **carried)
-        replace_file(temporary / "manifest.json", manifests.encode(state))
+        yield temporary
         temporary.rename(path)
         try:
             sync_folder(path.parent)
@@ -90,10 +104,11 @@ def create(
         raise
 
 
-def _write_rows(
-    path: Path, stride: int, chunks: Iterable[F32], rows: int | None
-) -> tuple[int, list[int]]:
-    """How many rows there were, and the checksums of the file."""
+def write_rows(
+    folder: Path, stride: int, chunks: Iterable[F32], rows: int | None
+) -> tuple[int, str]:
+    """Write ``rows.npy`` and its seal; returns how many rows there were, and the seal's name."""
+    path = folder / "rows.npy"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         if rows is not None:
@@ -109,7 +124,7 @@ def _write_rows(
         elif written != rows:
             raise ValueError(f"{written} rows were made instead of {rows}")
         sync(fd)
-        return written, writer.sums
+        return written, seal.save(folder, writer.sums)
     except OSError as error:
         if error.errno == errno.ENOSPC and not isinstance(error, TableError):
             raise TableError(error.errno, f"{error.strerror}: make room", str(path)) from None
