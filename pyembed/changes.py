@@ -130,7 +130,7 @@ def _read(fd: int, at: int = 0) -> list[_Record]:
     parts, headers = list[tuple[_Header, int]](), b""
     while header := _header(data := os.pread(fd, UNIT, at)):
         length, at = WIDTH.get(header.kind, size) * header.n, at + UNIT
-        if at + length > size:
+        if header.kind not in WIDTH or header.n == 0 or at + length > size:
             break
         if header.kind == b"DONE":
             payload = os.pread(fd, length, at)
@@ -176,11 +176,12 @@ def _union(fd: int, records: list[_Record]) -> Iterator[Part]:
             data = os.pread(fd, WIDTH[header.kind] * header.n, at)
             if _core.crc32c(data) != header.crc or number >= MAX_ROWS // RANGE_ROWS:
                 raise Damaged
-            if header.kind == b"BITS":
-                bits[: header.n] |= np.frombuffer(data, np.uint8)
-            else:
+            offsets, values = np.arange(header.n), np.frombuffer(data, np.uint8)[-header.n :]
+            if header.kind == b"ROWS":
                 offsets = np.frombuffer(data, "<u4", header.n)
-                bits[offsets] |= np.frombuffer(data, np.uint8, header.n, 4 * header.n)
+            if offsets.max() >= RANGE_BYTES:
+                raise Damaged
+            bits[offsets] |= values
         offsets = np.flatnonzero(bits).astype(np.uint32)
         yield number, offsets, bits[offsets]
 

@@ -126,9 +126,9 @@ def _require_folder(table: Table) -> Table:
     return table
 
 
-def _bar(what: str, rows: int, progress: bool | None) -> tqdm[Any]:
+def _bar(what: str, total: int, unit: str, progress: bool | None) -> tqdm[Any]:
     hidden = None if progress is None else not progress
-    return tqdm(total=rows, unit="row", unit_scale=True, desc=what, disable=hidden)
+    return tqdm(total=total, unit=unit, unit_scale=True, desc=what, disable=hidden)
 
 
 def _copy(t: Table, target: Path, progress: bool | None) -> None:
@@ -140,13 +140,7 @@ def _copy(t: Table, target: Path, progress: bool | None) -> None:
             found = np.load(folder / seal.FILE)
             seal.compare(source / "rows.npy", found, seal.load(source, state.seal), state.stride)
 
-    with tqdm(
-        total=t.nbytes,
-        unit="B",
-        unit_scale=True,
-        desc="export",
-        disable=None if progress is None else not progress,
-    ) as bar:
+    with _bar("export", t.nbytes, "B", progress) as bar:
         rows = copied_rows(source / "rows.npy", t, state.columns, bar)
         same = ("meta", "optimizer", "generation", "commit")
         carried = {name: getattr(state, name) for name in same}
@@ -159,7 +153,7 @@ def _copy(t: Table, target: Path, progress: bool | None) -> None:
 def _write_delta(t: Table, target: Path, since: int, progress: bool | None) -> None:
     state = t.committed
     found = Since(Path(str(t.path)), state, since)
-    with _bar("export", state.rows, progress) as bar, making.appearing(target) as folder:
+    with _bar("export", state.rows, "row", progress) as bar, making.appearing(target) as folder:
         rows = _rows_at(t, found, bar)
         count, name = making.write_rows(folder, state.stride, rows, None)
         found.save(folder)
@@ -201,7 +195,8 @@ def apply(
     """Bring a copy forward to the commit that a delta leads to.
 
     Rows, state, meta and generation are then those of the table that the delta is of. If this
-    process dies amid it, the next to open the copy finds it as it was.
+    process dies amid it, the next to open the copy finds it as it was; one with durability "none"
+    is refused then.
 
     Parameters
     ----------
@@ -225,15 +220,15 @@ def apply(
         If the delta does not go on from the commit of the copy.
     LockedError, DirtyError
     """
-    folder, delta_ = Path(delta), read_delta(delta)
+    folder, said = Path(delta), read_delta(delta)
     copy = Store(Path(table), "r+")
     try:
-        if commit_of(copy.manifest) == commit_of(delta_.table):
+        if commit_of(copy.manifest) == commit_of(said.table):
             return False
-        found = _require_next(folder, delta_, copy)
+        found = _require_next(folder, said, copy)
         try:
-            with _bar("apply", delta_.count, progress) as bar:
-                _put(folder, delta_, found, copy, bar)
+            with _bar("apply", said.count, "row", progress) as bar:
+                _put(folder, said, found, copy, bar)
         except BaseException:
             if copy.keeps_journal:
                 with contextlib.suppress(OSError):  # then the next to open it does it

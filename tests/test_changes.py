@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyembed import Table, changes, files, store
+from pyembed import Table, _core, changes, files, store
 from pyembed.changes import Since
 from pyembed.errors import ArgumentError
 from pyembed.manifest import Manifest
@@ -177,6 +177,31 @@ def test_the_check_of_damage_can_fail(path: Path, monkeypatch: pytest.MonkeyPatc
     log.write_bytes(bytes(data))
     with pytest.raises(AssertionError):
         list(answers(path, weights))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        changes._entry(b"ROWS", 1, b"\xff\xff\xff\x00\x01"),
+        changes._entry(b"ROWS", 1, b"\x00\x00\x00\x00\x01", number=2**40),
+        changes._entry(b"BITS", 2**21 + 1, bytes(2**21 + 1)),
+        changes._entry(b"ROWS", 0, b""),
+        changes._entry(b"DONE", 0, b""),
+        changes._entry(b"MORE", 1, b"12345"),
+    ],
+)
+def test_right_sums_of_odd_content(tmp_path: Path, entry: bytes) -> None:
+    """A part whose sums are right and whose content makes no sense is refused."""
+    done = _end(entry[: changes.UNIT])
+    (tmp_path / "changes").write_bytes(entry + done)
+    state = Manifest(ROWS, {"weight": 1}, generation=4, commit=f"{2:016x}")
+    with pytest.raises(ArgumentError, match="export the whole table"):
+        list(Since(tmp_path, state, 3).rows())
+
+
+def _end(headers: bytes) -> bytes:
+    ends = np.array([(3, 1), (4, 2)], "<u8").tobytes()
+    return changes._entry(b"DONE", 2, ends, 0, ROWS, _core.crc32c(headers))
 
 
 KILLED = (
