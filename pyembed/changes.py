@@ -182,8 +182,8 @@ def _union(fd: int, records: list[_Record]) -> Iterator[Part]:
             if offsets.max() >= RANGE_BYTES:
                 raise Damaged
             bits[offsets] |= values
-        offsets = np.flatnonzero(bits).astype(np.uint32)
-        yield number, offsets, bits[offsets]
+        used = np.flatnonzero(bits)
+        yield number, used.astype(np.uint32), bits[used]
 
 
 # --- writing --------------------------------------------------------------------------------------
