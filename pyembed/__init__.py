@@ -17,7 +17,7 @@ except ImportError as error:
         "in a clone of the repository: make build; else: pip install pyembed-tables"
     ) from error
 
-from pyembed import build, convert, errors, functional, grouping, init, optim, schedules
+from pyembed import build, convert, errors, export, functional, grouping, init, optim, schedules
 from pyembed.config import show_config
 from pyembed.embedding import Embedding
 from pyembed.embedding_bag import EmbeddingBag
@@ -39,6 +39,7 @@ __all__ = [
     "build",
     "convert",
     "errors",
+    "export",
     "functional",
     "grouping",
     "init",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import Table, __version__, build, convert, init, order, show_config
+from pyembed import Table, __version__, build, convert, export, init, order, show_config
 from pyembed.errors import ArgumentError, FormatError, PyembedError
 from pyembed.train.neighbours import Model
 from pyembed.train.skipgram import train_skipgram
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_info(commands)
     _add_verify(commands)
     _add_recover(commands)
@@ -142,6 +143,38 @@ def _convert(a: argparse.Namespace) -> None:
     _info(argparse.Namespace(table=a.output, json=False, resident=False))
 
 
+def _add_export(commands: Any) -> None:
+    p = commands.add_parser("export", help="copy a table, or what changed since a generation")
+    p.add_argument("table")
+    p.add_argument("-o", "--output", required=True, help="folder to make; must not exist")
+    p.add_argument("--since", type=int, metavar="GENERATION", help="only rows that changed since")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_export)
+    p = commands.add_parser("apply", help="bring a copy forward by what `export --since` made")
+    p.add_argument("delta")
+    p.add_argument("table", help="a copy at the generation that the delta goes on from")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_apply)
+
+
+def _export(a: argparse.Namespace) -> None:
+    export.export(a.table, a.output, since=a.since, progress=False if a.quiet else None)
+    if a.since is None:
+        _info(argparse.Namespace(table=a.output, json=False, resident=False))
+    else:
+        delta = export.read_delta(a.output)
+        facts = {"since": delta.since, "generation": delta.table.generation, "rows": delta.count}
+        _show({"path": a.output, **facts}, False)
+
+
+def _apply(a: argparse.Namespace) -> None:
+    done = export.apply(a.delta, a.table, progress=False if a.quiet else None)
+    generation = export.read_delta(a.delta).table.generation
+    _show({"path": a.table, "generation": generation, "changed": done}, False)
+    if not done:
+        print(f"{a.table} was at generation {generation} already; nothing was done")
+
+
 def _counts(a: argparse.Namespace) -> NDArray[np.int64] | None:
     if a.counts is not None:
         return order.read_counts(a.counts)
@@ -167,6 +200,7 @@ def _info(a: argparse.Namespace) -> None:
             "id_map": table.id_map is not None,
             "generation": table.generation,
             "state": table.state,
+            "sealed": bool(table.committed.seal),
             "meta": table.meta,
         }
         if a.resident:
@@ -186,7 +220,11 @@ def _add_verify(commands: Any) -> None:
 
 def _verify(a: argparse.Namespace) -> None:
     found = verify(a.table, a.finite, False if a.quiet else None)
-    facts = {name: value for name, value in asdict(found).items() if value is not None}
+    facts = asdict(found)
+    if not a.finite:
+        del facts["nonfinite_rows"]
+    if found.checked_blocks is None and not a.json:
+        facts["checked_blocks"] = "none: rows changed since they were written, so have no checksum"
     _show(facts, a.json)
     if found.nonfinite_rows:
         raise FormatError(f"{a.table}: {found.nonfinite_rows:,} rows are not finite")

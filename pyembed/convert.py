@@ -65,11 +65,7 @@ def convert(
     ...     t.columns
     {'weight': 2, 'row_sum': 1}
     """
-    with Table.open(path, "r") as table:
-        recover = table.state == "dirty"
-    if recover:  # in the file, which is what is read here
-        Table.open(path, "r+").close()
-    with Table.open(path, "r") as table:
+    with open_committed(path) as table:
         columns = _new_columns(table, optimizer, add or {}, drop)
         source, target = Path(path), Path(output)
         bare = not source.is_dir()
@@ -88,12 +84,22 @@ def convert(
             making.create(
                 target,
                 columns,
-                _rows(source if bare else source / "rows.npy", table, columns, bar),
+                copied_rows(source if bare else source / "rows.npy", table, columns, bar),
                 table.rows,
-                None if bare else lambda folder: _copy_files(source, folder),
+                None if bare else lambda folder: copy_files(source, folder),
                 "process" if bare else table.durability,
                 {"meta": table.meta, "optimizer": kept},
             )
+
+
+def open_committed(path: str | os.PathLike[str]) -> Table:
+    """Open a table to read its file: where a writer died, its last commit is brought back first."""
+    table = Table.open(path, "r")
+    if table.state == "dirty":
+        table.close()
+        Table.open(path, "r+").close()
+        table = Table.open(path, "r")
+    return table
 
 
 def _new_columns(
@@ -119,7 +125,9 @@ def _new_columns(
     return check_columns(columns)
 
 
-def _rows(file: Path, table: Table, columns: Mapping[str, int], bar: tqdm[Any]) -> Iterator[F32]:
+def copied_rows(
+    file: Path, table: Table, columns: Mapping[str, int], bar: tqdm[Any]
+) -> Iterator[F32]:
     """Chunks of the new rows. The buffers are reused."""
     old, new = table.columns, dict(columns)
     stride, new_stride = sum(old.values()), sum(new.values())
@@ -152,7 +160,7 @@ def _span(columns: Mapping[str, int], name: str) -> slice:
     raise KeyError(name)
 
 
-def _copy_files(source: Path, folder: Path) -> None:
+def copy_files(source: Path, folder: Path) -> None:
     """What lies beside the rows and does not depend on their columns."""
     for name in (order.FILE, *vocab.FILES):
         if (source / name).exists():

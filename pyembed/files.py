@@ -13,12 +13,14 @@ import os
 import shutil
 import tokenize
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pyembed import _core
 from pyembed.arrays import F32, FLOAT32
 from pyembed.errors import FormatError, TableError
 
@@ -27,7 +29,9 @@ HEADER_BYTES = 4096
 MAX_STRIDE = 1 << 24  # floats of a row: 256 columns of the widest kind
 PIECE_BYTES = 8 << 20  # of a table that is being made, per write
 NEAR = 0.75  # of the changed pages at which the system begins to write by itself
+OPEN_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)  # of a file that is nobody's link
 WRITERS = 2  # of them under way: 1 leaves the disk waiting, 4 gains nothing
+SUM_BYTES = 1 << 20  # of a file that have a checksum of their own
 
 
 def sync(fd: int) -> None:
@@ -159,8 +163,10 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, parts: Iterable[bytes]) -> None:
     """Atomically replace a file: temporary file, sync, rename, sync of the folder.
+
+    What makes the parts may fail: the file is then as it was.
 
     Raises
     ------
@@ -171,7 +177,8 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        write_all(fd, data)
+        for part in parts:
+            write_all(fd, part)
         sync(fd)
     finally:
         os.close(fd)
@@ -189,6 +196,11 @@ class DirectWriter:
     Through the page cache a new table would be copied once more, would push everybody else's pages
     out, and would stall at the system's limit of unwritten pages. Where the file system takes no
     O_DIRECT, the same pieces are written in the usual way.
+
+    Attributes
+    ----------
+    sums : list of int
+        See `block_sums`; of the whole file once the block has ended.
     """
 
     def __init__(self, fd: int, path: Path) -> None:
@@ -200,7 +212,8 @@ class DirectWriter:
         self._pool = ThreadPoolExecutor(WRITERS, "pyembed-write")
         self._piece = mmap.mmap(-1, PIECE_BYTES)  # being filled; page-aligned, as O_DIRECT wants
         self._free = [mmap.mmap(-1, PIECE_BYTES) for _ in range(WRITERS)]
-        self._writing: deque[tuple[Future[None], mmap.mmap]] = deque()
+        self._writing: deque[tuple[Future[list[int]], mmap.mmap]] = deque()
+        self.sums: list[int] = []
         self._at = self._filled = 0  # where the piece begins in the file, and how full it is
 
     def write(self, data: Any) -> None:
@@ -215,12 +228,12 @@ class DirectWriter:
                 self._send()
 
     def _send(self) -> None:
-        task = self._pool.submit(write_at, self._direct, memoryview(self._piece), self._at)
+        task = self._pool.submit(_put, self._direct, memoryview(self._piece), self._at)
         self._writing.append((task, self._piece))
         self._at, self._filled = self._at + PIECE_BYTES, 0
         if not self._free:
             task, piece = self._writing.popleft()
-            task.result()
+            self.sums += task.result()
             self._free.append(piece)
         self._piece = self._free.pop()
 
@@ -232,11 +245,26 @@ class DirectWriter:
         try:
             if kind is None:
                 for task, _ in self._writing:
-                    task.result()
+                    self.sums += task.result()
                 # The last piece is no multiple of a block.
-                write_at(self._fd, memoryview(self._piece)[: self._filled], self._at)
+                self.sums += _put(self._fd, memoryview(self._piece)[: self._filled], self._at)
         finally:
             os.close(self._direct)
+
+
+def _put(fd: int, view: memoryview, at: int) -> list[int]:
+    write_at(fd, view, at)
+    return block_sums(view, at)
+
+
+def block_sums(view: memoryview, at: int) -> list[int]:
+    """CRC-32C of each MiB of a piece that begins at byte `at`, a multiple of that, of a file.
+
+    The header is left out: it is compared with the manifest, and may be written last.
+    """
+    first = max(0, HEADER_BYTES - at)
+    starts = range(0, len(view), SUM_BYTES)
+    return [_core.crc32c(view[max(first, start) : start + SUM_BYTES]) for start in starts]
 
 
 def write_at(fd: int, view: memoryview, at: int) -> None:

@@ -69,7 +69,7 @@ from numpy.typing import NDArray
 from pyembed import _core
 from pyembed.arrays import F32, FLOAT32, INT64
 from pyembed.errors import ArgumentError, FormatError, TableError
-from pyembed.files import allocate, sync, sync_folder, write_all_at
+from pyembed.files import OPEN_FLAGS, allocate, sync, sync_folder, write_all_at
 
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
@@ -86,7 +86,6 @@ GROWTH_BYTES = 64 << 20  # at most, of one allocation
 AHEAD_BYTES = 32 << 20  # that a replay asks for
 SCAN_BYTES = 1 << 20  # of what is read at once behind the last frame
 ZEROS = bytes(BLOCK + UNIT)
-OPEN_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 

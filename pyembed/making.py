@@ -1,21 +1,24 @@
 """A new table: written whole under another name, then given its own.
 
 It appears complete or not at all; its space is allocated before it is filled, where it is known.
+It is sealed: checksums of its rows lie beside them until they change.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyembed import manifest as manifests
+from pyembed import seal
 from pyembed.arrays import F32
 from pyembed.errors import TableError
 from pyembed.files import (
@@ -62,20 +65,34 @@ def create(
     TableError
         If the disk is full.
     """
+    with appearing(path) as folder:
+        written, sums = write_rows(folder, sum(columns.values()), chunks, rows)
+        (folder / "lock").touch()
+        if finish is not None:
+            finish(folder)
+        more = {"commit": secrets.token_hex(8), **(carried or {}), "seal": sums}
+        state = Manifest(written, columns, durability=durability, **more)
+        replace_file(folder / "manifest.json", [manifests.encode(state)])
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A folder to be filled, that gets its name at the end of the block; on an exception it goes.
+
+    The last file of it is put there by `replace_file`, which syncs the folder.
+
+    Raises
+    ------
+    FileExistsError
+    """
     if os.path.lexists(path):
         raise FileExistsError(
             errno.EEXIST, "there is something already; choose a new name", str(path)
         )
-    stride = sum(columns.values())
     temporary = path.with_name(f"{path.name}.creating-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        written = _write_rows(temporary / "rows.npy", stride, chunks, rows)
-        (temporary / "lock").touch()
-        if finish is not None:
-            finish(temporary)
-        state = Manifest(written, columns, durability=durability, **(carried or {}))
-        replace_file(temporary / "manifest.json", manifests.encode(state))
+        yield temporary
         temporary.rename(path)
         try:
             sync_folder(path.parent)
@@ -87,7 +104,11 @@ def create(
         raise
 
 
-def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None) -> int:
+def write_rows(
+    folder: Path, stride: int, chunks: Iterable[F32], rows: int | None
+) -> tuple[int, str]:
+    """Write ``rows.npy`` and its seal; returns how many rows there were, and the seal's name."""
+    path = folder / "rows.npy"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         if rows is not None:
@@ -103,7 +124,7 @@ def _write_rows(path: Path, stride: int, chunks: Iterable[F32], rows: int | None
         elif written != rows:
             raise ValueError(f"{written} rows were made instead of {rows}")
         sync(fd)
-        return written
+        return written, seal.save(folder, writer.sums)
     except OSError as error:
         if error.errno == errno.ENOSPC and not isinstance(error, TableError):
             raise TableError(error.errno, f"{error.strerror}: make room", str(path)) from None

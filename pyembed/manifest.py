@@ -1,4 +1,5 @@
-"""The committed state of a table as text: what manifest.json says, and that it is not damaged.
+"""The committed state of a table as text: what manifest.json says, and that it is not damaged; and
+the same for delta.json, of an export.
 
 This file knows the bytes and does no I/O; `store` reads them and replaces them atomically.
 A manifest is JSON that a person can read. The last entry is the CRC-32C of the others in
@@ -18,12 +19,14 @@ from pyembed import _core
 from pyembed.errors import ArgumentError, FormatError
 
 FORMAT = "pyembed-table"
+DELTA_FORMAT = "pyembed-delta"
 VERSION = 1
 MAX_ROWS = 2**40
 MAX_DIM = 65536
 MAX_BYTES = 1 << 20  # of the whole text: a manifest is written at every commit
 DURABILITIES = ("process", "power", "none")
 SALT = re.compile(r"([0-9a-f]{16})?")
+SUM = re.compile(r"([0-9a-f]{8})?")
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -47,6 +50,12 @@ class Manifest:
         Empty if the table is clean.
     boot : str
         Which start of the machine a dirty table was changed in; empty if it is clean.
+    commit : str
+        16 hex digits, drawn anew for every commit: two tables with the same one are copies of each
+        other. A copy that was brought forward by an export has that of its source.
+    seal : str
+        8 hex digits, the CRC-32C of the checksums of the committed rows, see `seal`; empty if there
+        are none, as rows changed since the table was written.
     meta : dict
         The user's own, from `Table.commit`.
     optimizer : dict of str to dict
@@ -60,6 +69,8 @@ class Manifest:
     durability: str = "none"
     salt: str = ""
     boot: str = ""
+    commit: str = ""
+    seal: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -71,6 +82,28 @@ class Manifest:
     def with_changes(self, **changes: Any) -> Manifest:
         """A copy with some fields replaced."""
         return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is beside the rows of a delta: an export of what changed between two commits.
+
+    Attributes
+    ----------
+    since : int
+        The generation that it begins with.
+    count : int
+        Of the rows that may differ.
+    seal : str
+        Of the file that they are in, see `Manifest`.
+    table : Manifest
+        The commit that it leads to.
+    """
+
+    since: int
+    count: int
+    seal: str
+    table: Manifest
 
 
 def check_columns(columns: Mapping[str, int]) -> dict[str, int]:
@@ -112,12 +145,10 @@ def encode(manifest: Manifest) -> bytes:
     ArgumentError
         If the user's meta is no JSON or too large.
     """
-    body = {"format": FORMAT, "version": VERSION, **vars(manifest)}
     try:
         if type(manifest.meta) is not dict:
             raise ValueError(f"it is a {type(manifest.meta).__name__}")
-        body["crc32c"] = _checksum(body)
-        text = json.dumps(body, indent=2, allow_nan=False).encode() + b"\n"
+        text = _text({"format": FORMAT, "version": VERSION, **vars(manifest)})
         if json.loads(text)["meta"] != manifest.meta:
             raise ValueError("keys must be strings, and tuples would come back as lists")
     except (TypeError, ValueError, RecursionError) as error:
@@ -140,12 +171,54 @@ def decode(text: bytes, source: str) -> Manifest:
     FormatError
         Naming `source` and what is wrong.
     """
+    body = _body(text, source, FORMAT)
+    try:
+        manifest = Manifest(**body)
+        _validate(manifest)
+    except (TypeError, ArgumentError) as error:
+        raise FormatError(f"{source}: {error}") from None
+    return manifest
+
+
+def encode_delta(delta: Delta) -> bytes:
+    """The text of ``delta.json``."""
+    body = {**vars(delta), "table": vars(delta.table)}
+    return _text({"format": DELTA_FORMAT, "version": VERSION, **body})
+
+
+def decode_delta(text: bytes, source: str) -> Delta:
+    """Read and validate a ``delta.json``.
+
+    Raises
+    ------
+    FormatError
+        Naming `source` and what is wrong.
+    """
+    body = _body(text, source, DELTA_FORMAT)
+    try:
+        delta = Delta(**{**body, "table": Manifest(**body["table"])})
+        _validate(delta.table)
+        if type(delta.count) is not int or not 0 <= delta.count <= delta.table.rows:
+            raise ArgumentError(f"count {delta.count!r} is not a number of its table's rows")
+        if type(delta.since) is not int or not 0 <= delta.since <= delta.table.generation:
+            raise ArgumentError(f"since {delta.since!r} is no generation of its table")
+    except (TypeError, KeyError, ArgumentError) as error:
+        raise FormatError(f"{source}: {error}") from None
+    return delta
+
+
+def _text(body: dict[str, Any]) -> bytes:
+    body = {**body, "crc32c": _checksum(body)}
+    return json.dumps(body, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def _body(text: bytes, source: str, kind: str) -> dict[str, Any]:
     try:
         body = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{source}: not JSON ({error}); restore it from a copy") from None
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise FormatError(f"{source}: not a pyembed table")
+    if not isinstance(body, dict) or body.get("format") != kind:
+        raise FormatError(f"{source}: not a {kind.replace('-', ' ')}")
     if body.get("version") != VERSION:
         raise FormatError(
             f"{source}: version {body.get('version')!r}; this pyembed reads version {VERSION}"
@@ -154,12 +227,7 @@ def decode(text: bytes, source: str) -> Manifest:
     if found != _checksum(body):
         raise FormatError(f"{source}: the checksum does not match; restore it from a copy")
     del body["format"], body["version"]
-    try:
-        manifest = Manifest(**body)
-        _validate(manifest)
-    except (TypeError, ArgumentError) as error:
-        raise FormatError(f"{source}: {error}") from None
-    return manifest
+    return body
 
 
 def _no_constant(name: str) -> None:
@@ -179,6 +247,10 @@ def _validate(m: Manifest) -> None:
     check_durability(m.durability)
     if type(m.salt) is not str or not SALT.fullmatch(m.salt) or type(m.boot) is not str:
         raise ArgumentError(f"salt {m.salt!r} or boot {m.boot!r} is not what it should be")
+    for name, digits in {"commit": SALT, "seal": SUM}.items():
+        value = getattr(m, name)
+        if type(value) is not str or not digits.fullmatch(value):
+            raise ArgumentError(f"{name} {value!r} is not what it should be")
     check_columns(m.columns)
     for rule, state in m.optimizer.items():
         steps = state.get("steps") if type(state) is dict else None

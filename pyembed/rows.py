@@ -287,6 +287,12 @@ class Rows:
                 view.flags.writeable = False
 
     @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nobody changes rows while the block lasts: who wants to, waits."""
+        with self._turns.alone():
+            yield
+
+    @contextmanager
     def changing(
         self, state: Mapping[str, int], touched: NDArray[np.int64]
     ) -> Iterator[tuple[_core.Column, ...]]:

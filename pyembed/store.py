@@ -5,7 +5,9 @@ A table is a folder::
     rows.npy        float32, C order, shape (rows, stride), header padded to 4096 bytes
     manifest.json   the committed state, see manifest.py
     undo0, undo1    the journal while rows change, see journal.py
+    changes         which rows changed from commit to commit, see changes.py
     lock            held by flock: exclusively by a writer, shared by readers
+    seal.npy        checksums, if no commit changed rows since they were written, see seal.py
     id_map.npy      optional: the row of each id, see order.py; never changes
 
 State diagram (the function on each arrow)::
@@ -23,8 +25,9 @@ A change, in this order; each line returns before the next begins::
               they are marked as touched
     kernel    rows change
 
-    commit    rows are synced; then the manifest says clean, with the next generation: from here
-              on no frame of the journal is of any interval, as the next one has another salt
+    commit    which rows changed is logged (with "power" synced); rows are synced; then the manifest
+              says clean, with the next generation: from here on no frame of the journal is of any
+              interval, as the next one has another salt
     undo      (rollback, recovery) the journal is read whole and judged; its rows are put back;
               rows are synced; then the manifest says clean
 
@@ -63,7 +66,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyembed import manifest as manifests
-from pyembed import order, undo
+from pyembed import order, seal, undo
 from pyembed.arrays import F32
 from pyembed.errors import (
     ArgumentError,
@@ -82,9 +85,9 @@ from pyembed.files import (
     sync,
     write_all,
 )
-from pyembed.journal import Replay
+from pyembed.interval import Interval
+from pyembed.journal import Replay, undo_path
 from pyembed.manifest import Manifest
-from pyembed.recording import Recorder
 from pyembed.residency import Keeper
 
 I64 = NDArray[np.int64]
@@ -138,7 +141,7 @@ class Store:
         self._lock_fd = self._fd = -1
         self._pid = os.getpid()
         self._failed_sync = False
-        self._recorder: Recorder | None = None
+        self._interval: Interval | None = None
         self._salt = secrets.token_hex(8)  # of the next interval, however often it is begun
         self._mutex = threading.Lock()  # several threads may make the first change at once
         flags = (os.O_RDWR if mode == "r+" else os.O_RDONLY) | os.O_CLOEXEC
@@ -153,7 +156,7 @@ class Store:
             self.id_map = self._map_ids()
             self.keeper = Keeper(self._fd, self.array, memory_limit, mode == "r+")
             self._pages = self.keeper.pages
-            self._open_journal(durability, threads)
+            self._open_interval(durability, threads)
         except BaseException:
             self.release()
             raise
@@ -237,13 +240,13 @@ class Store:
             os.close(fd)
         return np.frombuffer(memory, np.int64, rows, offset)
 
-    def _open_journal(self, durability: str | None, threads: int) -> None:
+    def _open_interval(self, durability: str | None, threads: int) -> None:
         if self.mode != "r+" or not self.folder:
             return
         if durability is not None and durability != self.manifest.durability:
             self._set(self.manifest.with_changes(durability=durability))
         if self.manifest.durability != "none":
-            self._recorder = Recorder(self.path, self.manifest, threads)
+            self._interval = Interval(self.path, self.manifest, threads)
 
     # --- undo ---------------------------------------------------------------------------------
 
@@ -262,8 +265,9 @@ class Store:
         """Rows that no commit vouches for are committed as they are, if they may be changed."""
         if self.mode == "r+":
             os.ftruncate(self._fd, HEADER_BYTES + 4 * rows * self.manifest.stride)
-            number = self.manifest.generation + 1
-            self._finish_interval(self.manifest.with_changes(rows=rows, generation=number, **CLEAN))
+            new = self.manifest.with_changes(rows=rows, seal="", **CLEAN)
+            number, commit = new.generation + 1, secrets.token_hex(8)
+            self._finish_interval(new.with_changes(generation=number, commit=commit))
 
     def _finish_interval(self, state: Manifest) -> None:
         """Sync the rows, then say in the manifest what they are."""
@@ -290,7 +294,7 @@ class Store:
             If the journal is damaged; nothing is changed then.
         """
         self._require_writer()
-        if self._recorder is None:
+        if self._interval is None:
             raise ArgumentError(
                 f"{self.path} keeps no journal; make or open it with durability='process'"
             )
@@ -298,8 +302,9 @@ class Store:
             self._forget_steps()
             return
         replay = undo.judge(self.path, self.manifest)
-        if replay.frames < self._recorder.frames:
-            what = f"{replay.frames} of {self._recorder.frames} frames of the journal are left"
+        written = self._interval.journal.frames
+        if replay.frames < written:
+            what = f"{replay.frames} of {written} frames of the journal are left"
             raise DirtyError(errno.EUCLEAN, f"{what}; close the table", str(self.path))
         rows = self.manifest.rows
         try:
@@ -308,7 +313,7 @@ class Store:
             self._failed_sync = True
             raise
         self._forget_steps()
-        self._recorder.rolled_back()
+        self._interval.touched.clear()
         if rows != self.array.shape[0]:
             self._remap(rows)
 
@@ -334,7 +339,7 @@ class Store:
 
     @property
     def keeps_journal(self) -> bool:
-        return self._recorder is not None
+        return self._interval is not None
 
     def protect(self, rows: I64) -> None:
         """Before rows change: keep what they were at the last commit, and say that they change.
@@ -356,37 +361,43 @@ class Store:
             if self.mode != "r+":
                 return
             if self.manifest.state == "clean":
-                if self._recorder is not None:
-                    self._recorder.begin(self.manifest.generation, int(self._salt, 16))
+                if self._interval is not None:
+                    self._interval.journal.begin(self.manifest.generation, int(self._salt, 16))
                 dirty = {"state": "dirty", "salt": self._salt, "boot": undo.boot_id()}
                 self._set(self.manifest.with_changes(**dirty))
-            if self._recorder is not None:
+            if self._interval is not None:
                 try:
-                    self._recorder.protect(self.array, self._pages, rows)
+                    self._interval.record(self.array, self._pages, rows)
                 finally:
-                    self._failed_sync = self._failed_sync or self._recorder.failed_sync
+                    self._failed_sync |= self._interval.journal.failed_sync
 
     def commit(self, meta: dict[str, Any] | None) -> None:
         """Sync the rows, then say so in the manifest."""
+        state = self.manifest
+        same = state.state == "clean" and state.optimizer == self.optimizer and meta is None
+        if same and self.mode == "r+":
+            self._require_writer()
+            return
+        meta = state.meta if meta is None else meta
+        number, commit = state.generation + 1, secrets.token_hex(8)
+        self.commit_as(generation=number, commit=commit, meta=meta, optimizer=self.optimizer)
+
+    def commit_as(self, **what: Any) -> None:
+        """A commit of which the caller says what it is, in fields of the manifest."""
         self._require_writer()
         if self.mode == "c":
-            what = "a private copy has no commit; open the table with mode='r+'"
-            raise ReadOnlyError(errno.EROFS, what, str(self.path))
-        unchanged = self.manifest.state == "clean" and self.manifest.optimizer == self.optimizer
-        if unchanged and meta is None:
-            return
-        state = self.manifest.with_changes(
-            rows=self.array.shape[0],
-            generation=self.manifest.generation + 1,
-            meta=self.manifest.meta if meta is None else meta,
-            optimizer=self.optimizer,
-            **CLEAN,
-        )
+            refusal = "a private copy has no commit; open the table with mode='r+'"
+            raise ReadOnlyError(errno.EROFS, refusal, str(self.path))
+        before = self.manifest
+        seal = before.seal if before.state == "clean" else ""
+        state = before.with_changes(**what, rows=self.array.shape[0], seal=seal, **CLEAN)
         # A meta that cannot be stored is refused before anything is synced; and a copy is kept.
         state = manifests.decode(manifests.encode(state), str(self.path))
+        if self._interval is not None:
+            self._interval.log(before, state)
         self._finish_interval(state)
-        if self._recorder is not None:
-            self._recorder.committed(state.rows)
+        if self._interval is not None:
+            self._interval.touched.commit(state.rows)
 
     def append(self, chunks: Iterable[F32], count: int) -> None:
         """Add `count` rows: allocate, write, sync, then the header; the next commit counts them."""
@@ -418,7 +429,7 @@ class Store:
     def _set(self, state: Manifest) -> None:
         if self.folder:
             try:
-                replace_file(self.path / "manifest.json", manifests.encode(state))
+                replace_file(self.path / "manifest.json", [manifests.encode(state)])
             except BaseException as error:
                 # The file may say so already, or not: rows must not change any more. But a full
                 # disk is met before the new manifest has its name.
@@ -435,9 +446,15 @@ class Store:
         if self.keeper is not None:
             self.keeper.close()
             self.keeper.rows = self.array
-        if self._recorder is not None:
+        if self._interval is not None:
+            self._interval.close()
             sound = self.manifest.state == "clean" and not self._failed_sync
-            self._recorder.close(needed=not sound or self._pid != os.getpid())
+            if sound and self._pid == os.getpid():
+                useless = [undo_path(self.path, number) for number in range(2)]
+                useless += [] if self.manifest.seal else [self.path / seal.FILE]
+                for file in useless:  # nobody needs what they hold, so they may stay as well
+                    with contextlib.suppress(OSError):
+                        file.unlink()
         for fd in (self._fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

@@ -265,26 +265,27 @@ class Table(Rows):
         return _rebuild, (columns, self.num_threads, self.optimizer)
 
     @property
-    def _manifest(self) -> manifest.Manifest:
+    def committed(self) -> manifest.Manifest:
+        """All that the manifest says of the last commit, and whether rows changed since."""
         return self._store.manifest if self._store else self._state
 
     @property
     def meta(self) -> dict[str, Any]:
-        return dict(self._manifest.meta)
+        return dict(self.committed.meta)
 
     @property
     def durability(self) -> str:
         """What the last commit survives, see `create`."""
-        return self._manifest.durability
+        return self.committed.durability
 
     @property
     def generation(self) -> int:
-        return self._manifest.generation
+        return self.committed.generation
 
     @property
     def state(self) -> str:
         """ "clean" right after a commit, "dirty" once rows have changed since."""
-        return self._manifest.state
+        return self.committed.state
 
     @property
     def id_map(self) -> NDArray[np.int64] | None:

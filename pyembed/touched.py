@@ -1,21 +1,27 @@
-"""Which rows were changed since the last commit, and since the last export: a bit for each row."""
+"""Which rows were changed since the last commit: a bit for each row."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyembed import _core
-from pyembed.errors import ArgumentError
 
 I64 = NDArray[np.int64]
+U32 = NDArray[np.uint32]
+U8 = NDArray[np.uint8]
 BLOCK = 4096  # bytes of bits that are taken together: a page
 BLOCK_ROWS = 8 * BLOCK
 BLOCK_SHIFT = BLOCK_ROWS.bit_length() - 1
+RANGE_BLOCKS = 512  # that `parts` looks at together
+RANGE_BYTES = RANGE_BLOCKS * BLOCK
+RANGE_ROWS = 8 * RANGE_BYTES
 
 
 class Touched:
-    """Which rows were changed since the last commit, and since the last export: a bit for each.
+    """Which rows were changed since the last commit: a bit for each.
 
     Bits lie in pages of `BLOCK_ROWS`, and take memory as rows are touched.
 
@@ -26,17 +32,13 @@ class Touched:
     ----------
     rows : int
         Of the last commit. Rows appended since have no content to go back to and are never new.
-    generation : int
-        Of that commit; `since` knows nothing before it.
     """
 
-    def __init__(self, rows: int, generation: int = 0) -> None:
+    def __init__(self, rows: int) -> None:
         self.rows = rows
         blocks = -(-rows // BLOCK_ROWS)
         self._bits = np.zeros((blocks, BLOCK), np.uint8)
         self._touched = np.zeros(blocks, np.bool_)  # blocks with a bit set
-        self._changed = np.zeros((blocks, BLOCK), np.uint8)
-        self._base = (generation, rows)
 
     def new(self, rows: I64) -> I64:
         """Those of `rows` (ascending, unique) that are not marked, in their order."""
@@ -49,6 +51,20 @@ class Touched:
         _core.mark_rows(self._bits.reshape(-1), rows)
         self._touched[rows >> BLOCK_SHIFT] = True
 
+    def parts(self) -> Iterator[tuple[int, U32, U8]]:
+        """The marks, a range of `RANGE_ROWS` rows at a time: its number, which of its bytes are not
+        zero, and these."""
+        touched = np.flatnonzero(self._touched)
+        for blocks in np.split(touched, np.flatnonzero(np.diff(touched // RANGE_BLOCKS)) + 1):
+            if blocks.size:
+                words = self._bits[blocks].view(np.uint64)
+                block, word = np.nonzero(words != 0)  # first, as most bytes are zero
+                bits = words[block, word].view(np.uint8)
+                places = (blocks[block] % RANGE_BLOCKS * BLOCK + 8 * word).astype(np.uint32)
+                used = np.flatnonzero(bits != 0)
+                offsets = places[used >> 3] + (used & 7).astype(np.uint32)
+                yield int(blocks[0]) // RANGE_BLOCKS, offsets, bits[used]
+
     def clear(self) -> None:
         """Forget the marks: the rows are those of the commit again."""
         blocks = np.flatnonzero(self._touched)
@@ -57,39 +73,9 @@ class Touched:
 
     def commit(self, rows: int) -> None:
         """What was marked is committed; the table has this many rows now."""
-        blocks = np.flatnonzero(self._touched)
-        self._changed[blocks] |= self._bits[blocks]
         self.clear()
         if rows > self.rows:
             count = -(-rows // BLOCK_ROWS)
-            for array in (self._bits, self._changed, self._touched):
+            for array in (self._bits, self._touched):
                 array.resize((count, *array.shape[1:]), refcheck=False)  # adds zeros
         self.rows = rows
-
-    def since(self, generation: int) -> I64:
-        """Every row whose committed content may differ from that of an earlier generation.
-
-        Exact for the generation of `restart`; for a later one, rows that changed before it too.
-
-        Raises
-        ------
-        ArgumentError
-            If the generation is before that of `restart`.
-        """
-        base, base_rows = self._base
-        if generation < base:
-            allowed = f"allowed: {base} and later; export all rows instead"
-            raise ArgumentError(f"changes since generation {generation} are not known; {allowed}")
-        words = self._changed.reshape(-1).view(np.uint64)
-        word = np.flatnonzero(words)
-        bits = np.unpackbits(words[word].view(np.uint8), bitorder="little").reshape(-1, 64)
-        where, bit = np.nonzero(bits)
-        rows = 64 * word[where] + bit
-        return np.concatenate(
-            [rows[: np.searchsorted(rows, base_rows)], np.arange(base_rows, self.rows)]
-        )
-
-    def restart(self, generation: int) -> None:
-        """From now on `since` is asked for what comes after this commit: it was exported."""
-        self._base = (generation, self.rows)
-        self._changed = np.zeros_like(self._bits)

@@ -174,7 +174,7 @@ class Writer:
         self.state, self.generation, self.salt = "clean", 1, 1
         self.salts = iter(range(2, 1000))
         self.undo = Journal(folder, STRIDE, durability)
-        self.touched = Touched(40, 1)
+        self.touched = Touched(40)
 
     def step(self, rows: np.ndarray) -> None:
         """Change rows, as an optimizer does."""

@@ -184,7 +184,7 @@ def test_rows_are_those_without_an_order(tmp_path: Path) -> None:
     recipe = init.normal()
     build.from_initializer(tmp_path / "a", 5, 3, recipe, seed=3, optimizer="adam", counts=COUNTS)
     build.from_initializer(tmp_path / "b", 5, 3, recipe, seed=3, optimizer="adam")
-    for name in ("rows.npy", "manifest.json"):
+    for name in ("rows.npy", "seal.npy"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert not (tmp_path / "b" / "id_map.npy").exists()
 

@@ -48,13 +48,13 @@ def rewrite(folder: Path, **changes: object) -> None:
 
 
 def test_layout_for_other_tools(table: Path) -> None:
-    """numpy opens the rows without pyembed; they start on a page; the folder holds three files."""
+    """numpy opens the rows without pyembed; they start on a page; the folder holds four files."""
     rows = np.load(table / "rows.npy", mmap_mode="r")
     assert rows.dtype == "<f4"
     assert rows.shape == (4, 4)
     assert rows.offset == 4096
     assert rows[:, :2].ravel().tolist() == list(range(8))
-    assert sorted(contents(table)) == ["lock", "manifest.json", "rows.npy"]
+    assert sorted(contents(table)) == ["changes", "lock", "manifest.json", "rows.npy"]
 
 
 def test_manifest_is_readable_text(table: Path) -> None:
@@ -334,6 +334,7 @@ def test_wrong_size(table: Path, change: int) -> None:
         ({"durability": "always"}, "durability = 'always'"),
         ({"salt": "xyz"}, "salt 'xyz'"),
         ({"boot": 5}, "boot 5"),
+        ({"seal": "12"}, "seal '12'"),
         ({"surprise": 1}, "surprise"),
     ],
 )

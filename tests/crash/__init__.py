@@ -8,6 +8,7 @@
     worker     one run in a forked process, and the judgement of what it left
     mutants    ways to break the protocol, which the suite must notice
     cells      the sweeps: each returns how many cases there were and which were bad
+    exports    the sweep over copies and deltas
     torture    the command: `make torture`
 
 A state is good if the table opens, and holds the last commit that was acknowledged, or the one

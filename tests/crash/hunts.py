@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from crash import cells, cuts
+from crash import cells, cuts, exports
 from crash.cells import DEATHS, Counts, How
 from crash.program import Plan
 
@@ -53,6 +53,10 @@ def _failed_syncs(how: How) -> Counts:
     return cuts.failed_syncs(how, plans("process", 3, 4, stubborn=True))
 
 
+def _exports(how: How) -> Counts:
+    return exports.killed_exports(how, plans("process", 0, 2))
+
+
 HUNTS: dict[str, Callable[[How], Counts]] = {
     "rows change before they are recorded": _kills,
     "marked before recorded": _refused,
@@ -70,6 +74,9 @@ HUNTS: dict[str, Callable[[How], Counts]] = {
     "boot not compared": _cuts_of_process,
     "manifest written in place": _kills,
     "failed sync forgotten": _failed_syncs,
+    "log of the interval before": _kills,
+    "gap in the log ignored": _cuts_of_process,
+    "copy appears in parts": _exports,
 }
 
 

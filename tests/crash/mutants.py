@@ -5,13 +5,15 @@ Each is applied to a process that is thrown away, by name.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from pyembed import files, journal, store, undo
+from pyembed import changes, files, journal, making, store, undo
+from pyembed.changes import Changes
 from pyembed.journal import Journal, Replay
 from pyembed.store import CLEAN, Store
 from pyembed.touched import Touched
@@ -159,9 +161,9 @@ def boot_not_compared() -> None:
 
 
 def manifest_written_in_place() -> None:
-    def write(path: Any, data: bytes) -> None:
+    def write(path: Any, parts: Any) -> None:
         fd = files.os.open(path, files.os.O_WRONLY | files.os.O_CREAT | files.os.O_TRUNC, 0o666)
-        files.write_all(fd, data)
+        files.write_all(fd, b"".join(parts))
         files.sync(fd)
         files.os.close(fd)
 
@@ -171,6 +173,29 @@ def manifest_written_in_place() -> None:
 def failed_sync_forgotten() -> None:
     Store._failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
     Journal.failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
+
+
+def log_of_the_interval_before() -> None:
+    real, last = Changes.append, list[Any]()
+
+    def append(self: Changes, before: Any, after: Any, parts: Any) -> None:
+        last.append(list(parts))
+        real(self, before, after, last[-2] if len(last) > 1 else [])
+
+    Changes.append = append  # type: ignore[method-assign]
+
+
+def gap_in_the_log_ignored() -> None:
+    changes._chain = lambda records, last: list(records)
+
+
+def copy_appears_in_parts() -> None:
+    @contextlib.contextmanager
+    def appearing(path: Any) -> Iterator[Any]:
+        path.mkdir()
+        yield path
+
+    making.appearing = appearing
 
 
 MUTANTS: dict[str, Callable[[], None]] = {
@@ -192,6 +217,9 @@ MUTANTS: dict[str, Callable[[], None]] = {
         boot_not_compared,
         manifest_written_in_place,
         failed_sync_forgotten,
+        log_of_the_interval_before,
+        gap_in_the_log_ignored,
+        copy_appears_in_parts,
     )
 }
 

@@ -5,6 +5,7 @@ The same program over a table in memory is the oracle: it says beforehand what e
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,11 +19,14 @@ from typing import Any
 import numpy as np
 
 from pyembed import Table, init
+from pyembed.changes import Since
+from pyembed.errors import ArgumentError
 from pyembed.optim import Adagrad, Adam, Optimizer
 
 RULES: dict[str, Callable[..., Optimizer]] = {"adagrad": Adagrad, "adam": Adam}
 STARTS = init.uniform(-1.0, 1.0)
 TRIES = 3
+SMALL = 2000  # rows: of which a copy of each commit is kept
 REAL_WRITE, REAL_FSYNC = os.write, os.fsync  # acknowledgements are not what is tested
 
 
@@ -137,17 +141,49 @@ class Trainer:
             change()
 
 
-@functools.lru_cache(maxsize=64)
+def contents(table: Table) -> np.ndarray | None:
+    """All columns side by side; of a large table nobody asks."""
+    if table.rows > SMALL:
+        return None
+    return np.concatenate([table.column(name) for name in table.columns], axis=1)
+
+
 def oracle(plan: Plan) -> tuple[str, ...]:
     """The digest of each generation."""
+    return tuple(digest for digest, _ in history(plan))
+
+
+@functools.lru_cache(maxsize=64)
+def history(plan: Plan) -> tuple[tuple[str, np.ndarray | None], ...]:
+    """Digest and rows of each generation."""
     found = []
     table = Table.memory(plan.rows, plan.dim, plan.optimizer, init=STARTS, seed=plan.seed)
     trainer = Trainer(plan, table, lambda word, number: None)
-    found.append(digest(trainer.table))
+    found.append((digest(trainer.table), contents(trainer.table)))
     for _ in range(plan.intervals):
         trainer.interval()
-        found.append(digest(trainer.table))
+        found.append((digest(trainer.table), contents(trainer.table)))
     return tuple(found)
+
+
+def wrong_log(table: Table, plan: Plan) -> str:
+    """For which generation the log of changes leaves out a row that changed since, or ""."""
+    held = [rows for _, rows in history(plan)]
+    for generation in range(table.generation):
+        old, new = held[generation], held[table.generation]
+        if old is None or new is None or table.path is None:
+            continue
+        with contextlib.suppress(ArgumentError):  # it is not known: that is an answer
+            found = [
+                row
+                for rows in Since(table.path, table.committed, generation).rows()
+                for row in rows
+            ]
+            changed = np.flatnonzero((old != new[: len(old)]).any(axis=1))
+            missing = {*changed, *range(len(old), len(new))} - {*found}
+            if missing:
+                return f"the log since {generation} lacks rows {sorted(missing)[:5]}"
+    return ""
 
 
 def open_or_create(path: Path, plan: Plan, say: Callable[[str, int], None]) -> Table:
@@ -223,11 +259,14 @@ def judge(path: Path, plan: Plan, said: list[tuple[str, int]], resume: bool) -> 
         table = Table.open(path, mode)
         # Nothing is committed by looking at it.
         number, found = table.generation, digest(table)
+        problem = wrong_log(table, plan) if number in may else ""
         table.close()
         if number not in may:
             return {"bad": f"{mode}: generation {number}, allowed {sorted(may)}", "found": number}
         if found != digests[number]:
             return {"bad": f"{mode}: other rows than commit {number}", "found": number}
+        if problem:
+            return {"bad": f"{mode}: {problem}", "found": number}
     if resume:
         train(path, plan, lambda word, number: None)
         with Table.open(path, "r") as table:

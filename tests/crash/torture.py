@@ -20,7 +20,7 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ["PYEMBED_NUM_THREADS"] = "1"  # before pyembed is asked: a fork must find no threads
 
-from crash import cells, cuts, hunts
+from crash import cells, cuts, exports, hunts
 from crash.cells import DEATHS, ROOT, Counts, How
 from crash.hunts import plans
 
@@ -56,6 +56,7 @@ def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
         "power-cuts-recovery": lambda: cuts.power_cuts_in_recovery(
             how(23), plans("power", 4, 1 if short else 4), 150 if short else 40
         ),
+        "exports": lambda: exports.killed_exports(how(29), both),
         "damage": lambda: cells.damage(how(37), process if short else both),
     }
 
@@ -73,6 +74,7 @@ TITLES = {
     "power-cuts": "power cut after every event × 4 modes, durability power",
     "power-cuts-process": "the same, durability process: refused, or right",
     "power-cuts-recovery": "power cut in a recovery and the interval after it",
+    "exports": "a copy, a delta, or its application is killed at, or has a failing, call",
     "damage": "a byte of manifest, header of the rows or of a frame is another",
 }
 
