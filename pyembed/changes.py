@@ -229,7 +229,7 @@ class Changes:
 
     def _write(self, fd: int, entries: Iterable[bytes], at: int) -> None:
         for entry in entries:
-            write_at(fd, memoryview(entry), at)
+            write_at(fd, [entry], at)
             at += len(entry)
         if os.fstat(fd).st_size > at:
             os.ftruncate(fd, at)

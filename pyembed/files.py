@@ -142,7 +142,7 @@ def write_all(fd: int, data: Any) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_all_at(fd: int, parts: list[Any], at: int) -> None:
+def write_at(fd: int, parts: list[Any], at: int) -> None:
     """All parts, one after the other, from `at` on: os.pwritev until everything is written."""
     left = [memoryview(part) for part in parts if len(part)]
     while left:
@@ -253,7 +253,7 @@ class DirectWriter:
 
 
 def _put(fd: int, view: memoryview, at: int) -> list[int]:
-    write_at(fd, view, at)
+    write_at(fd, [view], at)
     return block_sums(view, at)
 
 
@@ -265,9 +265,3 @@ def block_sums(view: memoryview, at: int) -> list[int]:
     first = max(0, HEADER_BYTES - at)
     starts = range(0, len(view), SUM_BYTES)
     return [_core.crc32c(view[max(first, start) : start + SUM_BYTES]) for start in starts]
-
-
-def write_at(fd: int, view: memoryview, at: int) -> None:
-    while view:
-        count = os.pwrite(fd, view, at)
-        view, at = view[count:], at + count

@@ -69,7 +69,7 @@ from numpy.typing import NDArray
 from pyembed import _core
 from pyembed.arrays import F32, FLOAT32, INT64
 from pyembed.errors import ArgumentError, FormatError, TableError
-from pyembed.files import OPEN_FLAGS, allocate, sync, sync_folder, write_all_at
+from pyembed.files import OPEN_FLAGS, allocate, sync, sync_folder, write_at
 
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
@@ -256,7 +256,7 @@ class Journal:
         tail = ZEROS[: size - used + UNIT]
         try:
             self._allocate(self._at + size + UNIT)
-            write_all_at(self._fd, [_pack(header), *payload, tail], self._at)
+            write_at(self._fd, [_pack(header), *payload, tail], self._at)
         except OSError as error:
             if error.errno not in FULL or isinstance(error, TableError):
                 raise

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pyembed import _core
 from pyembed.arrays import F32
 from pyembed.errors import DirtyError
-from pyembed.files import HEADER_BYTES, write_all_at
+from pyembed.files import HEADER_BYTES, write_at
 from pyembed.journal import Replay, undo_path
 from pyembed.manifest import Manifest
 
@@ -80,7 +80,7 @@ def put_back(array: F32, replay: Replay, fd: int = -1) -> None:
     for rows, old in _frames(replay, "recovering"):
         if fd >= 0 and (np.diff(rows) == 1).all():
             at = HEADER_BYTES + int(rows[0]) * old[0].nbytes
-            write_all_at(fd, [old.reshape(-1).view(np.uint8)], at)
+            write_at(fd, [old.reshape(-1).view(np.uint8)], at)
             _core.start_write_back(fd, at, old.nbytes)  # while the next are read
             continue
         some.append((rows, old))
