@@ -6,7 +6,6 @@ import contextlib
 import errno
 import itertools
 import json
-import os
 import resource
 import shutil
 import signal
@@ -227,12 +226,20 @@ def test_stopped_while_the_text_was_read(trainer: Trainer) -> None:
 
 
 def test_a_text_is_read_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once it was read, a training goes on without it, also if there are no rows yet."""
-    whole = trainer.whole()
+    """Once it was read, a training goes on without it, also if it has half of its rows."""
+    whole, append = trainer.whole(), Table.append
+
+    def full_disk(table: Table, n: int, *recipe: Any) -> None:
+        if not recipe:  # the output vectors, which come second
+            raise OSError(errno.ENOSPC, "full")
+        append(table, n, *recipe)
+
     with monkeypatch.context() as patch:
-        patch.setattr(skipgram, "_make_rows", lambda *_: os.fstat(-1))
-        with pytest.raises(OSError, match="descriptor"):
+        patch.setattr(Table, "append", full_disk)
+        with pytest.raises(OSError, match="full"):
             trainer()
+    with Table.open(trainer.partial, "r") as table:
+        assert table.rows == 0 and table.meta["tokens"] > 2000
     trainer.text.unlink()
     assert trainer(resume=True) == whole
 
