@@ -276,6 +276,15 @@ def _add_train(commands: Any) -> None:
     s.add_argument("--suffix", action="append", help="of the files to read in a folder; repeatable")
     s.add_argument("--exclude", action="append", default=[], help="pattern of names not to read")
     s.add_argument("--encoding-errors", choices=["strict", "replace"], default="strict")
+    s.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="N",
+        help="keep a checkpoint every N batches of 4096 words, in OUTPUT.partial",
+    )
+    s.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint: the same command"
+    )
     s.add_argument("--threads", type=int)
     s.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     s.set_defaults(run=_train_skipgram)
@@ -290,6 +299,8 @@ def _train_skipgram(a: argparse.Namespace) -> None:
         **({"suffixes": a.suffix} if a.suffix else {}),
         exclude=a.exclude,
         encoding_errors=a.encoding_errors,
+        checkpoint_every=a.checkpoint_every,
+        resume=a.resume,
         num_threads=a.threads,
         progress=False if a.quiet else None,
     )

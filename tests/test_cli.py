@@ -85,6 +85,7 @@ def test_build_from_vectors(path: Path, tmp_path: Path) -> None:
         (["similar", "missing", "word"], 1, "missing"),
         (["train", "skipgram", "missing", "-o", "x"], 1, "missing"),
         (["train", "skipgram", ".", "-o", "x", "--dim", "0"], 2, "dim = 0; allowed: 1 or more"),
+        (["train", "skipgram", ".", "-o", "x", "--resume"], 2, "resume without checkpoint_every"),
     ],
 )
 def test_errors(
@@ -115,8 +116,8 @@ def test_train_and_similar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     lines = [" ".join(rng.choice(topics[i % 2], 10)) for i in range(600)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
     model = str(tmp_path / "model")
-    options = ["--dim", "16", "--epochs", "10", "--buckets", "100", "--sample", "0", "-q"]
-    assert main(["train", "skipgram", str(tmp_path / "text.txt"), "-o", model, *options]) == 0
+    options = ["--dim", "16", "--epochs", "10", "--buckets", "100", "--sample", "0", "--seed", "2"]
+    assert main(["train", "skipgram", str(tmp_path / "text.txt"), "-o", model, "-q", *options]) == 0
     assert "words_per_second" in capsys.readouterr().out
     assert main(["similar", model, "sun", "milk", "-n", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -21,7 +21,10 @@ from pyembed.train.corpus import (
     choose_vocabulary,
     encode_corpus,
     find_files,
+    name_paths,
+    read_blocks,
     read_pieces,
+    rewrite_as_rows,
     tokenize,
 )
 
@@ -41,7 +44,7 @@ def encode(tmp_path: Path, *texts: str | bytes) -> EncodedCorpus:
 
 def words_of(encoded: EncodedCorpus, size: int = 1 << 20) -> list[str]:
     """Read the ids back as words."""
-    return [encoded.types[i] for block in encoded.blocks(size) for i in block]
+    return [encoded.types[i] for block in read_blocks(encoded.path, size) for i in block]
 
 
 # ---- words
@@ -215,3 +218,33 @@ def test_vocabulary_that_is_too_small(tmp_path: Path) -> None:
         choose_vocabulary(encoded, 2)
     with pytest.raises(ArgumentError, match="min_count = 0; allowed: 1 or more"):
         choose_vocabulary(encoded, 0)
+
+
+# ---- rows
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_text_as_rows(tmp_path: Path, size: int, read: int) -> None:
+    """The file then holds the rows of the text in order, without words that have none."""
+    encoded = encode(tmp_path, "z y y x\nrare x w w", "w x y\n\n")
+    _, row_of = choose_vocabulary(encoded, min_count=2)
+    expected = [row_of[i] for block in read_blocks(encoded.path, 99) for i in block]
+    expected = [int(row) for row in expected if row != ROW_DROPPED]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "_REWRITE_WORDS", size)
+        assert rewrite_as_rows(encoded, row_of) == len(expected) == 14
+    blocks = list(read_blocks(encoded.path, read))
+    assert np.concatenate(blocks).tolist() == expected
+    for first in range(len(blocks) + 2):
+        again = list(read_blocks(encoded.path, read, first))
+        assert all(map(np.array_equal, again, blocks[first:]))
+        assert len(again) == max(len(blocks) - first, 0)
+
+
+def test_names_of_paths() -> None:
+    """Lists of other paths, or in another order, have other names; the kind of path is the same."""
+    lists = [["a", "b"], ["b", "a"], ["ab"], ["a"], ["a\nb"], ["a", "b", ""], []]
+    assert len({name_paths(paths) for paths in lists}) == len(lists)
+    assert name_paths([Path("a"), Path("b")]) == name_paths(lists[0])
+    with pytest.raises(ArgumentError, match="allowed: a list of paths"):
+        name_paths("text.txt")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyembed import Table
+from pyembed import Table, init
 from pyembed.errors import ArgumentError, CorpusError, FormatError
 from pyembed.train import runs, skipgram
-from pyembed.train.corpus import choose_vocabulary, encode_corpus
+from pyembed.train.corpus import choose_vocabulary, encode_corpus, rewrite_as_rows
 from pyembed.train.neighbours import Model, similar
 from pyembed.train.plot import k_means, plane, plot_words, spread_labels
 from pyembed.train.runs import RUN, keep_probability, read_runs
@@ -58,17 +58,17 @@ def test_runs_hold_each_pair_of_a_line_once(
     corpus = encode_corpus([path], tmp_path / "ids")
     chosen, row_of = choose_vocabulary(corpus, 1)
     names = [corpus.types[i] for i in chosen]
+    assert rewrite_as_rows(corpus, row_of) == corpus.words + len(lines)
     keep = np.ones(len(chosen), np.float32)
     seen: set[tuple[str, str]] = set()
     read = 0
-    for seed in range(40):  # each word draws its reach anew
-        for batch in read_runs(corpus, row_of, keep, 3, np.random.default_rng(seed)):
-            run, i, j = np.nonzero(batch.mask)
-            centres = [names[row] for row in batch.words[run, i]]
-            contexts = [names[row] for row in batch.contexts[run, j]]
-            seen.update(zip(centres, contexts, strict=True))
-            read += batch.read
-            assert batch.words.shape[1] == RUN
+    for batch in read_runs(corpus.path, keep, 3, 1, 40):  # each word draws its reach anew
+        run, i, j = np.nonzero(batch.mask)
+        centres = [names[row] for row in batch.words[run, i]]
+        contexts = [names[row] for row in batch.contexts[run, j]]
+        seen.update(zip(centres, contexts, strict=True))
+        read += batch.read
+        assert batch.words.shape[1] == RUN
     expected = {
         (line[i], line[j])
         for line in lines
@@ -130,7 +130,7 @@ def test_neighbours_are_of_the_topic(tmp_path: Path, buckets: int) -> None:
 
 
 def test_model_folder_and_result(tmp_path: Path) -> None:
-    """The folder holds two clean tables with settings and vocabulary, and nothing else."""
+    """The folder is a clean table with settings and vocabulary, and nothing else."""
     output = tmp_path / "deep" / "model"
     output.parent.mkdir()
     result = train_skipgram(
@@ -139,28 +139,38 @@ def test_model_folder_and_result(tmp_path: Path) -> None:
     assert result.path == output
     assert (result.vocabulary, result.words) == (16, 2 * 3200)
     assert result.words_per_second > 0 and 0 < result.loss < 6 * np.log(2)
-    assert sorted(path.name for path in output.iterdir()) == ["input.pyembed", "output.pyembed"]
+    files = {"lock", "manifest.json", "rows.npy", "vocab.counts.npy", "vocab.txt"}
+    assert {path.name for path in output.iterdir()} == files
     assert [path.name for path in output.parent.iterdir()] == ["model"]
-    for name, rows in [("input.pyembed", 116), ("output.pyembed", 16)]:
-        with Table.open(output / name, "r") as table:
-            assert (table.rows, table.dim) == (rows, 8)
-            assert table.columns == {"weight": 8, "sum": 8}
-            assert table.meta["model"] == "skipgram"
-            assert table.meta["epochs"] == 2 and table.meta["words"] == 6400
-            assert table.meta["loss"] == result.loss
-        vocab = Vocab.load(output / name)
-        assert sorted(vocab) == sorted(TOPICS[0] + TOPICS[1])
-        assert vocab.counts is not None and int(vocab.counts.sum()) == 3200
+    with Table.open(output, "r") as table:
+        assert (table.rows, table.dim) == (16 + 100 + 16, 8)
+        assert table.columns == {"weight": 8, "sum": 8}
+        assert table.state == "clean"
+        assert table.meta["model"] == "skipgram"
+        assert table.meta["epochs"] == 2 and table.meta["words"] == 6400
+        assert table.meta["progress"]["words"] == 6400
+        assert table.meta["progress"]["loss"] == result.loss
+    vocab = Vocab.load(output)
+    assert sorted(vocab) == sorted(TOPICS[0] + TOPICS[1])
+    assert vocab.counts is not None and int(vocab.counts.sum()) == 3200
+
+
+def test_rows_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step input vectors are those of the initialiser, output vectors zero."""
+    monkeypatch.setattr(skipgram._Model, "step", lambda *arguments: 1.0)
+    with Table.open(train(tmp_path, seed=7), "r") as table:
+        fresh = Table.memory(16 + 1000, 16, init=init.uniform(-1 / 16, 1 / 16), seed=7)
+        assert np.array_equal(table.weight[:1016], fresh.weight)
+        assert table.rows == 1032 and not table.weight[1016:].any()
 
 
 def test_same_seed_same_bits(tmp_path: Path) -> None:
     """A training is a function of its text and settings, whatever the number of threads."""
     same = [train(tmp_path, f"same{n}", num_threads=n) for n in (1, 2)]
     other = train(tmp_path, "other", seed=2)
-    for name in ("input.pyembed", "output.pyembed"):
-        first, second, third = ((path / name / "rows.npy").read_bytes() for path in (*same, other))
-        assert first == second
-        assert first != third
+    first, second, third = ((path / "rows.npy").read_bytes() for path in (*same, other))
+    assert first == second
+    assert first != third
 
 
 # ---- what is refused, and what is left
@@ -262,16 +272,15 @@ def test_unknown_word(tmp_path: Path) -> None:
 def test_folder_that_is_no_model(tmp_path: Path) -> None:
     """A table without the model's settings, or with another vocabulary, is refused."""
     folder = tmp_path / "model"
-    folder.mkdir()
-    with Table.create(folder / "input.pyembed", 3, 2) as table:
-        Vocab(["a", "b"], [2, 1]).save(folder / "input.pyembed")
-    with pytest.raises(FormatError, match="not the input table of a skip-gram model"):
+    with Table.create(folder, 5, 2) as table:
+        Vocab(["a", "b"], [2, 1]).save(folder)
+    with pytest.raises(FormatError, match="not the table of a skip-gram model"):
         Model(folder)
-    with Table.open(folder / "input.pyembed") as table:
+    with Table.open(folder) as table:
         table.commit(meta={"model": "skipgram", "minn": 3, "maxn": 6, "buckets": 0})
-    with pytest.raises(FormatError, match="2 words and 0 n-gram rows do not make 3 rows"):
+    with pytest.raises(FormatError, match="2 words and 0 n-gram rows do not make 5 rows"):
         Model(folder)
-    Table.open(folder / "input.pyembed").close()  # nobody holds its lock
+    Table.open(folder).close()  # nobody holds its lock
 
 
 # ---- the picture

@@ -1,7 +1,8 @@
 """Models trained on tables: word vectors from text.
 
 `train_skipgram` makes a model, `similar` asks it, `plot_words` draws it. Importing pyembed does not
-import this; the parts are `corpus`, `subword`, `skipgram`, `neighbours` and `plot`.
+import this; the parts are `corpus`, `subword`, `runs`, `checkpoint`, `skipgram`, `neighbours` and
+`plot`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 A corpus is read once. Every word gets a provisional id when it is first seen, and the ids go to a
 file of int32 with `LINE_END` after each line. Once all counts are known, `choose_vocabulary` maps
-provisional ids to rows, most frequent first. So memory grows with the number of different words
-and not with the length of the text, and a later pass reads 4 bytes a word.
+provisional ids to rows, most frequent first, and `rewrite_as_rows` does so in the file. So memory
+grows with the number of different words and not with the length of the text, and a later pass
+reads 4 bytes a word.
 
 A word is a letter or underscore and what follows it of letters, digits and underscores; case is
 kept. So identifiers of source code stay whole, and numbers, signs and escapes such as ``\\n`` are
@@ -15,6 +16,7 @@ be read.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import re
@@ -29,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from pyembed import files as disk
 from pyembed.errors import ArgumentError, CorpusError
 
 StrPath = str | os.PathLike[str]
@@ -39,6 +42,7 @@ ROW_DROPPED, ROW_LINE_END = -1, -2  # in place of a row, where a token has none
 
 _TOKEN = re.compile(r"\n|(?<![\w\\])[^\W\d]\w*")
 _PIECE_BYTES = 1 << 20
+_REWRITE_WORDS = 1 << 18
 _LONGEST_WORD_BYTES = 1 << 24  # a text without line end or space for this long is no text
 
 
@@ -65,12 +69,6 @@ class EncodedCorpus:
     counts: npt.NDArray[np.int64]
     words: int
     files: int
-
-    def blocks(self, size: int) -> Iterator[npt.NDArray[np.int32]]:
-        """Yield the ids in order, `size` at a time."""
-        with self.path.open("rb") as file:
-            while len(block := np.fromfile(file, np.int32, size)):
-                yield block
 
 
 def tokenize(text: str) -> list[str]:
@@ -110,10 +108,8 @@ def find_files(
     CorpusError
         A path does not exist, a folder cannot be listed, or nothing was found.
     """
-    if isinstance(paths, str | os.PathLike):
-        raise ArgumentError(f"paths = {os.fspath(paths)!r}; allowed: a list of paths")
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(Path, _listed(paths)):
         if path.is_dir():
             found.extend(_walk(path, tuple(suffixes), exclude))
         elif path.exists():
@@ -127,6 +123,25 @@ def find_files(
             f"{' '.join(suffixes)} and are not excluded. Give --suffix, or files by name"
         )
     return found
+
+
+def name_paths(paths: Sequence[StrPath]) -> str:
+    """Name a list of paths in a few characters, by which it can be told from another.
+
+    Examples
+    --------
+    >>> name_paths(["books", "notes.txt"])
+    '2 paths, 6ca7f7be'
+    """
+    names = [os.fspath(path) for path in _listed(paths)]
+    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape"))
+    return f"{len(names)} paths, {digest.hexdigest()[:8]}"
+
+
+def _listed(paths: Sequence[StrPath]) -> Sequence[StrPath]:
+    if isinstance(paths, str | os.PathLike):
+        raise ArgumentError(f"paths = {os.fspath(paths)!r}; allowed: a list of paths")
+    return paths
 
 
 def _walk(root: Path, suffixes: tuple[str, ...], exclude: Sequence[str]) -> Iterator[Path]:
@@ -292,3 +307,41 @@ def choose_vocabulary(
     row_of[chosen] = np.arange(len(chosen), dtype=np.int32)
     row_of[LINE_END] = ROW_LINE_END
     return chosen, row_of
+
+
+def read_blocks(path: StrPath, size: int, first: int = 0) -> Iterator[npt.NDArray[np.int32]]:
+    """Yield a file of int32 in order, `size` at a time, from block number `first`."""
+    with Path(path).open("rb") as file:
+        file.seek(first * size * np.dtype(np.int32).itemsize)
+        while len(block := np.fromfile(file, np.int32, size)):
+            yield block
+
+
+def rewrite_as_rows(corpus: EncodedCorpus, row_of: npt.NDArray[np.int32]) -> int:
+    """Turn the provisional ids of a corpus into rows, in its file, and sync it.
+
+    Words without a row are left out; the end of a line becomes `ROW_LINE_END`.
+
+    Parameters
+    ----------
+    corpus : EncodedCorpus
+        Its file holds rows from now on.
+    row_of : ndarray of int32
+        From `choose_vocabulary`.
+
+    Returns
+    -------
+    int
+        How many int32 there are now.
+    """
+    kept = 0
+    with corpus.path.open("r+b") as out:
+        for block in read_blocks(corpus.path, _REWRITE_WORDS):  # it is never behind what is written
+            rows = row_of[block]
+            rows = rows[rows != ROW_DROPPED]
+            rows.tofile(out)
+            kept += len(rows)
+        out.truncate()
+        out.flush()
+        disk.sync(out.fileno())
+    return kept

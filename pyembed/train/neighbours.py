@@ -1,6 +1,6 @@
 """What a trained model knows: the nearest words of a word.
 
-Vectors are composed from the input table block by block, so memory does not grow with the
+Vectors are composed from the table block by block, so memory does not grow with the
 vocabulary. Words are compared by cosine after the mean vector of the text (each word as often as
 it occurs) is taken away: it is common to all words and says nothing about any of them (Mu,
 Viswanath: "All-but-the-top", ICLR 2018, first step).
@@ -11,14 +11,12 @@ An exact search over the vocabulary; no index is built.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from pyembed.errors import ArgumentError, FormatError
 from pyembed.table import Table
 from pyembed.train.corpus import StrPath
-from pyembed.train.skipgram import INPUT
 from pyembed.train.subword import F32, I64, Ngrams, Parts
 from pyembed.vocab import Vocab
 
@@ -32,7 +30,7 @@ class Model:
     Parameters
     ----------
     directory : path-like
-        What `pyembed.train.skipgram.train_skipgram` made.
+        What `pyembed.train.skipgram.train_skipgram` made; or what it left, with checkpoints.
 
     Raises
     ------
@@ -43,10 +41,9 @@ class Model:
     """
 
     def __init__(self, directory: StrPath) -> None:
-        folder = Path(directory) / INPUT
-        self.table = Table.open(folder, "r")
+        self.table = Table.open(directory, "r")
         try:
-            self.vocab = Vocab.load(folder)
+            self.vocab = Vocab.load(directory)
             self._read_meta()
         except BaseException:
             self.table.close()
@@ -57,9 +54,9 @@ class Model:
         try:
             self.ngrams = Ngrams(*(int(meta[name]) for name in ("minn", "maxn", "buckets")))
         except (KeyError, TypeError, ValueError):
-            raise FormatError(f"{where}: not the input table of a skip-gram model") from None
+            raise FormatError(f"{where}: not the table of a skip-gram model") from None
         counts = self.vocab.counts
-        if counts is None or not size or size + self.ngrams.buckets != self.table.rows:
+        if counts is None or not size or 2 * size + self.ngrams.buckets != self.table.rows:
             raise FormatError(
                 f"{where}: {size} words and {self.ngrams.buckets} n-gram rows do not make "
                 f"{self.table.rows} rows, or counts are missing; restore its vocab.* files"

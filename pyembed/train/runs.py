@@ -1,9 +1,12 @@
-"""A text of ids as batches of runs: what the skip-gram model trains on.
+"""A text of rows as batches of runs: what the skip-gram model trains on.
 
-Rare words are dropped and frequent ones thinned; then the text is cut into runs of RUN words. A run
-has its own words and `window` more on both sides as contexts, and a mask says which of these pairs
-count: not too far, in the same line, not a word with itself. Runs are shuffled within a block of
-the text; pairs across the edge of a block are not seen.
+Frequent words are thinned; then the text is cut into runs of RUN words. A run has its own words and
+`window` more on both sides as contexts, and a mask says which of these pairs count: not too far, in
+the same line, not a word with itself. Runs are shuffled within a block of the text; pairs across
+the edge of a block are not seen.
+
+Whatever is random about a block or a batch is drawn from a generator that its place names. So a
+place is all that has to be known to go on from there, and what lies before it costs nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +17,23 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pyembed.train.corpus import ROW_LINE_END, EncodedCorpus
+from pyembed.train.corpus import ROW_LINE_END, StrPath, read_blocks
 from pyembed.train.subword import F32, I64
 
 RUN = 16  # words of a run: fewer make small products, more compute scores that the mask drops
 RUNS_AT_ONCE = 256  # runs of a batch: 4096 words; 64 to 512 gave words of the same quality
 BLOCK = 1 << 20  # words that are shuffled together
+
+
+class Place(NamedTuple):
+    """A batch: which pass over the text, which block of it, which batch of its runs."""
+
+    epoch: int = 0
+    block: int = 0
+    batch: int = 0
+
+
+BEGIN = Place()
 
 
 class Runs(NamedTuple):
@@ -28,7 +42,9 @@ class Runs(NamedTuple):
     words: I64  # (c, RUN)
     contexts: I64  # (c, RUN + 2 window)
     mask: F32  # (c, RUN, RUN + 2 window), 0 or 1
-    read: int  # words of the vocabulary that this batch stands for, thinned ones included
+    read: int  # words that this batch stands for, thinned ones included
+    rng: np.random.Generator  # of this batch, for whatever else is random about it
+    next: Place  # where the batches after this one begin
 
 
 def keep_probability(counts: I64, sample: float) -> F32:
@@ -40,52 +56,69 @@ def keep_probability(counts: I64, sample: float) -> F32:
     return chance
 
 
+def generator(seed: int, *place: int) -> np.random.Generator:
+    """A generator of its own for a block (epoch, block) or a batch (epoch, block, batch)."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=place))
+
+
 def read_runs(
-    corpus: EncodedCorpus,
-    row_of: npt.NDArray[np.int32],
-    keep: F32,
-    window: int,
-    rng: np.random.Generator,
+    text: StrPath, keep: F32, window: int, seed: int, epochs: int, start: Place = BEGIN
 ) -> Iterator[Runs]:
-    """Yield one pass over the text.
+    """Yield all passes over the text, or what is left of them from a batch on.
 
     Parameters
     ----------
-    corpus : EncodedCorpus
-    row_of : ndarray of int32
-        From `choose_vocabulary`.
+    text : path-like
+        From `pyembed.train.corpus.rewrite_as_rows`.
     keep : ndarray of float32, shape (vocabulary,)
         The chance of each row to stay.
     window : int
         Each word draws its reach from 1 .. window.
-    rng : Generator
+    seed : int
+    epochs : int
+    start : Place
+        The first batch that is wanted.
     """
+    for epoch in range(start.epoch, epochs):
+        first = start.block if epoch == start.epoch else 0
+        for block, rows in enumerate(read_blocks(text, BLOCK, first), first):
+            here = Place(epoch, block)
+            yield from _cut_block(rows, keep, window, seed, max(here, start))
+
+
+def _cut_block(
+    block: npt.NDArray[np.int32], keep: F32, window: int, seed: int, start: Place
+) -> Iterator[Runs]:
+    """Yield the runs of a block, from the batch `start` on."""
     wide = np.arange(RUN + 2 * window)
     distance = np.abs(wide - window - np.arange(RUN)[:, None])
-    for block in corpus.blocks(BLOCK):
-        rows = row_of[block]
-        line = np.cumsum(rows == ROW_LINE_END)
-        kept = rows >= 0
-        read = int(kept.sum())
-        kept[kept] = rng.random(read, np.float32) < keep[rows[kept]]
-        rows, line = rows[kept].astype(np.int64), line[kept]
-        count = -(-len(rows) // RUN)
-        # Beyond the block there is nothing: line -1, which is no word's.
-        padding = (window, count * RUN - len(rows) + window)
-        rows = np.pad(rows, padding)
-        line = np.pad(line, padding, constant_values=-1)
-        order = rng.permutation(count)
-        for first in range(0, count, RUNS_AT_ONCE):
-            last = min(first + RUNS_AT_ONCE, count)
-            at = order[first:last, None] * RUN + wide
-            contexts, lines = rows[at], line[at]
-            own_line = lines[:, window : window + RUN, None]
-            reach = rng.integers(1, window + 1, own_line.shape)
-            mask = (distance <= reach) & (distance > 0)
-            mask &= (own_line == lines[:, None, :]) & (own_line >= 0)
-            yield Runs(
-                contexts[:, window : window + RUN],
-                contexts,
-                mask.astype(np.float32),
-                read * last // count - read * first // count,
-            )
+    rng = generator(seed, start.epoch, start.block)
+    line = np.cumsum(block == ROW_LINE_END)
+    kept = block >= 0
+    read = int(kept.sum())
+    kept[kept] = rng.random(read, np.float32) < keep[block[kept]]
+    rows, line = block[kept].astype(np.int64), line[kept]
+    count = -(-len(rows) // RUN)
+    # Beyond the block there is nothing: line -1, which is no word's.
+    padding = (window, count * RUN - len(rows) + window)
+    rows = np.pad(rows, padding)
+    line = np.pad(line, padding, constant_values=-1)
+    order = rng.permutation(count)
+    for first in range(start.batch * RUNS_AT_ONCE, count, RUNS_AT_ONCE):
+        last = min(first + RUNS_AT_ONCE, count)
+        place = start._replace(batch=first // RUNS_AT_ONCE)
+        rng = generator(seed, *place)
+        at = order[first:last, None] * RUN + wide
+        contexts, lines = rows[at], line[at]
+        own_line = lines[:, window : window + RUN, None]
+        reach = rng.integers(1, window + 1, own_line.shape)
+        mask = (distance <= reach) & (distance > 0)
+        mask &= (own_line == lines[:, None, :]) & (own_line >= 0)
+        yield Runs(
+            contexts[:, window : window + RUN],
+            contexts,
+            mask.astype(np.float32),
+            read * last // count - read * first // count,
+            rng,
+            place._replace(batch=place.batch + 1),
+        )

@@ -1,8 +1,12 @@
-"""Skip-gram with negative sampling on two tables: how a model is trained with this library.
+"""Skip-gram with negative sampling on a table: how a model is trained with this library.
 
 Everything goes through the public interface: rows come from `Table.gather`, gradients go to
 `optim.Adagrad.step`, the mathematics between them is numpy. Whatever is awkward here is awkward
 for a user.
+
+The rows of the table are the input vectors (of the words, then the `buckets` that n-grams share)
+and after them the output vectors of the words. It is one table and not two, because what must
+be committed together must lie together: a checkpoint is a commit.
 
 The text comes in runs of RUN words (`runs.py`) that share their contexts and SHARED negatives. So
 all scores of a run are one small matrix product, ``(RUN, dim) @ (dim, RUN + 2 window + SHARED)``,
@@ -10,19 +14,19 @@ its gradients are two more, and a mask says which contexts count. A negative wei
 contexts / SHARED``: in expectation every true pair still meets `negative` false ones. A batch of
 runs takes one Adagrad step on the summed gradient of each touched row.
 
-A training that did not end leaves nothing: the tables grow in ``OUTPUT.partial``, which gets its
-name at the end, and is removed on an exception or Ctrl-C before that. A text may be larger than
-memory; the vocabulary and the n-gram ids of its words may not.
+The table grows in ``OUTPUT.partial``, which gets its name at the end. How a training that was
+stopped goes on is in `checkpoint.py`. A text may be larger than memory; the vocabulary and the
+n-gram ids of its words may not.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -31,11 +35,16 @@ from pyembed import grouping, init, optim
 from pyembed.errors import ArgumentError, CorpusError
 from pyembed.table import Table
 from pyembed.train import corpus as text
-from pyembed.train.runs import Runs, keep_probability, read_runs
+from pyembed.train.checkpoint import (
+    Progress,
+    folder_of,
+    load_vocabulary,
+    table_in_training,
+    text_of,
+)
+from pyembed.train.runs import Place, Runs, keep_probability, read_runs
 from pyembed.train.subword import F32, I64, Ngrams, Parts
 from pyembed.vocab import Vocab
-
-INPUT, OUTPUT = "input.pyembed", "output.pyembed"
 
 SHARED = 32  # negatives of a run
 LAST_LR = 0.1  # the learning rate falls linearly to this part of itself
@@ -50,13 +59,14 @@ class SkipgramResult:
     Attributes
     ----------
     path : Path
-        The model: a folder with ``input.pyembed`` and ``output.pyembed``.
+        The model: the folder of a table, with its vocabulary.
     vocabulary : int
         Words that have a row.
     words : int
         Occurrences of these words in the text, times epochs.
     words_per_second : float
-        `words` by the time of the training itself, reading and writing not counted.
+        Those trained on by this call, by the time of the training itself; reading the text and
+        making the table not counted.
     loss : float
         Loss of a true pair and its negatives, averaged over about the last fifty batches.
     """
@@ -113,12 +123,15 @@ def train_skipgram(
     suffixes: Sequence[str] = text.SUFFIXES,
     exclude: Sequence[str] = (),
     encoding_errors: text.EncodingErrors = "strict",
+    checkpoint_every: int | None = None,
+    resume: bool = False,
     num_threads: int | None = None,
     progress: bool | None = None,
 ) -> SkipgramResult:
-    """Train word vectors on text and write them as a folder of two tables.
+    """Train word vectors on text and write them as a table.
 
-    The same arguments and text give the same bits on the same machine and numpy.
+    The same arguments and text give the same bits on the same machine and numpy, whether the
+    training was stopped and resumed in between or not.
 
     Parameters
     ----------
@@ -151,6 +164,11 @@ def train_skipgram(
         Which files of a folder are read, and patterns of names or paths that are not.
     encoding_errors : {"strict", "replace"}
         What to do with bytes that are not UTF-8.
+    checkpoint_every : int, optional
+        Keep a checkpoint every so many batches of 4096 words, in ``OUTPUT.partial``, which then
+        outlives this process; it is removed otherwise.
+    resume : bool
+        Go on from the last checkpoint. A text that was read to its end is not read again.
     num_threads : int, optional
     progress : bool, optional
         Show bars on stderr; by default when it is a terminal.
@@ -162,143 +180,143 @@ def train_skipgram(
     Raises
     ------
     ArgumentError
-        A setting that is not allowed, an output that exists, a vocabulary of less than two words.
+        A setting that is not allowed, an output that exists, a vocabulary of less than two words;
+        nothing to resume, or a training with other settings.
     CorpusError
         A text that cannot be found, read or decoded, or that has no pair of words.
+    LockedError
+        Another process resumes the same training.
+    DirtyError, FormatError
+        What is to be resumed is damaged.
     """
     settings = _Settings(
         dim, window, negative, min_count, epochs, lr, sample, minn, maxn, buckets, seed
     )
-    files = text.find_files(corpus_paths, suffixes, exclude)
+    given = {
+        "paths": text.name_paths(corpus_paths),
+        "suffixes": list(suffixes),
+        "exclude": list(exclude),
+        "encoding_errors": encoding_errors,
+    }
+    kept = {"model": "skipgram", **asdict(settings), **given}
     output = Path(output)
-    if output.exists() or output.is_symlink():
-        raise ArgumentError(f"{output} exists; give another output, or remove it")
-    partial = output.with_name(output.name + ".partial")
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        raise ArgumentError(
-            f"{partial} exists: a training writes to it, or one was killed; then remove it"
-        ) from None
-    try:
-        corpus = text.encode_corpus(
-            files, partial / "ids", encoding_errors=encoding_errors, progress=progress
-        )
-        result = _train(corpus, settings, partial, num_threads, progress)
-        corpus.path.unlink()
-        partial.rename(output)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"interrupted: {output} was not made") from None
-        raise
-    return SkipgramResult(output, *result)
+    with table_in_training(output, kept, checkpoint_every, resume, num_threads) as table:
+        if not table.meta:
+            files = text.find_files(corpus_paths, suffixes, exclude)
+            _read_text(table, kept, files, encoding_errors, progress)
+        if not table.rows:
+            _make_rows(table, settings)
+        rate = _train(table, settings, checkpoint_every, progress)
+        meta = table.meta
+    loss = meta["progress"]["loss"]
+    return SkipgramResult(output, meta["vocabulary"], meta["words"], rate, loss)
+
+
+def _read_text(
+    table: Table,
+    settings: dict[str, Any],
+    files: Sequence[Path],
+    encoding_errors: text.EncodingErrors,
+    progress: bool | None,
+) -> None:
+    """Read the texts once; what is kept of them are rows, and the vocabulary."""
+    corpus = text.encode_corpus(
+        files, text_of(table), encoding_errors=encoding_errors, progress=progress
+    )
+    chosen, row_of = text.choose_vocabulary(corpus, settings["min_count"])
+    counts = corpus.counts[chosen]
+    Vocab([corpus.types[i] for i in chosen], counts).save(folder_of(table))
+    found = {
+        "tokens": text.rewrite_as_rows(corpus, row_of),
+        "vocabulary": len(chosen),
+        "words": int(counts.sum()) * settings["epochs"],
+    }
+    table.commit(meta={**settings, **found})
+
+
+def _make_rows(table: Table, s: _Settings) -> None:
+    """Input vectors at random, output vectors zero."""
+    words, low = table.meta["vocabulary"], 1 / s.dim
+    table.append(words + s.buckets, init.uniform(-low, low), s.seed)
+    table.append(words)
+    table.commit(meta={**table.meta, "progress": asdict(Progress())})
 
 
 def _train(
-    corpus: text.EncodedCorpus,
-    s: _Settings,
-    folder: Path,
-    num_threads: int | None,
-    progress: bool | None,
-) -> tuple[int, int, float, float]:
-    """Make, train and commit both tables in `folder`; gives what `SkipgramResult` has."""
-    chosen, row_of = text.choose_vocabulary(corpus, s.min_count)
-    words, counts = [corpus.types[i] for i in chosen], corpus.counts[chosen]
-    total = int(counts.sum()) * s.epochs
-    rng = np.random.default_rng(s.seed)
+    table: Table, s: _Settings, checkpoint_every: int | None, progress: bool | None
+) -> float:
+    """Train from the last commit to the end, and commit; gives words a second."""
+    (words, counts), meta = load_vocabulary(table), table.meta
+    total, at = meta["words"], Progress(**meta["progress"])
+    model = _Model(table, Parts.of_vocabulary(words, Ngrams(s.minn, s.maxn, s.buckets)))
     keep = keep_probability(counts, s.sample)
-    low, ngrams = 1 / s.dim, Ngrams(s.minn, s.maxn, s.buckets)
-    with (
-        Table.create(
-            folder / INPUT,
-            len(words) + s.buckets,
-            s.dim,
-            optimizer="adagrad",
-            init=init.uniform(-low, low),
-            seed=s.seed,
-            durability="none",  # the folder has no name yet that anybody knows
-            num_threads=num_threads,
-        ) as table_in,
-        Table.create(
-            folder / OUTPUT,
-            len(words),
-            s.dim,
-            optimizer="adagrad",
-            durability="none",
-            num_threads=num_threads,
-        ) as table_out,
-        tqdm(
-            total=total,
-            desc="training",
-            unit="word",
-            unit_scale=True,
-            disable=None if progress is None else not progress,
-        ) as bar,
-    ):
-        model = _Model(table_in, table_out, Parts.of_vocabulary(words, ngrams))
-        noise = np.cumsum(counts**0.75)
-        noise /= noise[-1]  # ends at 1, which no draw reaches
-        done, loss = 0, math.nan
-        start = looked = time.perf_counter()
-        there = table_in.stats()
-        for _ in range(s.epochs):
-            for runs in read_runs(corpus, row_of, keep, s.window, rng):
-                drawn = rng.random((len(runs.words), SHARED))
-                negatives = np.searchsorted(noise, drawn, side="right")
-                lr = s.lr * (1 - (1 - LAST_LR) * done / total)
-                now = model.step(runs, negatives, s.negative, lr)
-                if not math.isnan(now):
-                    loss = now if math.isnan(loss) else loss + 0.02 * (now - loss)
-                done += runs.read
-                bar.update(runs.read)
-                if time.perf_counter() > looked + LOOK_SECONDS:
-                    there, looked = table_in.stats(), time.perf_counter()
-                bar.set_postfix_str(f"loss {loss:.3f}, {there}", refresh=False)
-        rate = total / (time.perf_counter() - start)
-        if math.isnan(loss):
-            raise CorpusError(
-                f"no line has two words that occur {s.min_count} times and were not thinned; "
-                "give more text, a smaller min_count, or sample = 0"
-            )
-        vocab = Vocab(words, counts)
-        meta = {**asdict(s), "model": "skipgram", "words": total, "loss": loss}
-        for table, name in ((table_in, INPUT), (table_out, OUTPUT)):
-            table.commit(meta=meta)
-            vocab.save(folder / name)
-    return len(words), total, rate, loss
+    noise = np.cumsum(counts**0.75)
+    noise /= noise[-1]  # ends at 1, which no draw reaches
+    bar = tqdm(
+        total=total,
+        initial=at.words,
+        desc="training",
+        unit="word",
+        unit_scale=True,
+        disable=None if progress is None else not progress,
+    )
+    before, there = at.words, table.stats()
+    start = looked = time.perf_counter()
+    with bar:
+        for runs in read_runs(text_of(table), keep, s.window, s.seed, s.epochs, at.place):
+            drawn = runs.rng.random((len(runs.words), SHARED))
+            negatives = np.searchsorted(noise, drawn, side="right")
+            lr = s.lr * (1 - (1 - LAST_LR) * at.words / total)
+            at.add(runs, model.step(runs, negatives, s.negative, lr))
+            if checkpoint_every is not None and at.batches % checkpoint_every == 0:
+                table.commit(meta={**meta, "progress": asdict(at)})
+            bar.update(runs.read)
+            if time.perf_counter() > looked + LOOK_SECONDS:
+                there, looked = table.stats(), time.perf_counter()
+            bar.set_postfix_str(f"loss {at.loss or math.nan:.3f}, {there}", refresh=False)
+    rate = (at.words - before) / (time.perf_counter() - start)
+    if at.loss is None:
+        raise CorpusError(
+            f"no line has two words that occur {s.min_count} times and were not thinned; "
+            "give more text, a smaller min_count, or sample = 0"
+        )
+    at.place = Place(s.epochs)
+    if asdict(at) != table.meta["progress"]:
+        table.commit(meta={**meta, "progress": asdict(at)})
+    return rate
 
 
 class _Model:
-    """The two tables with their optimizers, and one step of training."""
+    """The table with its optimizer, and one step of training."""
 
-    def __init__(self, table_in: Table, table_out: Table, parts: Parts) -> None:
-        self.table_in, self.table_out, self.parts = table_in, table_out, parts
-        self.vocabulary, self.dim = table_out.rows, table_out.dim
-        self.threads = table_in.num_threads
-        self.optim_in, self.optim_out = optim.Adagrad(table_in), optim.Adagrad(table_out)
+    def __init__(self, table: Table, parts: Parts) -> None:
+        self.table, self.parts, self.optimizer = table, parts, optim.Adagrad(table)
+        self.vocabulary = len(parts.starts) - 1
+        self.first_output = table.rows - self.vocabulary
 
     def step(self, runs: Runs, negatives: I64, negative: int, lr: float) -> float:
         """Train on a batch; gives the mean loss of a true pair of some runs, NaN without pairs."""
-        self.optim_in.lr = self.optim_out.lr = lr
+        dim, threads = self.table.dim, self.table.num_threads
         # Forward: the vector of each different word is composed once.
-        unique, starts, order = grouping.group(runs.words, self.vocabulary, self.threads)
+        unique, starts, order = grouping.group(runs.words, self.vocabulary, threads)
         place = np.empty(order.size, np.int64)
         place[order] = np.repeat(np.arange(unique.size), np.diff(starts))
         parts = self.parts.batch(unique)
-        vectors = parts.combine(self.table_in.gather(parts.rows))
-        centres = vectors[place].reshape(*runs.words.shape, self.dim)
-        columns = np.concatenate([runs.contexts, negatives], axis=1)
-        others = self.table_out.gather(columns)
+        vectors = parts.combine(self.table.gather(parts.rows))
+        centres = vectors[place].reshape(*runs.words.shape, dim)
+        columns = np.concatenate([runs.contexts, negatives], axis=1) + self.first_output
+        others = self.table.gather(columns)
         scores = centres @ others.transpose(0, 2, 1)
         # Backward: the derivative of the loss by a score is weight * (sigmoid - target).
         grad, loss = _score_gradient(scores, runs.mask, negative)
         grad_others = grad.transpose(0, 2, 1) @ centres
         summed = grouping.sum_duplicates(
-            runs.words, grad @ others, self.vocabulary, self.dim, num_threads=self.threads
+            runs.words, grad @ others, self.vocabulary, dim, num_threads=threads
         )
-        self.optim_out.step(columns, grad_others)
-        self.optim_in.step(parts.rows, parts.spread(summed.values))
+        # No row is in both: two steps are one, without a copy of all gradients into one array.
+        self.optimizer.lr = lr
+        self.optimizer.step(columns, grad_others)
+        self.optimizer.step(parts.rows, parts.spread(summed.values))
         return loss
 
 
