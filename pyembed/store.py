@@ -140,7 +140,7 @@ class Store:
         self.folder = path.is_dir()
         self._lock_fd = self._fd = -1
         self._pid = os.getpid()
-        self._failed_sync = False
+        self._failed_sync = self._writes = False
         self._interval: Interval | None = None
         self._salt = secrets.token_hex(8)  # of the next interval, however often it is begun
         self._mutex = threading.Lock()  # several threads may make the first change at once
@@ -157,6 +157,7 @@ class Store:
             self.keeper = Keeper(self._fd, self.array, memory_limit, mode == "r+")
             self._pages = self.keeper.pages
             self._open_interval(durability, threads)
+            self._writes = self.folder and mode == "r+"
         except BaseException:
             self.release()
             raise
@@ -448,17 +449,20 @@ class Store:
             self.keeper.rows = self.array
         if self._interval is not None:
             self._interval.close()
-            sound = self.manifest.state == "clean" and not self._failed_sync
-            if sound and self._pid == os.getpid():
-                useless = [undo_path(self.path, number) for number in range(2)]
-                useless += [] if self.manifest.seal else [self.path / seal.FILE]
-                for file in useless:  # nobody needs what they hold, so they may stay as well
-                    with contextlib.suppress(OSError):
-                        file.unlink()
+        if self._writes and self.manifest.state == "clean" and not self._failed_sync:
+            self._remove_useless()
         for fd in (self._fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)
         self._fd = self._lock_fd = -1
+
+    def _remove_useless(self) -> None:
+        """Nobody needs what these hold, so they may stay as well."""
+        useless = [undo_path(self.path, number) for number in range(2)]
+        useless += [] if self.manifest.seal else [self.path / seal.FILE]
+        for file in useless if self._pid == os.getpid() else ():
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def abandon(self) -> None:
         """The table was dropped, or is open at exit: no work is lost for a forgotten close."""
