@@ -17,6 +17,7 @@ NAMES = (
     "update",
     "tables",
     "layers",
+    "torch_step",
     "build",
     "outofcore",
     "replacement",

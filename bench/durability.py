@@ -3,7 +3,8 @@
 *steps*: an Adagrad step on a table on disk, all of it in memory, with a commit every 100 steps that
 is not counted. With "none" there is no journal; the others write rows to it before their first
 change after a commit. "model" is the time that a caller computes between steps (an array that one
-thread sums again and again); it is counted. The levels take turns, 100 steps each, on the same ids.
+thread sums again and again); it is counted. The levels take turns, on the same ids, two intervals
+without the model first and then one that is timed: later ones write over the journal of earlier.
 *commit*: after one step of each batch size, against fio: as many random writes of 4 KiB, then one
 fsync, of a file of the same size on the same disk.
 *recovery*: a process changes every row and is killed; the next open is timed, from an empty cache,
@@ -63,6 +64,10 @@ def _steps(path: Path, level: str, batches: list[Array], model: float) -> tuple[
         for first in range(0, table.rows, N):  # all of it in memory, and mapped
             table.gather(np.arange(first, min(first + N, table.rows)))
         optimizer = pyembed.optim.Adagrad(table, lr=1e-3)
+        for _ in range(2):  # intervals, until both files of the journal have their size
+            for ids in batches:
+                optimizer.step(ids, grad)
+            table.commit()
         start = time.perf_counter()
         for ids in batches:
             _compute(model)

@@ -58,7 +58,7 @@ class Contender:
 class Bar:
     """A promise: in ``table``, where the case matches, ``peer / ours >= ratio`` in time.
 
-    ``peer`` is a contender, ``"best peer"``, or a number of seconds reached elsewhere.
+    ``peer`` is a contender, ``"best peer"``, or a number of seconds.
     """
 
     table: str
@@ -159,7 +159,7 @@ def judge(bar: Bar, samples: Samples, best: str | None, complete: bool) -> Verdi
     """What the bar says; a best peer is only known where every peer could run."""
     peer = bar.peer if bar.peer != "best peer" else best if complete else None
     if isinstance(peer, float):
-        reached, label = peer / median(samples[bar.ours]), f"{show_time(peer)} of a C prototype"
+        reached, label = peer / median(samples[bar.ours]), f"as fast as {show_time(peer)}"
     elif peer in samples:
         reached, label = ratio(samples, peer, bar.ours), str(bar.peer)
     else:

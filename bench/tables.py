@@ -2,11 +2,13 @@
 
 The sizes are those of the Criteo Kaggle data set, hashed to at most a million rows: from 3 rows to
 a million. pyembed takes the steps one by one, and with ``step_many`` in one go; FBGEMM's module is
-made for many tables, and its backward over a retained graph holds the step (see `update`).
+made for many tables, and its backward over a retained graph holds the step (see `update`). torch
+steps 26 sparse gradients that are there already, in one call of its optimizer: it sums duplicates
+and updates, as the others do; its backward, which makes the gradients, is not counted.
 
 Checked before timing: the rows that a step touches, against float64, rtol 1e-5 and atol 1e-6, with
-gradients whose sums are exact in any order. It refuses to time a rule that FBGEMM does not run in
-parallel on a CPU: SGD and row-wise Adagrad are compared.
+gradients whose sums are exact in any order (torch's SGD, which rounds for every occurrence, 100
+times that). It refuses to time a rule that a peer does not have, or FBGEMM not in parallel.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from bench import peers
-from bench.harness import THREADS, Array, Contender, Row, check, timed_row
+from bench.harness import THREADS, Array, Bar, Contender, Row, check, timed_row
 
 QUESTION = (
-    "How fast is a step of 26 tables at once against their steps one by one, and against FBGEMM's "
-    "one module of 26 tables?"
+    "How fast is a step of 26 tables at once against their steps one by one, against FBGEMM's one "
+    "module of 26 tables, and against torch's sparse optimizers?"
 )
 TABLE = "26 tables"
 SIZES = (
@@ -29,10 +31,16 @@ SIZES = (
     27, 14992, 1_000_000, 10, 5652, 2173, 4, 1_000_000, 18, 15, 286_181, 105, 142_572,
 )  # fmt: skip
 BATCH = 2048
-RULES = {
-    "SGD": ("sgd", "EXACT_SGD"),
-    "RowwiseAdagrad": ("rowwise_adagrad", "EXACT_ROWWISE_ADAGRAD"),
+RULES = {  # the state's name; what FBGEMM and torch call the rule
+    "SGD": ("sgd", "EXACT_SGD", "SGD"),
+    "Adagrad": ("adagrad", "", "Adagrad"),
+    "RowwiseAdagrad": ("rowwise_adagrad", "EXACT_ROWWISE_ADAGRAD", ""),
 }
+AT_ONCE, ONE_BY_ONE = "pyembed step_many", "pyembed one by one"
+BARS = (
+    Bar(TABLE, {}, AT_ONCE, ONE_BY_ONE, 3.0),
+    Bar(TABLE, {"optimizer": ("SGD", "Adagrad")}, AT_ONCE, "torch", 5.0),
+)
 BATCHES = 8  # that take turns
 
 
@@ -41,6 +49,8 @@ def _oracle(rule: str, weight: Array, ids: Array, grad: Array) -> tuple[Array, A
     rows, where = np.unique(ids, return_inverse=True)
     g = np.zeros((rows.size, grad.shape[1]))
     np.add.at(g, where, grad.astype(np.float64))
+    if rule == "Adagrad":
+        g = g / (np.abs(g) + 1e-8)
     if rule == "RowwiseAdagrad":
         g = g / (np.sqrt(np.mean(g * g, axis=1, keepdims=True)) + 1e-8)
     return rows, weight[rows] - peers.LR * g
@@ -87,6 +97,34 @@ def _backward(made: Any, batches: list[list[Array]], grads: list[Array]) -> tupl
     return (lambda graph: graph.backward(grad, retain_graph=True)), graphs
 
 
+class _Torch:
+    """26 weights with one sparse optimizer; gradients as backward leaves them, not summed."""
+
+    def __init__(self, rule: str, dim: int) -> None:
+        torch = peers.torch()
+        start = np.random.default_rng(0)
+        parts = [start.random((rows, dim), np.float32) for rows in SIZES]
+        self.weights = [torch.nn.Parameter(peers.tensor(part)) for part in parts]
+        kind = getattr(torch.optim, RULES[rule][2])
+        self.optimizer = kind(self.weights, lr=peers.LR, **({"eps": 1e-8} if rule != "SGD" else {}))
+
+    def inputs(self, batches: list[list[Array]], grads: list[Array]) -> list[list[Any]]:
+        sparse = peers.torch().sparse_coo_tensor
+        values = [peers.tensor(grad) for grad in grads]
+        return [
+            [
+                sparse(peers.tensor(part[None]), value, weight.shape, check_invariants=False)
+                for part, value, weight in zip(ids, values, self.weights, strict=True)
+            ]
+            for ids in batches
+        ]
+
+    def step(self, grads: list[Any]) -> None:
+        for weight, grad in zip(self.weights, grads, strict=True):
+            weight.grad = grad
+        self.optimizer.step()
+
+
 def _check(
     name: str,
     rule: str,
@@ -99,7 +137,9 @@ def _check(
     step()
     for at, weight in enumerate(weights()):
         rows, wanted = _oracle(rule, before[at], ids[at], grads[at])
-        check(f"{name} {rule}", np.allclose(weight[rows], wanted, rtol=1e-5, atol=1e-6))
+        loose = 100 if (name, rule) == ("torch", "SGD") else 1
+        close = np.allclose(weight[rows], wanted, rtol=1e-5 * loose, atol=1e-6 * loose)
+        check(f"{name} {rule}", close)
 
 
 def _case(rule: str, dim: int, rounds: int) -> Row:
@@ -120,8 +160,8 @@ def _case(rule: str, dim: int, rounds: int) -> Row:
 
     contenders = []
     for name, call, optimizers in (
-        ("pyembed step_many", at_once, many),
-        ("pyembed one by one", one_by_one, single),
+        (AT_ONCE, at_once, many),
+        (ONE_BY_ONE, one_by_one, single),
     ):
         tables = [optimizer.table for optimizer in optimizers]
         _check(
@@ -133,17 +173,37 @@ def _case(rule: str, dim: int, rounds: int) -> Row:
             grads,
         )
         contenders.append(Contender(name, call, batches))
-    reason = peers.why_no_fbgemm()
-    if reason:
-        contenders.append(Contender("FBGEMM", absent=reason))
-    else:
-        made = _fbgemm(rule, dim)
-        backward, graphs = _backward(made, batches, grads)
-        weights = [weight.detach().numpy() for weight in made.split_embedding_weights()]
-        _check("FBGEMM", rule, lambda: weights, lambda: backward(graphs[0]), batches[0], grads)
-        contenders.append(Contender("FBGEMM", backward, graphs))
+    contenders += [_fbgemm_contender(rule, dim, batches, grads)]
+    contenders += [_torch_contender(rule, dim, batches, grads)]
     case: dict[str, object] = {"optimizer": rule, "N": f"26 × {BATCH}", "dim": dim}
-    return timed_row(TABLE, case, contenders, (), rounds)
+    return timed_row(TABLE, case, contenders, BARS, rounds)
+
+
+def _fbgemm_contender(
+    rule: str, dim: int, batches: list[list[Array]], grads: list[Array]
+) -> Contender:
+    reason = peers.why_no_fbgemm() if RULES[rule][1] else f"has no parallel {rule}"
+    if reason:
+        return Contender("FBGEMM", absent=reason)
+    made = _fbgemm(rule, dim)
+    backward, graphs = _backward(made, batches, grads)
+    weights = [weight.detach().numpy() for weight in made.split_embedding_weights()]
+    _check("FBGEMM", rule, lambda: weights, lambda: backward(graphs[0]), batches[0], grads)
+    return Contender("FBGEMM", backward, graphs)
+
+
+def _torch_contender(
+    rule: str, dim: int, batches: list[list[Array]], grads: list[Array]
+) -> Contender:
+    torch = peers.torch()
+    reason = torch if isinstance(torch, str) else "" if RULES[rule][2] else f"has no {rule}"
+    if reason:
+        return Contender("torch", absent=reason)
+    made = _Torch(rule, dim)
+    inputs = made.inputs(batches, grads)
+    weights = [weight.detach().numpy() for weight in made.weights]
+    _check("torch", rule, lambda: weights, lambda: made.step(inputs[0]), batches[0], grads)
+    return Contender("torch", made.step, inputs)
 
 
 def run(quick: bool, emit: Callable[[Row], None]) -> None:

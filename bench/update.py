@@ -83,17 +83,23 @@ def _bar(table: str, name: str, n: Sequence[int], ours: str, peer: str | float, 
     return Bar(table, where if against_fbgemm else where | {"ids": UNIFORM}, ours, peer, x)
 
 
+ELEMENTWISE = ("SGD", "SGD momentum", "Adagrad", "RMSprop", "Adam", "AdamW", "FTRL")
 BARS = (
+    *(_bar(STEP, name, FEW, OURS, "limit", 0.8) for name in ELEMENTWISE),
+    *(_bar(STEP, name, (64,), OURS, 15e-6, 1.0) for name in TORCH),
+    *(_bar(BOTH, name, (64,), OURS, "torch", 10.0) for name in TORCH),
     _bar(BOTH, "SGD", (65536,), OURS, "torch", 2.5),
     _bar(BOTH, "Adagrad", (65536,), OURS, "torch", 6.0),
-    _bar(BOTH, "Adam", (65536,), OURS, "torch", 7.0),
+    _bar(BOTH, "Adam", (65536,), OURS, "torch", 8.0),
     _bar(BOTH, "SGD", M, OURS, "torch", 5.0),
     _bar(BOTH, "Adagrad", M, OURS, "torch", 12.0),
     _bar(BOTH, "Adam", M, OURS, "torch", 20.0),
-    _bar(STEP, "Adagrad", (65536, *M), OURS, "FBGEMM nobag", 20.0),
-    _bar(STEP, "Adagrad", (65536, *M), OURS, "FBGEMM bag", 1.2),
+    _bar(STEP, "Adagrad", FEW, OURS, "FBGEMM nobag", 20.0),
+    _bar(STEP, "Adagrad", FEW, OURS, "FBGEMM bag", 1.2),
+    _bar(STEP, "RowwiseAdagrad", FEW, OURS, "FBGEMM nobag", 30.0),
+    _bar(STEP, "RowwiseAdagrad", FEW, OURS, "FBGEMM bag", 1.5),
     _bar(STEP, "Adagrad", M, GROUPING, OURS, 1 / 0.15),  # at most 15 % of the step
-    _bar(STEP, "Adagrad", M, GROUPING, 0.0032, 1.0),
+    _bar(STEP, "Adagrad", M, GROUPING, 0.0032, 1.0),  # these four: a prototype in C
     _bar(STEP, "SGD", M, OURS, 0.032, 1.0),
     _bar(STEP, "Adagrad", M, OURS, 0.046, 1.0),
     _bar(STEP, "Adam", M, OURS, 0.060, 1.0),

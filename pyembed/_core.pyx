@@ -188,16 +188,6 @@ def pause_threads():
     pe_pause()
 
 
-def crc32c(const unsigned char[::1] data, bint fast=True):
-    """CRC-32C (Castagnoli) of a buffer; with fast=False by tables, as on a processor that has no instruction for it."""
-    cdef uint32_t crc
-    if data.shape[0] == 0:
-        return 0
-    with nogil:
-        crc = pe_crc32c(0, &data[0], data.shape[0], fast)
-    return crc
-
-
 pe_crc32c_begin()
 
 
@@ -356,6 +346,7 @@ cdef extern from *:
 
 
 include "_core_pages.pxi"
+include "_core_journal.pxi"
 include "_core_rows.pxi"
 include "_core_groups.pxi"
 include "_core_updates.pxi"

@@ -26,6 +26,7 @@ from pyembed.errors import FormatError, TableError
 HEADER_BYTES = 4096
 MAX_STRIDE = 1 << 24  # floats of a row: 256 columns of the widest kind
 PIECE_BYTES = 8 << 20  # of a table that is being made, per write
+NEAR = 0.75  # of the changed pages at which the system begins to write by itself
 WRITERS = 2  # of them under way: 1 leaves the disk waiting, 4 gains nothing
 
 
@@ -119,11 +120,34 @@ def allocate(fd: int, offset: int, size: int, path: Path) -> None:
         ) from None
 
 
+def write_back_is_near() -> bool:
+    """Whether the system is about to write changed pages of its own choice; False if unknown."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return False
+    pages = dict(line.split() for line in lines)
+    threshold = int(pages.get("nr_dirty_background_threshold", 0))
+    return int(pages.get("nr_dirty", 0)) > NEAR * threshold > 0
+
+
 def write_all(fd: int, data: Any) -> None:
     """os.write until everything is written."""
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(fd, view) :]
+
+
+def write_all_at(fd: int, parts: list[Any], at: int) -> None:
+    """All parts, one after the other, from `at` on: os.pwritev until everything is written."""
+    left = [memoryview(part) for part in parts if len(part)]
+    while left:
+        count = os.pwritev(fd, left, at)
+        at += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if count:
+            left[0] = left[0][count:]
 
 
 def sync_folder(path: Path) -> None:

@@ -61,7 +61,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +69,7 @@ from numpy.typing import NDArray
 from pyembed import _core
 from pyembed.arrays import F32, FLOAT32, INT64
 from pyembed.errors import ArgumentError, FormatError, TableError
-from pyembed.files import allocate, sync, sync_folder
+from pyembed.files import allocate, sync, sync_folder, write_all_at
 
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
@@ -107,12 +107,8 @@ class _Header(NamedTuple):
     old_crc: int
 
 
-class _Frame(NamedTuple):
-    n: int
-    rows: U8
-    old: U8
-    rows_crc: int
-    old_crc: int
+class _Old(Protocol):
+    def __getitem__(self, part: slice, /) -> F32: ...
 
 
 def _pack(header: _Header) -> bytes:
@@ -147,6 +143,8 @@ class Journal:
         Floats of a row.
     durability : {"process", "power"}
         What a frame is safe from; with "power" once `sync` has returned.
+    threads : int
+        That sum what is recorded.
 
     Attributes
     ----------
@@ -156,15 +154,19 @@ class Journal:
         Of this interval, the one without rows included; 0 before `begin`.
     bytes_written : int
         Since this object was made.
+    failed_sync : bool
+        Whether a sync failed, or was interrupted: what was recorded may be lost.
     """
 
-    def __init__(self, folder: Path, stride: int, durability: str = "process") -> None:
-        self._folder, self._stride = folder, stride
+    def __init__(
+        self, folder: Path, stride: int, durability: str = "process", threads: int = 1
+    ) -> None:
+        self._folder, self._stride, self._threads = folder, stride, threads
         self._power = durability == "power"
         self._fds = [-1, -1]  # kept open: a file opened anew need not hear of a failed write
         self._fd = -1
-        self._salt = self._generation = self._at = self._allocated = self._settled = 0
-        self._failed_sync = False
+        self._salt = self._generation = self._at = self._allocated = self._settled = self._sent = 0
+        self.failed_sync = False
         self.path = folder
         self.frames = self.bytes_written = 0
 
@@ -187,8 +189,8 @@ class Journal:
         self._fd = self._fds[which]
         self._allocated = os.fstat(self._fd).st_size
         self._salt, self._generation = salt, generation
-        self._at = self._settled = 0
-        self._append(self.frame(np.zeros(0, np.int64), np.zeros((0, self._stride), np.float32)))
+        self._at = self._settled = self._sent = 0
+        self._append(np.zeros(0, np.int64), np.zeros((0, self._stride), np.float32), _crc(b""))
         if self._power:
             self.sync()
 
@@ -199,13 +201,7 @@ class Journal:
             raise FormatError(f"{self.path}: not a regular file; remove it")
         return fd
 
-    def pieces(self, rows: I64) -> Iterator[I64]:
-        """Cut row numbers into parts of one frame each, to be gathered and recorded in turn."""
-        step = max(1, FRAME_BYTES // (8 + 4 * self._stride))
-        for start in range(0, rows.size, step):
-            yield rows[start : start + step]
-
-    def record(self, rows: I64, old: F32) -> None:
+    def record(self, rows: I64, old: _Old) -> None:
         """Append rows as they are before their first change, in frames of bounded size.
 
         If it fails, the rows count as not recorded. Frames of them that were written do no harm:
@@ -216,39 +212,35 @@ class Journal:
         rows : int64 array of shape (n,)
             None of them recorded in this interval.
         old : float32 array of shape (n, stride)
-            C-contiguous; written from where it lies.
+            C-contiguous; or what gives one for each slice of 0..n, and may use its memory again.
 
         Raises
         ------
         TableError
             If the disk is full, or a sync failed before.
         """
-        self._check(rows, old)
-        start = 0
-        for piece in self.pieces(rows):
-            self.write(self.frame(piece, old[start : start + piece.size]))
-            start += piece.size
-
-    def frame(self, rows: I64, old: F32) -> _Frame:
-        """Rows with their checksums, to be written. Safe beside a `write` in another thread."""
-        self._check(rows, old)
-        payload = (_bytes_of(rows), _bytes_of(old))
-        return _Frame(rows.size, *payload, *map(_crc, payload))
+        self._require_sound()
+        if not self.frames:
+            raise ArgumentError("record before begin")
+        frame = max(1, FRAME_BYTES // (8 + 4 * self._stride))
+        some = frame * self._threads  # that are gathered and summed together
+        for start in range(0, rows.size, some):
+            numbers = rows[start : start + some]
+            floats = old[start : start + numbers.size]
+            self._check(numbers, floats)
+            sums = _core.crc32c_pieces(_bytes_of(floats), 4 * self._stride * frame, self._threads)
+            for k, crc in enumerate(sums):
+                part = slice(k * frame, (k + 1) * frame)
+                self._append(numbers[part], floats[part], crc)
 
     def _check(self, rows: I64, old: F32) -> None:
         if rows.dtype != INT64 or old.dtype != FLOAT32 or old.shape != (rows.size, self._stride):
             what = f"{rows.dtype} {rows.shape} and {old.dtype} {old.shape}"
             raise ArgumentError(f"{what}; expected int64 (n,) and float32 (n, {self._stride})")
 
-    def write(self, frame: _Frame) -> None:
-        """Append a frame."""
-        self._require_sound()
-        if not self.frames:
-            raise ArgumentError("record before begin")
-        self._append(frame)
-
-    def _append(self, frame: _Frame) -> None:
-        used = UNIT + frame.rows.nbytes + frame.old.nbytes
+    def _append(self, rows: I64, old: F32, old_crc: int) -> None:
+        payload = (_bytes_of(rows), _bytes_of(old))
+        used = UNIT + payload[0].nbytes + payload[1].nbytes
         block = BLOCK if self._power else UNIT
         size = -(-used // block) * block
         header = _Header(
@@ -257,15 +249,15 @@ class Journal:
             sequence=self.frames,
             settled=self._settled if self._power else self.frames,
             size=size,
-            n=frame.n,
+            n=rows.size,
             stride=self._stride,
-            rows_crc=frame.rows_crc,
-            old_crc=frame.old_crc,
+            rows_crc=_crc(payload[0]),
+            old_crc=old_crc,
         )
         tail = ZEROS[: size - used + UNIT]
         try:
             self._allocate(self._at + size + UNIT)
-            _write(self._fd, [_pack(header), frame.rows, frame.old, tail], self._at)
+            write_all_at(self._fd, [_pack(header), *payload, tail], self._at)
         except OSError as error:
             if error.errno not in FULL or isinstance(error, TableError):
                 raise
@@ -300,15 +292,21 @@ class Journal:
         self._make_durable(sync, self._fd)
         self._settled = self.frames
 
+    def start_write_back(self) -> None:
+        """Have what is not on its way to the disk yet begin to go there."""
+        begun, self._sent = self._sent, self._at
+        if begun < self._sent:
+            _core.start_write_back(self._fd, begun, self._sent - begun)
+
     def _make_durable(self, syncing: Callable[[Any], None], what: int | Path) -> None:
         try:
             syncing(what)
         except BaseException:  # also where it was interrupted: a second try would prove nothing
-            self._failed_sync = True
+            self.failed_sync = True
             raise
 
     def _require_sound(self) -> None:
-        if self._failed_sync:
+        if self.failed_sync:
             what = "a sync of the journal failed; close the table, and open it again to recover"
             raise TableError(errno.EIO, what, str(self.path))
 
@@ -318,18 +316,6 @@ class Journal:
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
-
-
-def _write(fd: int, parts: list[Any], at: int) -> None:
-    """All parts, one after the other, from `at` on."""
-    left = [memoryview(part) for part in parts if len(part)]
-    while left:
-        count = os.pwritev(fd, left, at)
-        at += count
-        while left and count >= len(left[0]):
-            count -= len(left.pop(0))
-        if count:
-            left[0] = left[0][count:]
 
 
 def _ask(fd: int, at: int, size: int) -> None:

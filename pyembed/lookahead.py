@@ -10,12 +10,11 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from numpy.typing import ArrayLike
 
 from pyembed.arrays import require_count
-from pyembed.embedding import Layer
 from pyembed.errors import DTypeError
 from pyembed.table import Table
 
@@ -24,9 +23,17 @@ MAX_DEPTH = 1 << 16
 PATIENCE_SECONDS = 5.0  # how long the end of a loop waits for a source that gives no batch
 
 
+class HasTable(Protocol):
+    """A layer: it has a table, whichever framework it is of."""
+
+    @property
+    def table(self) -> Any:
+        """Where its rows are."""
+
+
 def lookahead(
     batches: Iterable[Batch],
-    table: Table | Layer,
+    table: HasTable | Table,
     depth: int = 2,
     ids: Callable[[Batch], ArrayLike] | None = None,
 ) -> Generator[Batch, None, None]:
@@ -37,10 +44,11 @@ def lookahead(
     batches : iterable
         Read on a helper thread, at most `depth` batches ahead of the loop.
     table : Table, Embedding or EmbeddingBag
+        The layers of `pyembed.torch` too.
     depth : int
         1 or more. Memory must hold the pages of `depth` + 1 batches.
     ids : function of a batch, optional
-        The ids that it will look up, of any shape; if not given, a batch is its ids.
+        The ids that it will look up, of any shape, a tensor too; if not given, a batch is its ids.
 
     Yields
     ------
@@ -61,11 +69,11 @@ def lookahead(
     ...     rows = t.gather(ids)
     """
     require_count(depth, "depth", 1, MAX_DEPTH)
-    if not isinstance(table, (Table, Layer)):
+    found = table if isinstance(table, Table) else getattr(table, "table", None)
+    if not isinstance(found, Table):
         allowed = "a Table, an Embedding or an EmbeddingBag"
         raise DTypeError(f"{type(table).__name__}; allowed: {allowed}")
-    source = _Source(batches, table if isinstance(table, Table) else table.table, depth, ids)
-    return source.loop()
+    return _Source(batches, found, depth, ids).loop()
 
 
 class _Source:

@@ -56,15 +56,14 @@ import secrets
 import threading
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import _core, order, undo
 from pyembed import manifest as manifests
+from pyembed import order, undo
 from pyembed.arrays import F32
 from pyembed.errors import (
     ArgumentError,
@@ -83,10 +82,10 @@ from pyembed.files import (
     sync,
     write_all,
 )
-from pyembed.journal import Journal, Replay, undo_path
+from pyembed.journal import Replay
 from pyembed.manifest import Manifest
+from pyembed.recording import Recorder
 from pyembed.residency import Keeper
-from pyembed.touched import Touched
 
 I64 = NDArray[np.int64]
 CLEAN = {"state": "clean", "salt": "", "boot": ""}
@@ -107,6 +106,8 @@ class Store:
         Bytes.
     durability : {"process", "power", "none"}, optional
         From the next change on, instead of the table's own.
+    threads : int
+        That write the journal.
 
     Attributes
     ----------
@@ -129,6 +130,7 @@ class Store:
         salvage: bool = False,
         memory_limit: int | None = None,
         durability: str | None = None,
+        threads: int = 1,
     ) -> None:
         self.path, self.mode = path, mode
         self.keeper: Keeper | None = None
@@ -136,7 +138,7 @@ class Store:
         self._lock_fd = self._fd = -1
         self._pid = os.getpid()
         self._failed_sync = False
-        self._journal: Journal | None = None
+        self._recorder: Recorder | None = None
         self._salt = secrets.token_hex(8)  # of the next interval, however often it is begun
         self._mutex = threading.Lock()  # several threads may make the first change at once
         flags = (os.O_RDWR if mode == "r+" else os.O_RDONLY) | os.O_CLOEXEC
@@ -151,7 +153,7 @@ class Store:
             self.id_map = self._map_ids()
             self.keeper = Keeper(self._fd, self.array, memory_limit, mode == "r+")
             self._pages = self.keeper.pages
-            self._open_journal(durability)
+            self._open_journal(durability, threads)
         except BaseException:
             self.release()
             raise
@@ -235,21 +237,19 @@ class Store:
             os.close(fd)
         return np.frombuffer(memory, np.int64, rows, offset)
 
-    def _open_journal(self, durability: str | None) -> None:
+    def _open_journal(self, durability: str | None, threads: int) -> None:
         if self.mode != "r+" or not self.folder:
             return
         if durability is not None and durability != self.manifest.durability:
             self._set(self.manifest.with_changes(durability=durability))
         if self.manifest.durability != "none":
-            self._journal = Journal(self.path, self.manifest.stride, self.manifest.durability)
-            self._touched = Touched(self.manifest.rows, self.manifest.generation)
-            self._writer = ThreadPoolExecutor(1, "pyembed-journal")  # starts with its first task
+            self._recorder = Recorder(self.path, self.manifest, threads)
 
     # --- undo ---------------------------------------------------------------------------------
 
     def _put_back(self, replay: Replay) -> None:
         """Rows as the journal has them; in the file, only then clean; or in a private mapping."""
-        undo.put_back(self.array, replay)
+        undo.put_back(self.array, replay, self._fd if self.mode == "r+" else -1)
         if self.mode != "r+":
             self.array.flags.writeable = self.mode == "c"
             return
@@ -290,7 +290,7 @@ class Store:
             If the journal is damaged; nothing is changed then.
         """
         self._require_writer()
-        if self._journal is None:
+        if self._recorder is None:
             raise ArgumentError(
                 f"{self.path} keeps no journal; make or open it with durability='process'"
             )
@@ -298,8 +298,8 @@ class Store:
             self._forget_steps()
             return
         replay = undo.judge(self.path, self.manifest)
-        if replay.frames < self._journal.frames:
-            what = f"{replay.frames} of {self._journal.frames} frames of the journal are left"
+        if replay.frames < self._recorder.frames:
+            what = f"{replay.frames} of {self._recorder.frames} frames of the journal are left"
             raise DirtyError(errno.EUCLEAN, f"{what}; close the table", str(self.path))
         rows = self.manifest.rows
         try:
@@ -308,7 +308,7 @@ class Store:
             self._failed_sync = True
             raise
         self._forget_steps()
-        self._touched.clear()
+        self._recorder.rolled_back()
         if rows != self.array.shape[0]:
             self._remap(rows)
 
@@ -334,7 +334,7 @@ class Store:
 
     @property
     def keeps_journal(self) -> bool:
-        return self._journal is not None
+        return self._recorder is not None
 
     def protect(self, rows: I64) -> None:
         """Before rows change: keep what they were at the last commit, and say that they change.
@@ -356,33 +356,15 @@ class Store:
             if self.mode != "r+":
                 return
             if self.manifest.state == "clean":
-                if self._journal is not None:
-                    self._journal.begin(self.manifest.generation, int(self._salt, 16))
+                if self._recorder is not None:
+                    self._recorder.begin(self.manifest.generation, int(self._salt, 16))
                 dirty = {"state": "dirty", "salt": self._salt, "boot": undo.boot_id()}
                 self._set(self.manifest.with_changes(**dirty))
-            if self._journal is not None:
-                self._record(self._journal, self._touched.new(rows))
-
-    def _record(self, journal: Journal, rows: I64) -> None:
-        """Write old rows, and mark them; what fails leaves them unmarked, and the table sound."""
-        whole, writing = _core.Column(self.array, self._pages), None
-        _core.ask_pages(whole, rows)
-        try:
-            for piece in journal.pieces(rows):  # the next is gathered while one is written
-                frame = journal.frame(piece, _core.gather(whole, piece, None, 1))
-                if writing is not None:
-                    writing.result()
-                writing = self._writer.submit(journal.write, frame)
-        finally:
-            if writing is not None:
-                writing.result()
-        if rows.size and self.manifest.durability == "power":
-            try:
-                journal.sync()
-            except BaseException:
-                self._failed_sync = True
-                raise
-        self._touched.mark(rows)
+            if self._recorder is not None:
+                try:
+                    self._recorder.protect(self.array, self._pages, rows)
+                finally:
+                    self._failed_sync = self._failed_sync or self._recorder.failed_sync
 
     def commit(self, meta: dict[str, Any] | None) -> None:
         """Sync the rows, then say so in the manifest."""
@@ -403,8 +385,8 @@ class Store:
         # A meta that cannot be stored is refused before anything is synced; and a copy is kept.
         state = manifests.decode(manifests.encode(state), str(self.path))
         self._finish_interval(state)
-        if self._journal is not None:
-            self._touched.commit(state.rows)
+        if self._recorder is not None:
+            self._recorder.committed(state.rows)
 
     def append(self, chunks: Iterable[F32], count: int) -> None:
         """Add `count` rows: allocate, write, sync, then the header; the next commit counts them."""
@@ -453,14 +435,9 @@ class Store:
         if self.keeper is not None:
             self.keeper.close()
             self.keeper.rows = self.array
-        if self._journal is not None:
-            self._writer.shutdown()
-            self._journal.close()
+        if self._recorder is not None:
             sound = self.manifest.state == "clean" and not self._failed_sync
-            if sound and self._pid == os.getpid():
-                for number in range(2):  # nobody needs what they hold, so they may stay as well
-                    with contextlib.suppress(OSError):
-                        undo_path(self.path, number).unlink()
+            self._recorder.close(needed=not sound or self._pid != os.getpid())
         for fd in (self._fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

@@ -184,7 +184,7 @@ class Table(Rows):
         limit = residency.limit_bytes(memory_limit)
         if durability is not None:
             manifest.check_durability(durability)
-        backing = store.Store(Path(path), mode, live, salvage, limit, durability)
+        backing = store.Store(Path(path), mode, live, salvage, limit, durability, workers)
         try:
             return cls(backing, backing.array, backing.manifest.columns, workers)
         except BaseException:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pyembed import _core
 from pyembed.errors import ArgumentError
 
 I64 = NDArray[np.int64]
 BLOCK = 4096  # bytes of bits that are taken together: a page
 BLOCK_ROWS = 8 * BLOCK
+BLOCK_SHIFT = BLOCK_ROWS.bit_length() - 1
 
 
 class Touched:
@@ -39,19 +41,13 @@ class Touched:
     def new(self, rows: I64) -> I64:
         """Those of `rows` (ascending, unique) that are not marked, in their order."""
         rows = rows[: np.searchsorted(rows, self.rows)]
-        marked = self._bits.reshape(-1)[rows >> 3] >> (rows & 7).astype(np.uint8) & 1
-        unmarked: I64 = rows[marked == 0]
+        unmarked: I64 = _core.unmarked_rows(self._bits.reshape(-1), rows)
         return unmarked
 
     def mark(self, rows: I64) -> None:
         """Say that these rows (ascending, unique, out of `new`) are safe to change."""
-        if not rows.size:
-            return
-        byte = rows >> 3
-        first = np.flatnonzero(np.diff(byte, prepend=-1))  # rows of one byte are neighbours
-        bit = np.left_shift(1, rows & 7).astype(np.uint8)
-        self._bits.reshape(-1)[byte[first]] |= np.bitwise_or.reduceat(bit, first)
-        self._touched[rows // BLOCK_ROWS] = True
+        _core.mark_rows(self._bits.reshape(-1), rows)
+        self._touched[rows >> BLOCK_SHIFT] = True
 
     def clear(self) -> None:
         """Forget the marks: the rows are those of the commit again."""

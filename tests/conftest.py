@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from pyembed import Table, _core
+
+# A shell starts jobs in the background with Ctrl-C ignored, and their children inherit that: tests
+# that interrupt a child would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Fixed seeds: a run that failed can be run again. No deadline: machines are shared.
 settings.register_profile(

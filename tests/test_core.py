@@ -350,3 +350,10 @@ def test_crc32c() -> None:
     """The checksum is CRC-32C, by the check value of its definition."""
     assert _core.crc32c(b"123456789") == 0xE3069283
     assert _core.crc32c(b"") == 0
+
+
+@given(data=st.binary(max_size=300), size=st.integers(1, 80), threads=st.integers(1, 3))
+def test_crc32c_of_pieces(data: bytes, size: int, threads: int) -> None:
+    """Each piece has the checksum that it has alone, the short one at the end too."""
+    alone = [_core.crc32c(data[at : at + size]) for at in range(0, len(data), size)]
+    assert _core.crc32c_pieces(data, size, threads) == alone

@@ -108,18 +108,16 @@ def test_special_floats(tmp_path: Path) -> None:
     undo.close()
 
 
-def test_pieces_fit_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows recorded piece by piece make one frame each; a row wider than that is a piece."""
+def test_rows_fit_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are cut into frames of bounded size; a row wider than that has one of its own."""
     monkeypatch.setattr(journal, "FRAME_BYTES", 100)
-    undo = Journal(tmp_path, STRIDE)
-    undo.begin(GENERATION, SALT)
-    pieces = list(undo.pieces(np.arange(12)))
-    assert [piece.size for piece in pieces] == [5, 5, 2]
-    for piece in pieces:
-        undo.record(piece, old_rows(piece.size))
-    assert undo.frames == 4
-    assert [p.size for p in Journal(tmp_path, 1000).pieces(np.arange(2))] == [1, 1]
-    undo.close()
+    for stride, sizes in ((STRIDE, [5, 5, 2]), (1000, [1] * 12)):
+        undo = Journal(tmp_path, stride)
+        undo.begin(GENERATION, SALT)
+        undo.record(np.arange(12), old_rows(12, stride))
+        replay = Replay(undo.path, SALT, GENERATION, stride, ROWS)
+        assert [rows.size for rows, _ in replay] == sizes
+        undo.close()
 
 
 def test_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +143,7 @@ def test_odd_arrays_are_refused(tmp_path: Path) -> None:
         (row_numbers(1).astype(np.int32), old_rows(1)),
         (row_numbers(1), old_rows(1).astype(np.float64)),
         (row_numbers(1), old_rows(1, STRIDE + 1)),
-        (row_numbers(1), old_rows(2)),
+        (row_numbers(1, 2), old_rows(1)),
     ):
         with pytest.raises(ArgumentError, match="expected int64"):
             undo.record(rows, old)

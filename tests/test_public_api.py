@@ -19,7 +19,7 @@ ROOMS = [
     {"reference"},
     {"init", "grouping", "manifest", "files", "hot"},
     {"order", "residency", "journal", "touched"},
-    {"undo"},
+    {"undo", "recording"},
     {"store", "making", "layout"},
     {"rows", "bags", "vocab", "formats"},
     {"table"},
@@ -76,6 +76,20 @@ def test_only_the_store_maps_and_syncs() -> None:
             assert not [word for word in words if word in text], file
 
 
+def test_only_the_adapter_imports_torch() -> None:
+    """Outside of pyembed/torch nothing imports torch, nor the adapter."""
+    for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).parts[0] != "torch":
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [f"{node.module}.{alias.name}" for alias in node.names]
+                for name in names:
+                    assert f"{name}.".split("torch.")[0] not in ("", "pyembed."), file
+
+
 def test_kernels_cannot_fail() -> None:
     """No kernel source allocates, knows Python, or starts a thread."""
     for file in (PACKAGE / "_kernels").iterdir():
@@ -93,6 +107,9 @@ def test_reference_has_the_names_of_the_kernels() -> None:
         "openmp",
         "pause_threads",
         "crc32c",
+        "crc32c_pieces",
+        "mark_rows",
+        "unmarked_rows",
         "check_ids",
         "overlaps",
         "all_finite",

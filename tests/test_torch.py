@@ -40,6 +40,7 @@ from pyembed.errors import (
 torch = pytest.importorskip("torch")
 
 import pyembed.torch as pt  # noqa: E402 -- only where there is torch
+from pyembed.torch import layers, ops  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
 
@@ -224,7 +225,7 @@ def test_state_of_a_large_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """A file is in the state while a copy fits; else the error names what to do, and that works."""
     layer = pt.Embedding(ROWS, DIM, path=on_disk(path), optimizer=SGD)
     assert torch.equal(layer.state_dict()["weight"], weights())
-    monkeypatch.setattr(pt, "STATE_SHARE", 1e-12)
+    monkeypatch.setattr(layers, "STATE_SHARE", 1e-12)
     with pytest.raises(ArgumentError, match="in_state_dict = False"):
         layer.state_dict()
     layer.in_state_dict = False
@@ -334,6 +335,23 @@ def test_memory_is_shared_with_the_table() -> None:
     assert (table.weight == 7).all() and (layer.table.weight == 7).all()
 
 
+def test_a_parameter_that_moved() -> None:
+    """The layer looks rows up where the Parameter lies now: replaced, shared, or assigned."""
+    layer, ids = ours(sparse=True), batches()[0]
+    layer(ids)
+    for value in (3.0, 4.0, 5.0):
+        if value == 3:
+            layer.weight.data = torch.full((ROWS, DIM), value)
+        elif value == 4:
+            layer.share_memory().weight.data.fill_(value)
+        else:
+            layer.load_state_dict({"weight": torch.full((ROWS, DIM), value)}, assign=True)
+        assert (layer(ids) == value).all() and (rows_of(layer) == value).all()
+    layer.weight.data = weights().repeat(1, 2)[:, :DIM]  # with other strides
+    layer(ids).sum().backward()
+    assert torch.equal(layer(ids), weights()[ids]) and layer.weight.grad.is_sparse
+
+
 # --- torch.compile -------------------------------------------------------------------------------
 
 
@@ -372,7 +390,7 @@ def test_ops_are_what_they_say(layer: str, optimizer: Any) -> None:
     checks += ["test_aot_dispatch_dynamic"] if optimizer is None else []
     module, ids = ours(layer, optimizer=optimizer), batches()[0]
     anchor = module.weight if optimizer is None else module._anchor
-    torch.library.opcheck(pt._rows, (anchor, ids, None, None, module._number), test_utils=checks)
+    torch.library.opcheck(ops.rows, (anchor, ids, None, None, module._number), test_utils=checks)
 
 
 # --- a GPU, the document -------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from pyembed.touched import Touched
 def rows_change_before_they_are_recorded() -> None:
     """What is recorded is right, but late: at the next change, or the commit."""
     waiting: list[Any] = []
-    real_protect, real_write, real_commit = Store.protect, Journal.write, Store.commit
+    real_protect, real_record, real_commit = Store.protect, Journal.record, Store.commit
 
-    def late(self: Journal, frame: Any) -> None:
-        waiting.append((self, frame))  # whose arrays are nobody else's
+    def late(self: Journal, rows: np.ndarray, old: Any, run: Any) -> None:
+        waiting.append((self, rows, old[slice(0, rows.size)]))
 
     def protect(self: Store, rows: np.ndarray) -> None:
         flush()
@@ -35,19 +35,20 @@ def rows_change_before_they_are_recorded() -> None:
 
     def flush() -> None:
         while waiting:
-            real_write(*waiting.pop(0))
+            real_record(*waiting.pop(0))
 
-    Journal.write, Store.protect, Store.commit = late, protect, commit  # type: ignore
+    Journal.record, Store.protect, Store.commit = late, protect, commit  # type: ignore
 
 
 def marked_before_recorded() -> None:
-    real = Store._record
+    real = Touched.new
 
-    def record(self: Store, log: Journal, rows: np.ndarray) -> None:
-        self._touched.mark(rows)
-        real(self, log, rows)
+    def new(self: Touched, rows: np.ndarray) -> np.ndarray:
+        found = real(self, rows)
+        self.mark(found)
+        return found
 
-    Store._record = record  # type: ignore[method-assign]
+    Touched.new = new  # type: ignore[method-assign]
 
 
 def journal_not_synced() -> None:
@@ -169,7 +170,7 @@ def manifest_written_in_place() -> None:
 
 def failed_sync_forgotten() -> None:
     Store._failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
-    Journal._failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
+    Journal.failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

@@ -1,21 +1,19 @@
-"""torch.nn layers over a `Table`: pyembed's lookups for autograd, torch.compile and nn.Module.
+"""The layers as nn.Module: where the rows are, and torch's protocols.
 
-The only file that imports torch (2.4 or newer); no file imports this one. A layer has its rows
+A layer has its rows
 
 - in a Parameter, as torch.nn has, and torch's own optimizers update it: in memory, no `optimizer=`;
 - or in a table, which backward updates at once: with `optimizer=`, or frozen. Torch gets copies of
   rows, never the table: a read-only one cannot be written, and nothing of its size is made.
 
-It refuses double backward, and what cannot be: a Parameter in a file, a second writer of one.
+It refuses what cannot be: a Parameter in a file, a second writer of one.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import os
-import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,19 +26,15 @@ from pyembed.arrays import F32
 from pyembed.errors import ArgumentError, DTypeError
 from pyembed.optimizer import Optimizer
 from pyembed.table import Table
+from pyembed.torch import ops
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Embedding", "EmbeddingBag"]
-
 STATE_SHARE = 0.5  # of the memory: a copy of a file's weight that is larger is no part of a state
+PLAIN = (Tensor, nn.Parameter)
 Path = str | os.PathLike[str]
 MakeOptimizer = Callable[[embedding.Layer], Optimizer]
-
-# Ops take tensors and numbers: through them, and a compiled graph, a layer goes as a number.
-_layers: weakref.WeakValueDictionary[int, _Layer] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
 
 
 class WeightInTable:
@@ -64,7 +58,7 @@ def _setting(name: str) -> Any:
     return property(lambda self: getattr(self._core, name), doc=f"`{name}`, which cannot be set.")
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """What both layers share: where the rows are, and torch's protocols."""
 
     padding_idx, max_norm, norm_type = map(_setting, ("padding_idx", "max_norm", "norm_type"))
@@ -95,13 +89,16 @@ class _Layer(nn.Module):
             raise DTypeError(f"_weight is a {_kind(weight)}; allowed: a float32 Tensor on the CPU")
         fresh = weight is None and table is None and path is None
         if weight is not None:
-            table = Table.from_array(_array(weight))
+            table = Table.from_array(ops.array_of(weight))
         elif table is None:
             table = Table.memory(*shape) if path is None else Table.open(path, mode)
         self.in_state_dict = True  # False: the table is its own checkpoint
+        self._seen: tuple[Any, Any] | None = None  # the Parameter's memory, as a table
+        self._ranks: Any = None  # who steps with this table, see `distributed`
         self._changes = 0  # so that a backward which reads rows again knows that they are others
         try:
             self._core = self._core_class(**settings, table=table)
+            self._is_max = getattr(self._core, "mode", None) == "max"
             self.optimizer = None if optimizer is None else self._made(optimizer)
             self._place_rows(table, weight, place)
         except BaseException:
@@ -162,8 +159,7 @@ class _Layer(nn.Module):
         self.weight = WeightInTable()
 
     def _register(self) -> None:
-        self._number = next(_numbers)
-        _layers[self._number] = self
+        self._number = ops.register(self)
 
     @property
     def table(self) -> Table:
@@ -198,47 +194,74 @@ class _Layer(nn.Module):
     # --- lookups ------------------------------------------------------------------------------
 
     def _look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        weight = self._anchor if self._in_table else self.weight
-        places = ("cpu", "cuda") if self._in_table else ("cpu",)
+        # Module.__getattr__ takes 0.4 µs; only a parametrised weight is not among the parameters.
+        weight: Any = self._parameters.get("_anchor" if self._in_table else "weight")
+        weight = self.weight if weight is None else weight
         for given in (weight, ids, offsets, weights):
-            if given is not None and not isinstance(given, Tensor):
-                raise DTypeError(f"the input is a {type(given).__name__}; allowed: Tensors")
-            if given is not None and given.device.type not in places:
-                raise ArgumentError(
-                    f"a tensor is on {given.device}; allowed: {', '.join(places)}; rows of a layer "
-                    "with optimizer= and device='cuda' stay in memory, and go to the GPU as copies"
-                )
+            if given is not None and not (isinstance(given, Tensor) and given.is_cpu):
+                self._refuse_place(given)
         if weight.dtype != torch.float32:
             raise DTypeError(f"the layer was cast to {weight.dtype}; allowed: float32; cast rows")
-        if self._core.max_norm is not None and not self._in_table:
+        if not self._in_table and self._core.max_norm is not None:
             with torch.no_grad():
-                _renorm(weight, ids, self._number)
-        rows: Tensor = _rows(weight, ids, offsets, weights, self._number)
+                ops.renorm(weight, ids, self._number)
+        # What only pretends to be a tensor, in a compiler or outside of one, needs an op.
+        if torch.compiler.is_compiling() or not (type(ids) in PLAIN and type(weight) in PLAIN):
+            rows: Tensor = ops.rows(weight, ids, offsets, weights, self._number)
+        else:
+            rows = ops.Lookup.apply(weight, ids, offsets, weights, self)  # type: ignore[no-untyped-call]
         return rows
+
+    def _refuse_place(self, given: Any) -> None:
+        if not isinstance(given, Tensor):
+            raise DTypeError(f"the input is a {type(given).__name__}; allowed: Tensors")
+        places = ("cpu", "cuda") if self._in_table else ("cpu",)
+        if given.device.type not in places:
+            raise ArgumentError(
+                f"a tensor is on {given.device}; allowed: {', '.join(places)}; rows of a layer "
+                "with optimizer= and device='cuda' stay in memory, and go to the GPU as copies"
+            )
 
     def _over(self, weight: Tensor) -> Any:
         """pyembed's layer, over the table or this Parameter."""
         if self._in_table:
             return self._core
-        core = copy.copy(self._core)
-        core.max_norm = None  # _renorm has seen to it
-        core.table = Table.from_array(_array(weight))
-        return core
+        where, seen = (weight.data_ptr(), weight.shape, weight.stride()), self._seen
+        if seen is None or seen[0] != where:
+            core = copy.copy(self._core)
+            core.max_norm = None  # ops.renorm has seen to it
+            core.table = Table.from_array(ops.array_of(weight))
+            seen = self._seen = where, core  # with its memory, so that the address stays taken
+        return seen[1]
 
     # --- torch's protocols --------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        anchor: Any = self._parameters.get("_anchor")
+        if self.optimizer is not None and anchor.is_cpu and anchor.is_shared():
+            anchor.data = anchor.data.clone()
+            raise ArgumentError(
+                "share_memory() of a layer with optimizer=: another process would not see the "
+                "steps; share one without optimizer=, or use DistributedDataParallel"
+            )
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None, "_ranks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._register()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         if self._in_table and self.table.path is not None and self.table.writable:
             raise ArgumentError(
                 f"{self.table.path} is written by this layer, and has one writer; share the layer, "
                 "or call table.close(), copy the folder, and open the copy with path="
             )
         memo[id(self)] = twin = type(self).__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -278,7 +301,7 @@ class _Layer(nn.Module):
             self._changes += 1
 
 
-class Embedding(_Layer):
+class Embedding(Layer):
     """`torch.nn.Embedding` over a table.
 
     Parameters
@@ -315,7 +338,7 @@ class Embedding(_Layer):
         return self._look_up(input, None, None)
 
 
-class EmbeddingBag(_Layer):
+class EmbeddingBag(Layer):
     """`torch.nn.EmbeddingBag` over a table; torch's arguments, then those of `Embedding`."""
 
     _core_class = embedding_bag.EmbeddingBag
@@ -336,134 +359,7 @@ def _kind(value: Any) -> str:
     return f"{getattr(value, 'dtype', '')} {type(value).__name__} of shape {shape}".strip()
 
 
-def _array(tensor: Tensor) -> F32:
-    """Its memory, if it is on the CPU; else a copy there."""
-    array: F32 = tensor.detach().cpu().numpy()
-    return array
-
-
 def _shared(table: Table) -> Tensor:
     """The rows of a table in memory as a tensor, without a copy; a read-only one refuses."""
     with table.writing() as weight:
         return torch.from_numpy(weight)
-
-
-# --- the ops: what torch.compile sees, and calls as it is -----------------------------------------
-
-_BATCH = "Tensor weight, Tensor ids, Tensor? offsets, Tensor? weights, int layer"
-
-
-def _batch(core: Any, ids: Tensor, offsets: Any, weights: Any, layer: int) -> Any:
-    """What pyembed's layer takes: ids, or bags."""
-    if isinstance(core, embedding.Embedding):
-        return _array(ids)
-    arrays = [None if given is None else _array(given) for given in (offsets, weights)]
-    return core.bags(_array(ids), *arrays)
-
-
-@torch.library.custom_op(
-    "pyembed::renorm_",
-    mutates_args={"weight"},
-    schema="(Tensor(a!) weight, Tensor ids, int layer) -> ()",
-)
-def _renorm(weight: Tensor, ids: Tensor, layer: int) -> None:
-    owner = _layers[layer]
-    owner._over(weight).table.renorm(_array(ids), owner.max_norm, owner.norm_type)
-
-
-@torch.library.custom_op("pyembed::rows", mutates_args=(), schema=f"({_BATCH}) -> Tensor")
-def _rows(weight: Tensor, *batch: Any) -> Tensor:
-    core = _layers[batch[-1]]._over(weight)
-    rows = torch.from_numpy(core(_batch(core, *batch)))
-    # A GPU copies from pinned memory without waiting; torch keeps that buffer until it has.
-    return rows.pin_memory().to(weight.device, non_blocking=True) if weight.is_cuda else rows
-
-
-@_rows.register_fake
-def _(weight: Tensor, ids: Tensor, offsets: Any, weights: Any, layer: int) -> Tensor:
-    core, dim = _layers[layer]._core, _layers[layer].embedding_dim
-    if isinstance(core, embedding.Embedding):
-        return weight.new_empty((*ids.shape, dim))
-    bags = ids.shape[0] if offsets is None else offsets.shape[0] - core.include_last_offset
-    return weight.new_empty((bags, dim))
-
-
-@torch.library.custom_op(
-    "pyembed::backward",
-    mutates_args=(),
-    schema=f"({_BATCH}, Tensor grad, bool first, bool second) -> (Tensor, Tensor)",
-)
-def _backward(weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    """The gradients of the weight and of per_sample_weights; or a step of the table, after both.
-
-    One op, so that no compiler moves the step before what reads the rows. A step has a result,
-    without elements, so that none removes it.
-    """
-    *batch, grad, first, second = given
-    owner, values = _layers[batch[-1]], _array(grad)
-    core = owner._over(weight)
-    ids = _batch(core, *batch)
-    of_weight, of_weights = weight.new_empty(0), weight.new_empty(0)
-    if second:
-        dots = torch.from_numpy(core.per_sample_weights_grad(ids, values))
-        of_weights = dots.reshape(batch[2].shape).to(batch[2].device)
-    if first and owner._in_table:
-        if owner.optimizer is None:
-            raise ArgumentError("the layer has no optimizer; give optimizer=, or freeze the layer")
-        owner.optimizer.step(ids, values)
-        owner._changes += 1
-    elif first:
-        of_weight = torch.from_numpy(core.backward(ids, values))
-    return of_weight, of_weights
-
-
-@_backward.register_fake
-def _(weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    _, _, weights, _, _, first, second = given
-    of_weight = weight.new_empty(weight.shape if first else 0)
-    return of_weight, weights.new_empty(weights.shape) if second else weight.new_empty(0)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, ids, offsets, weights, number = inputs
-    ctx.layer, ctx.number, ctx.weight = _layers[number], number, weight
-    # Backward reads the rows again for these two, so they must be those that forward read.
-    ctx.rereads = weights is not None or getattr(ctx.layer, "mode", "") == "max"
-    ctx.changes = ctx.layer._changes
-    ctx.save_for_backward(ids, offsets, weights, weight if ctx.rereads else None)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():
-        raise ArgumentError(
-            "create_graph=True: pyembed's layers have no second derivative; allowed: "
-            "create_graph=False, or torch.nn.Embedding"
-        )
-    layer, weight = ctx.layer, ctx.weight
-    ids, offsets, weights, _ = ctx.saved_tensors
-    if ctx.rereads and ctx.changes != layer._changes:
-        raise ArgumentError(
-            "the table changed between forward and backward, which reads the rows again for "
-            "mode='max' and per_sample_weights; call the layer once for each backward"
-        )
-    first, second = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    batch = (ids, offsets, weights, ctx.number)
-    sparse = first and layer.sparse and not layer._in_table
-    of_weight, of_weights = _backward(weight, *batch, grad, first and not sparse, second)
-    if sparse:
-        of_weight = _sparse_gradient(layer._over(weight), weight, grad, batch)
-    # A step has no gradient to give, except while it is traced: there the result is the step.
-    elif not first or (layer._in_table and type(of_weight) is Tensor):
-        of_weight = None
-    return of_weight, None, None, of_weights if second else None, None
-
-
-def _sparse_gradient(core: Any, weight: Tensor, grad: Tensor, batch: tuple[Any, ...]) -> Tensor:
-    found = core.backward(_batch(core, *batch), _array(grad))
-    ids, values = torch.from_numpy(found.ids), torch.from_numpy(found.values)
-    return torch.sparse_coo_tensor(
-        ids[None], values, weight.shape, is_coalesced=True, check_invariants=False
-    )
-
-
-_rows.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,159 @@
+"""What torch's training loops drive: learning-rate schedulers, states, clipping.
+
+Torch's nn.Embedding and torch's optimizers are the expectation; tolerance as in `test_torch`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch_layers import DIM, OPTIMIZERS, SGD, batches, close, loss_of, ours, rows_of, theirs
+
+from pyembed import optim, schedules
+from pyembed.errors import ArgumentError
+
+torch = pytest.importorskip("torch")
+
+import pyembed.torch as pt  # noqa: E402 -- only where there is torch
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
+
+rates = torch.optim.lr_scheduler
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "LambdaLR": lambda o: rates.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "OneCycleLR": lambda o: rates.OneCycleLR(o, 0.3, total_steps=8, cycle_momentum=False),
+    "CosineAnnealingLR": lambda o: rates.CosineAnnealingLR(o, 4),
+    "SequentialLR": lambda o: rates.SequentialLR(
+        o, [rates.ConstantLR(o, 0.5, 2), rates.ExponentialLR(o, 0.5)], milestones=[3]
+    ),
+    "ReduceLROnPlateau": lambda o: rates.ReduceLROnPlateau(o, factor=0.5, patience=0),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers(scheduler: str, optimizer: str) -> None:
+    """torch's schedulers change the rate of a table as they change that of nn.Embedding."""
+    ours_of, theirs_of = OPTIMIZERS[optimizer]
+    mine, twin = ours(optimizer=ours_of), theirs(sparse=True)
+    pairs = [(mine, pt.Optimizer(mine)), (twin, theirs_of(twin.parameters()))]
+    driven = [SCHEDULERS[scheduler](each) for _, each in pairs]
+    seen = []
+    for ids in batches():
+        for (layer, stepper), rate in zip(pairs, driven, strict=True):
+            stepper.zero_grad()
+            loss = loss_of(layer(ids))
+            loss.backward()
+            stepper.step()
+            # A constant loss is a plateau.
+            rate.step(1.0) if scheduler == "ReduceLROnPlateau" else rate.step()
+        close(rows_of(mine), twin.weight.detach())
+        seen.append(mine.optimizer.lr)
+        assert seen[-1] == pytest.approx(pairs[1][1].param_groups[0]["lr"], rel=1e-12)
+    assert len(set(seen)) > 1
+
+
+def test_one_group_for_each_table() -> None:
+    """Groups are in the order of the modules; each has the rate of its layer, and sets it."""
+    slow = functools.partial(optim.Adam, lr=0.25)
+    model = torch.nn.ModuleList([ours(optimizer=SGD), torch.nn.Linear(2, 2), ours(optimizer=slow)])
+    optimizer = pt.Optimizer(model)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+    optimizer.param_groups[1]["lr"] = 0.125
+    assert [model[at].optimizer.lr for at in (0, 2)] == [0.5, 0.125]
+    assert repr(model[2].optimizer).startswith("Adam(lr=0.125")
+
+
+def test_state_of_the_groups() -> None:
+    """state_dict has the rates; what loads it goes on with them, and so does its scheduler."""
+    layer = ours(optimizer=SGD)
+    optimizer = pt.Optimizer(layer)
+    scheduler = rates.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.step()
+    scheduler.step()
+    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    again = ours(optimizer=SGD)
+    second = pt.Optimizer(again)
+    resumed = rates.StepLR(second, 1, gamma=0.5)
+    second.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    assert again.optimizer.lr == 0.25
+    second.step()
+    resumed.step()
+    assert again.optimizer.lr == 0.125 and layer.optimizer.lr == 0.25
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_keep_the_rate(copied: Any) -> None:
+    """A copy of a layer has the rate of now, and the scheduler of the first leaves it alone."""
+    layer = ours(optimizer=SGD)
+    optimizer = pt.Optimizer(layer)
+    second = copied(layer)
+    optimizer.param_groups[0]["lr"] = 0.125
+    assert second.optimizer.lr == 0.5 and layer.optimizer.lr == 0.125
+    second(torch.tensor([1])).sum().backward()
+    assert torch.equal(rows_of(layer)[1] - 0.5, rows_of(second)[1])
+
+
+def test_step_has_a_closure() -> None:
+    """A closure is called with gradients enabled, and its loss returned, as in torch."""
+    layer = ours(optimizer=SGD)
+    optimizer = pt.Optimizer(layer)
+
+    def closure() -> Any:
+        loss = layer(torch.tensor([1])).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step() is None and layer.optimizer.steps == 0
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert loss.numel() == 1 and layer.optimizer.steps == 1
+
+
+def test_refusals() -> None:
+    """A model without tables, a second schedule, and parameters that would not learn."""
+    with pytest.raises(ArgumentError, match="no layer"):
+        pt.Optimizer(torch.nn.Sequential(ours(), torch.nn.Linear(2, 2)))
+    scheduled = functools.partial(optim.SGD, lr=schedules.linear(1.0, 10))
+    layer = ours(optimizer=scheduled)
+    with pytest.raises(ArgumentError, match="schedule of its own"):
+        pt.Optimizer(layer)
+    assert layer.optimizer.lr == 1.0
+    optimizer = pt.Optimizer(ours(optimizer=SGD))
+    for given in (torch.nn.Linear(2, 2).parameters(), torch.nn.Parameter(torch.ones(2))):
+        with pytest.raises(ArgumentError, match="would not learn"):
+            optimizer.add_param_group({"params": given})
+    assert len(optimizer.param_groups) == 1
+    layer = ours(optimizer=SGD)
+    assert pt.Optimizer(layer).param_groups[0]["lr"] == pt.Optimizer(layer).param_groups[0]["lr"]
+
+
+def test_a_rate_that_cannot_be() -> None:
+    """What a scheduler may not set is an error of the step, which changes no row."""
+    layer = ours(optimizer=SGD)
+    pt.Optimizer(layer).param_groups[0]["lr"] = -1.0
+    before = rows_of(layer)
+    with pytest.raises(ArgumentError, match="-1"):
+        layer(torch.tensor([1])).sum().backward()
+    assert torch.equal(rows_of(layer), before)
+
+
+@pytest.mark.parametrize("most", [0.5, 1e6])
+def test_clip_norm_is_clip_grad_norm(most: float) -> None:
+    """clip_norm of the table's optimizer is torch's clip_grad_norm_ on nn.Embedding."""
+    mine, twin = ours(optimizer=functools.partial(optim.SGD, lr=0.5, clip_norm=most)), theirs()
+    stepper = torch.optim.SGD(twin.parameters(), lr=0.5)
+    for ids in batches():
+        loss_of(mine(ids)).backward()
+        stepper.zero_grad()
+        loss_of(twin(ids)).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), most)
+        stepper.step()
+        close(rows_of(mine), twin.weight.detach())
+    assert mine.embedding_dim == DIM
