@@ -12,8 +12,8 @@ the start, the batches and the rule are the same. What to look for: losses that 
 rounding, from the first batch to the last, and one hit rate, well above that of the ten methods
 that most modules call.
 
-Run it with ``.venv/bin/python examples/torch_matrix_factorisation.py``; it takes some ten seconds, and
-needs torch. ``--quick`` takes a few seconds.
+Run it with ``.venv/bin/python examples/torch_matrix_factorisation.py``; it takes a few seconds for
+each seed, and needs torch. ``--quick`` takes a few seconds.
 """
 
 from __future__ import annotations

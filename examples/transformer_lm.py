@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
             ours = pyembed.torch.Embedding(1 << bits, DIM, path=path, optimizer=adagrad)
             weight = ours.state_dict()["weight"]  # a copy
             theirs = nn.Embedding.from_pretrained(weight, freeze=False, sparse=True)
-            ahead = pyembed.lookahead(batches(seed), ours.table, ids=operator.itemgetter(0))
+            ahead = pyembed.lookahead(batches(seed), ours, ids=operator.itemgetter(0))
             model, losses = train(ours, ahead, seed)
             twin, twin_losses = train(theirs, batches(seed), seed)
             result = [bits_per_byte(m, test) for m in (model, twin)]
