@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def printed(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+def printed(name: str, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     """What ``main()`` of an example prints; it prints nothing to stderr."""
-    runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+    main = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+    main(*[list(options)] * bool(options))
     result = capsys.readouterr()
     assert not result.err
     return result.out
@@ -91,6 +93,66 @@ def test_torch_model(capsys: pytest.CaptureFixture[str]) -> None:
     [loss] = numbers(out, r"before: +loss (\S+)")
     [length] = numbers(out, r"of length (\S+)\n")
     assert loss < baseline - 1.5 and length > 0.6  # rows began with a length of 0.4
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch's threads wait for each other in a loop, which takes long where others compute too."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def side_by_side(text: str) -> list[float]:
+    """The row of the first seed: pyembed's metric, that of torch.nn, what else there is."""
+    [row] = re.findall(r"^seed 0 +(.*)", text, re.M)
+    return [float(value.rstrip("%")) for value in row.split()]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_lstm_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+    """The losses of both layers begin equal; they are as often right, and more than by chance."""
+    out = printed("lstm_classifier", capsys, "--quick")
+    [baseline] = numbers(out, r"largest package: (\S+)%")
+    ours, theirs, first, _ = side_by_side(out)
+    assert first <= 1e-5
+    assert abs(ours - theirs) <= 3  # of 200 functions; rounding has grown
+    assert min(ours, theirs) > baseline + 10
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_transformer_lm(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table in a file and one in memory learn the same; far more than the frequencies."""
+    out = printed("transformer_lm", capsys, "--quick")
+    [baseline] = numbers(out, r"frequencies: (\S+) bits")
+    ours, theirs, first, _ = side_by_side(out)
+    assert first <= 1e-3 and abs(ours - theirs) <= 0.02  # rounding grows from the first step
+    assert max(ours, theirs) < baseline - 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_transe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every loss is the same but for rounding; hits are many times those of chance."""
+    out = printed("transe", capsys, "--wordnet", str(tmp_path))
+    assert re.fullmatch(r"no WordNet in .*: apt install wordnet-base, or give --wordnet\n", out)
+    out = printed("transe", capsys, "--quick")
+    if out.startswith("no WordNet"):
+        pytest.skip(out)
+    [chance] = numbers(out, r"chance: (\S+)%")
+    ours, theirs, gap = side_by_side(out)
+    assert gap <= 1e-5 and abs(ours - theirs) <= 1
+    assert min(ours, theirs) > 20 * chance
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_torch_matrix_factorisation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every loss is the same but for rounding; more held-out calls are found than by popularity."""
+    out = printed("torch_matrix_factorisation", capsys, "--quick")
+    ours, theirs, popular, gap = side_by_side(out)
+    assert gap <= 1e-5 and abs(ours - theirs) <= 1
+    assert min(ours, theirs) > popular + 3
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
