@@ -66,7 +66,8 @@ def step_many(steps: Iterable[Step]) -> None:
         turns = list(zip(optimizers, clipped, strict=True))
         # In one order, so that two callers do not wait for each other.
         for o, (batch, _) in sorted(turns, key=lambda turn: id(turn[0].table)):
-            columns[id(o)] = stack.enter_context(o.table.changing(o.state, batch.rows))
+            stack.enter_context(o.table.still())
+            columns[id(o)] = o.table.begin_change(o.state, batch.rows)
         calls = [o.call(columns[id(o)], batch, scale) for o, (batch, scale) in turns]
         _take(optimizers, calls, workers)
 

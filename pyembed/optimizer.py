@@ -283,7 +283,8 @@ class Optimizer:
         workers = self._workers(batch)
         self.require_usable(batch, workers)
         batch, clip_scale = self.clip(batch, workers)
-        with self.table.changing(self.state, batch.rows) as columns:
+        with self.table.still():
+            columns = self.table.begin_change(self.state, batch.rows)
             step, call = self.call(columns, batch, clip_scale)
             self.take(step, call, workers)
 
@@ -404,7 +405,8 @@ class Optimizer:
             last = min(first + CATCH_UP_ROWS, count)
             rows = np.arange(first, last) if touched is None else touched[first:last]
             workers = threads.for_work(rows.size * table.dim, table.num_threads)
-            with table.changing(self.state, rows) as columns:
+            with table.still():
+                columns = table.begin_change(self.state, rows)
                 hyper, extras = self._step_values(self.steps + 1, 1.0)
                 assert extras is not None
                 _core.catch_up(columns, rows, self.rule, hyper, extras, workers)

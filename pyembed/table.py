@@ -385,7 +385,7 @@ class Table(Rows):
                 "table with room for ids to come: give each a count of 0"
             )
         init = init or initialisers.zeros()
-        with self._turns.alone():
+        with self._turns:
             chunks = fresh_rows(self.columns, self.rows, n, init, seed, self.num_threads)
             if self._store is not None:
                 self._store.append(chunks, n)
@@ -411,7 +411,7 @@ class Table(Rows):
             If meta is no JSON; nothing is committed then.
         ReadOnlyError
         """
-        with self._turns.alone():
+        with self._turns:
             _ = self.weight_column
             if self._open_blocks:
                 raise ArgumentError("commit inside a writing() block; end the block first")
@@ -434,7 +434,7 @@ class Table(Rows):
             If there is no journal: in memory, or with durability "none".
         ReadOnlyError
         """
-        with self._turns.alone():
+        with self._turns:
             _ = self.weight_column
             if self._open_blocks:
                 raise ArgumentError("rollback inside a writing() block; end the block first")
@@ -448,7 +448,7 @@ class Table(Rows):
         self._finish(commit=True)
 
     def _finish(self, commit: bool) -> None:
-        with self._turns.alone():
+        with self._turns:
             if self._weight is None:
                 return
             try:
