@@ -126,18 +126,18 @@ static inline void pe_stream_fence(void) {
 #endif
 }
 
-/* Ask for every cache line of a row, to read it or to write it. The empty asm is for GCC, which takes a function that only
+/* Ask for every cache line of a row, which may begin amid one, to read it or to write it. The empty asm is for GCC, which takes a function that only
  * prefetches for one without effect, and drops calls of it that it has not inlined yet. */
 static inline void pe_prefetch_read(const float *src_d, int64_t d) {
 #ifdef __GNUC__
-    const char *p = (const char *)src_d, *end = (const char *)(src_d + d);
+    const char *p = (const char *)((uintptr_t)src_d & ~(uintptr_t)63), *end = (const char *)(src_d + d);
     for (; p < end; p += 64) __builtin_prefetch(p, 0, 3);
     __asm__ volatile("");
 #endif
 }
 static inline void pe_prefetch_write(const float *src_d, int64_t d) {
 #ifdef __GNUC__
-    const char *p = (const char *)src_d, *end = (const char *)(src_d + d);
+    const char *p = (const char *)((uintptr_t)src_d & ~(uintptr_t)63), *end = (const char *)(src_d + d);
     for (; p < end; p += 64) __builtin_prefetch(p, 1, 3);
     __asm__ volatile("");
 #endif
