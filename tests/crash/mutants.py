@@ -5,6 +5,8 @@ Each is applied to a process that is thrown away, by name.
 
 from __future__ import annotations
 
+import os
+import stat
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -167,6 +169,24 @@ def manifest_written_in_place() -> None:
     store.replace_file = write
 
 
+def manifest_not_synced() -> None:
+    """Its folder is, so that the name is safe."""
+    real = store.replace_file
+
+    def write(path: Any, data: bytes) -> None:
+        sync, files.sync = files.sync, lambda fd: stat.S_ISDIR(os.fstat(fd).st_mode) and sync(fd)
+        try:
+            real(path, data)
+        finally:
+            files.sync = sync
+
+    store.replace_file = write
+
+
+def folder_not_synced() -> None:
+    files.sync_folder = lambda path: None
+
+
 def failed_sync_forgotten() -> None:
     Store._failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
     Journal._failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
@@ -190,6 +210,8 @@ MUTANTS: dict[str, Callable[[], None]] = {
         sums_not_compared,
         boot_not_compared,
         manifest_written_in_place,
+        manifest_not_synced,
+        folder_not_synced,
         failed_sync_forgotten,
     )
 }

@@ -7,7 +7,9 @@ either way. Nothing here starts threads, so that a fork is safe.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import multiprocessing.synchronize  # noqa: F401  tqdm would import it in every child
 import os
 import select
 import shutil
@@ -36,12 +38,18 @@ class Ended(NamedTuple):
     typed: bool
 
 
-def in_child(function: Callable[[], Any], kill_after: float | None = None) -> Ended:
-    """Run it in a fork; kill that after some seconds if so asked, and in any case at last."""
+def in_child(
+    function: Callable[[], Any], kill_after: float | None = None, group: Path | None = None
+) -> Ended:
+    """Run it in a fork; kill that after some seconds if so asked, and in any case at last.
+
+    `group` is a control group that the child joins, which limits its memory.
+    """
     reading, writing = os.pipe()
+    gc.freeze()  # a child's collector would copy all that it looks at
     child = os.fork()
     if child == 0:
-        _answer(function, writing)
+        _answer(function, writing, group)
     os.close(writing)
     text, end = b"", time.monotonic() + (PATIENCE if kill_after is None else kill_after)
     while True:
@@ -60,10 +68,12 @@ def in_child(function: Callable[[], Any], kill_after: float | None = None) -> En
     return Ended(number, answer.get("result"), answer.get("error", ""), answer.get("typed", False))
 
 
-def _answer(function: Callable[[], Any], writing: int) -> None:
+def _answer(function: Callable[[], Any], writing: int, group: Path | None) -> None:
     """In the child: send what came out, and end without anything that Python does at exit."""
     send, answer = os.write, {}
     try:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
         answer = {"result": function()}
     except BaseException as error:
         typed = isinstance(error, (OSError, PyembedError, KeyboardInterrupt))
@@ -81,6 +91,10 @@ def memory_group(limit: int) -> Iterator[Path | None]:
     parent = Path("/sys/fs/cgroup")
     old = (parent / "memory").is_dir()
     group = parent / ("memory" if old else "") / f"pyembed-crash-{os.getpid()}"
+    for left in group.parent.glob("pyembed-crash-*"):  # of a run that was killed
+        if not Path("/proc", left.name.rpartition("-")[2]).exists():
+            with contextlib.suppress(OSError):
+                left.rmdir()
     try:
         group.mkdir()
         file = "memory.limit_in_bytes" if old else "memory.max"
@@ -118,26 +132,24 @@ def run(
     kill_after: float | None = None,
     group: Path | None = None,
 ) -> Ended:
-    """Train in a child; returns the names of the calls that it made, if it lived.
-
-    `group` is a control group that the child joins, which limits its memory.
-    """
+    """Train in a child; returns the names of the calls that it made, if it lived."""
 
     def child() -> list[str]:
         mutants.apply(mutant)
-        if group is not None:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
         log = Log(folder / "log")
         if calls is not None:
             calls.install()
         program.train(folder / "t.pyembed", plan, log.say)
         return calls.names if calls is not None else []
 
-    return in_child(child, kill_after)
+    return in_child(child, kill_after, group)
 
 
-def judge(folder: Path, plan: Plan, mutant: str = "", resume: bool = False) -> str:
+def judge(
+    folder: Path, plan: Plan, mutant: str = "", resume: bool = False, group: Path | None = None
+) -> str:
     """What is wrong with what a run left, or ""."""
+    program.oracle(plan)  # once, and not in every child
 
     def child() -> dict[str, Any]:
         mutants.apply(mutant)
@@ -149,7 +161,7 @@ def judge(folder: Path, plan: Plan, mutant: str = "", resume: bool = False) -> s
                 raise
             return {"bad": ""}
 
-    ended = in_child(child)
+    ended = in_child(child, group=group)
     if ended.signal or ended.error:
         return f"signal {ended.signal}" if ended.signal else ended.error
     return str(ended.result["bad"])
