@@ -5,9 +5,10 @@ it may be after each of them, and mounted, so that the kernel replays its journa
 down amid a run, which forgets whatever did not reach the device.
 
 The disk. A flush that returned makes safe what was written before it. Of the writes since, any
-sectors may be there, whole or torn at any byte. Two things are there whole or not at all, as ext4
-refuses a disk where they are torn, and no table can help that: its superblock, and those blocks of
-its journal that say what of it counts. They are 512 bytes or 1024 that a disk writes at once.
+sectors may be there, whole or torn at any byte. Some things are there whole or not at all, as ext4
+refuses a disk where they are torn, and no table can help that: what it reads before its journal,
+which is its superblock and the list of its groups, and those blocks of the journal that say what of
+it counts.
 
 While a program runs, the rest of the machine is played as well: pages are written when the system
 likes, and other programs sync, which commits what is in ext4's journal.
@@ -37,6 +38,7 @@ from crash.logdisk import BLOCK, Event, sparse
 from crash.program import Log, Plan
 from pyembed import undo
 
+FIRST = 2 * BLOCK  # bytes: the superblock and the list of groups
 # How blocks of ext4's journal begin: a commit record, and the journal's own superblock.
 COMMIT, SUPERBLOCK = bytes.fromhex("c03b3998 00000002"), bytes.fromhex("c03b3998 00000004")
 Pieces = list[tuple[int, bytes]]
@@ -189,7 +191,7 @@ class Disk:
         for _, at, data in self.pending:
             for start in range(at, at + len(data), BLOCK):
                 block = ("write", start, data[start - at : start - at + BLOCK])
-                if start == 0 or block[2].startswith((COMMIT, SUPERBLOCK)):
+                if start < FIRST or block[2].startswith((COMMIT, SUPERBLOCK)):
                     found += [block] if rng.integers(2) else []
                 else:
                     found += disk.parts(block, b"", mode, rng)

@@ -62,7 +62,7 @@ def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
     return {
         "kill-points": lambda: cells.kill_points(how(61), [*both, *none]),
         "random-kills": lambda: cells.random_kills(how(1), many, 20 if short else 2000),
-        "little-memory": lambda: cells.kills_with_little_memory(how(1), 0 if short else 10),
+        "little-memory": lambda: cells.kills_with_little_memory(how(1), 0 if short else 20),
         "resumed": lambda: cells.resumed(how(1), many[:16], 3 if short else 100),
         "recovery-kills": lambda: cells.recovery_points(how(47), both, DEATHS),
         "recovery-failures": lambda: cells.recovery_points(
@@ -209,6 +209,7 @@ def main() -> int:
     parser.add_argument("--cell", action="append", default=[], choices=list(TITLES))
     parser.add_argument("--mutant", action="append", default=[], choices=hunts.names())
     options = parser.parse_args()
+    worker.remove_leftovers(ROOT)
     place, some = where(), bool(options.cell or options.mutant)
     chosen = [Task("cell", name, options.short) for name in options.cell or TITLES]
     if some:

@@ -26,6 +26,9 @@ from crash.calls import Calls
 from crash.program import Log, Plan
 from pyembed.errors import DirtyError, PyembedError
 
+NAME = "pyembed-crash-"  # of folders and control groups; then the number of the process
+GROUPS = Path("/sys/fs/cgroup")
+GROUPS = GROUPS / "memory" if (GROUPS / "memory").is_dir() else GROUPS
 PATIENCE = 60.0  # seconds: a run takes less than one
 
 
@@ -88,13 +91,8 @@ def _answer(function: Callable[[], Any], writing: int, group: Path | None) -> No
 @contextlib.contextmanager
 def memory_group(limit: int) -> Iterator[Path | None]:
     """A control group with so many bytes of memory; None where it cannot be made."""
-    parent = Path("/sys/fs/cgroup")
-    old = (parent / "memory").is_dir()
-    group = parent / ("memory" if old else "") / f"pyembed-crash-{os.getpid()}"
-    for left in group.parent.glob("pyembed-crash-*"):  # of a run that was killed
-        if not Path("/proc", left.name.rpartition("-")[2]).exists():
-            with contextlib.suppress(OSError):
-                left.rmdir()
+    old = GROUPS.name == "memory"
+    group = GROUPS / f"{NAME}{os.getpid()}"
     try:
         group.mkdir()
         file = "memory.limit_in_bytes" if old else "memory.max"
@@ -117,11 +115,24 @@ def memory_group(limit: int) -> Iterator[Path | None]:
 @contextlib.contextmanager
 def scratch(root: Path | None = None) -> Iterator[Path]:
     """A folder for one case."""
-    folder = Path(tempfile.mkdtemp(prefix="crash-", dir=root))
+    folder = Path(tempfile.mkdtemp(prefix=f"{NAME}{os.getpid()}-", dir=root))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """What runs that were killed have left: folders and control groups of processes long gone."""
+    for parent in (root, Path(tempfile.gettempdir()), GROUPS):
+        for left in parent.glob(f"{NAME}*"):
+            number = left.name.removeprefix(NAME).partition("-")[0]
+            if number.isdigit() and not Path("/proc", number).exists():
+                if parent == GROUPS:
+                    with contextlib.suppress(OSError):
+                        left.rmdir()
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def run(
