@@ -178,7 +178,8 @@ def where() -> str:
     with worker.memory_group(cells.LITTLE) as group:
         memory = "" if group is None else f", each sweep in {cells.LITTLE >> 20} MiB of memory"
     return (
-        f"{datetime.date.today()}, commit {commit or 'unknown'}, Linux {platform.release()}, "
+        f"{datetime.date.today()}, commit {commit or 'unknown'}, "
+        f"Linux {platform.release().partition('-')[0]}, "
         f"Python {platform.python_version()}, tables on {system or 'an unknown file system'}"
         f"{' (those of little memory on the disk)' if ROOT.is_dir() else ''}{memory}."
     )
