@@ -17,7 +17,7 @@ demo: build
 test: build
 	$(PY) -m pytest
 
-# Every sweep of the crash suite in full, about fifteen minutes; its counts go into docs/durability.md.
+# Every sweep of the crash suite in full, a quarter of an hour on two processors; its counts go into docs/durability.md.
 torture: build
 	cd tests && PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(abspath $(PY)) -m crash.torture --write
 

@@ -128,6 +128,10 @@ def _crc(data: Any) -> int:
     return _core.crc32c(data)
 
 
+def _crc_of_each(data: U8, size: int, threads: int) -> list[int]:
+    return _core.crc32c_pieces(data, size, threads)
+
+
 def _bytes_of(array: NDArray[Any]) -> U8:
     return array.reshape(-1).view(np.uint8)
 
@@ -227,7 +231,7 @@ class Journal:
             numbers = rows[start : start + some]
             floats = old[start : start + numbers.size]
             self._check(numbers, floats)
-            sums = _core.crc32c_pieces(_bytes_of(floats), 4 * self._stride * frame, self._threads)
+            sums = _crc_of_each(_bytes_of(floats), 4 * self._stride * frame, self._threads)
             for k, crc in enumerate(sums):
                 part = slice(k * frame, (k + 1) * frame)
                 self._append(numbers[part], floats[part], crc)

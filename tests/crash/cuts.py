@@ -32,7 +32,7 @@ def _cut_everywhere(
         for mode in disk.MODES:
             target = root / "cut"
             now.build(target, mode, np.random.default_rng([number, len(mode)]))
-            problem = _judge_cut(target / "t.pyembed", plan, now.said)
+            problem = judge_cut(target / "t.pyembed", plan, now.said)
             found.append([f"{plan}, cut after event {number} {event[0]}, {mode}", problem])
             shutil.rmtree(target)
             if problem and how.until_bad:
@@ -40,7 +40,7 @@ def _cut_everywhere(
     return found
 
 
-def _judge_cut(path: Path, plan: Plan, said: list[tuple[str, int]]) -> str:
+def judge_cut(path: Path, plan: Plan, said: list[tuple[str, int]]) -> str:
     """With durability "process" a table may be refused after a power cut, but never be wrong."""
     try:
         return str(program.judge(path, plan, said, resume=False)["bad"])
@@ -84,7 +84,7 @@ def power_cuts_in_recovery(how: How, plans: Iterable[Plan], every: int = 40) -> 
                 mutants.apply(how.mutant)
                 recorder, start = disk.Recorder(root), disk.load(root)
                 recorder.install()
-                program.train(root / "t.pyembed", _short(plan, said), recorder.say)
+                program.train(root / "t.pyembed", short(plan, said), recorder.say)
                 recorder.uninstall()
                 return _cut_everywhere(root, start, recorder, plan, how, said)
 
@@ -94,7 +94,7 @@ def power_cuts_in_recovery(how: How, plans: Iterable[Plan], every: int = 40) -> 
     return counts
 
 
-def _short(plan: Plan, said: list[tuple[str, int]]) -> Plan:
+def short(plan: Plan, said: list[tuple[str, int]]) -> Plan:
     """The same program, up to the commit after the one that is there."""
     numbers = [number for word, number in said if word == "ack"]
     return Plan(**{**vars(plan), "intervals": min(plan.intervals, max(numbers, default=0) + 1)})
@@ -134,7 +134,7 @@ def _cut_at_commits(
         lost = lost or event[0] == "lose"
         if lost and event[:2] == ("say", "ack"):
             now.build(root / "cut", "none", np.random.default_rng(0))
-            problem = _judge_cut(root / "cut" / "t.pyembed", plan, now.said)
+            problem = judge_cut(root / "cut" / "t.pyembed", plan, now.said)
             found.append([f"{plan}, sync {recorder.fail_at} fails, cut at {number}", problem])
             shutil.rmtree(root / "cut")
     return found

@@ -235,13 +235,13 @@ class Disk:
             return
         if mode != "none":
             for event in node.pending:
-                for part in [event] if mode == "all" else _parts(event, data, mode, rng):
+                for part in [event] if mode == "all" else parts(event, data, mode, rng):
                     data, _ = changed(data, names, part)
         with target.open("wb") as file:
             file.write(data)
 
 
-def _parts(event: Event, data: bytes, mode: str, rng: np.random.Generator) -> list[Event]:
+def parts(event: Event, data: bytes, mode: str, rng: np.random.Generator) -> list[Event]:
     """What of one change is there: each sector of a write or not, or torn at some byte."""
     if event[0] != "write":
         return [event] if rng.integers(2) else []

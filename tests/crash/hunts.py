@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from crash import cells, cuts, exports
+from crash import cells, cuts, exports, ext4
 from crash.cells import DEATHS, Counts, How
 from crash.program import Plan
 
@@ -73,6 +73,8 @@ HUNTS: dict[str, Callable[[How], Counts]] = {
     "sums not compared": _cuts,
     "boot not compared": _cuts_of_process,
     "manifest written in place": _kills,
+    "manifest not synced": _cuts,
+    "folder not synced": _cuts,
     "failed sync forgotten": _failed_syncs,
     "log of the interval before": _kills,
     "gap in the log ignored": _cuts_of_process,
@@ -80,6 +82,51 @@ HUNTS: dict[str, Callable[[How], Counts]] = {
 }
 
 
-def hunt(mutant: str, how: How) -> Counts:
+def _ext4_cuts(how: How) -> Counts:
+    return ext4.cuts(how, plans("power", 0, 4))
+
+
+def _ext4_cuts_of_process(how: How) -> Counts:
+    return ext4.cuts(how, plans("process", 0, 4))
+
+
+def _ext4_recoveries(how: How) -> Counts:
+    return ext4.cuts_in_recovery(how, plans("power", 0, 4), 60)
+
+
+def _ext4_failed_writes(how: How) -> Counts:
+    return ext4.failed_writes(how, plans("power", 3, 4, stubborn=True))
+
+
+def _ext4_shutdowns(how: How) -> Counts:
+    return ext4.shutdowns(how, plans("power", 0, 4), 0)
+
+
+# Those about what is synced, and when, once more on a real file system.
+ON_EXT4: dict[str, Callable[[How], Counts]] = {
+    "rows change before they are recorded": _ext4_shutdowns,
+    "journal not synced": _ext4_cuts,
+    "manifest before the rows": _ext4_cuts,
+    "rows not synced": _ext4_shutdowns,
+    "dirty after the first change": _ext4_cuts,
+    "undo not synced": _ext4_recoveries,
+    "sums not compared": _ext4_cuts,
+    "boot not compared": _ext4_cuts_of_process,
+    "manifest written in place": _ext4_cuts,
+    "manifest not synced": _ext4_cuts,
+    "folder not synced": _ext4_shutdowns,
+    "failed sync forgotten": _ext4_failed_writes,
+}
+EXT4 = ", on ext4"  # a hunt's name is its mutant's, and this
+
+
+def names() -> list[str]:
+    """Of all hunts."""
+    return [*HUNTS, *(name + EXT4 for name in ON_EXT4)]
+
+
+def hunt(name: str, how: How) -> Counts:
     """Run the sweep on the mutant, until a state is bad."""
-    return HUNTS[mutant](replace(how, mutant=mutant, until_bad=True))
+    mutant = name.removesuffix(EXT4)
+    sweep = (HUNTS if name == mutant else ON_EXT4)[mutant]
+    return sweep(replace(how, mutant=mutant, until_bad=True))

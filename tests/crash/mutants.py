@@ -6,6 +6,8 @@ Each is applied to a process that is thrown away, by name.
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,8 +26,8 @@ def rows_change_before_they_are_recorded() -> None:
     waiting: list[Any] = []
     real_protect, real_record, real_commit = Store.protect, Journal.record, Store.commit
 
-    def late(self: Journal, rows: np.ndarray, old: Any, run: Any) -> None:
-        waiting.append((self, rows, old[slice(0, rows.size)]))
+    def late(self: Journal, rows: np.ndarray, old: Any) -> None:
+        waiting.append((self, rows, old[slice(0, rows.size)].copy()))
 
     def protect(self: Store, rows: np.ndarray) -> None:
         flush()
@@ -154,6 +156,7 @@ def sums_not_compared() -> None:
         return real(data) if isinstance(data, bytes) else 0
 
     journal._crc = crc
+    journal._crc_of_each = lambda data, size, threads: [0] * -(-len(data) // size)
 
 
 def boot_not_compared() -> None:
@@ -168,6 +171,24 @@ def manifest_written_in_place() -> None:
         files.os.close(fd)
 
     store.replace_file = write
+
+
+def manifest_not_synced() -> None:
+    """Its folder is, so that the name is safe."""
+    real = store.replace_file
+
+    def write(path: Any, data: bytes) -> None:
+        sync, files.sync = files.sync, lambda fd: stat.S_ISDIR(os.fstat(fd).st_mode) and sync(fd)
+        try:
+            real(path, data)
+        finally:
+            files.sync = sync
+
+    store.replace_file = write
+
+
+def folder_not_synced() -> None:
+    files.sync_folder = lambda path: None
 
 
 def failed_sync_forgotten() -> None:
@@ -216,6 +237,8 @@ MUTANTS: dict[str, Callable[[], None]] = {
         sums_not_compared,
         boot_not_compared,
         manifest_written_in_place,
+        manifest_not_synced,
+        folder_not_synced,
         failed_sync_forgotten,
         log_of_the_interval_before,
         gap_in_the_log_ignored,

@@ -27,6 +27,7 @@ RULES: dict[str, Callable[..., Optimizer]] = {"adagrad": Adagrad, "adam": Adam}
 STARTS = init.uniform(-1.0, 1.0)
 TRIES = 3
 SMALL = 2000  # rows: of which a copy of each commit is kept
+PIECE = 4096  # rows
 REAL_WRITE, REAL_FSYNC = os.write, os.fsync  # acknowledgements are not what is tested
 
 
@@ -40,14 +41,18 @@ class Plan:
     optimizer: str = "adagrad"
     durability: str = "process"
     intervals: int = 6
+    batch: int = 24
     stubborn: bool = False
 
 
 def digest(table: Table) -> str:
     """Rows, state and meta as one short text."""
     sums = hashlib.blake2b(digest_size=16)
-    for name in table.columns:
-        sums.update(np.ascontiguousarray(table.column(name)))
+    for start in range(0, table.rows, PIECE):  # in little memory
+        rows = np.arange(start, min(start + PIECE, table.rows))
+        table.prefetch(rows)
+        for name in table.columns:
+            sums.update(np.ascontiguousarray(table.column(name)[rows[0] : rows[-1] + 1]))
     sums.update(json.dumps(table.meta, sort_keys=True).encode())
     return f"{table.rows}:{sums.hexdigest()}"
 
@@ -84,8 +89,8 @@ class Trainer:
         """The calls of one interval; each draws what it needs before it is made."""
         rng, plan = self.rng, self.plan
         for turn in range(int(rng.integers(3, 6))):
-            ids = rng.integers(0, self.table.rows, 24)
-            grad = rng.standard_normal((24, plan.dim), np.float32)
+            ids = rng.integers(0, self.table.rows, plan.batch)
+            grad = rng.standard_normal((plan.batch, plan.dim), np.float32)
             kind = int(rng.integers(8))
             if kind == 5:
                 yield lambda ids=ids, grad=grad: self.table.scatter_add(ids, grad)  # type: ignore

@@ -15,7 +15,7 @@ from crash import hunts, mutants, torture
 TESTS = Path(__file__).parents[1]
 
 
-def run(*options: str) -> None:
+def run(*options: str) -> str:
     """In a process of its own: it forks, and there must be no threads then."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -27,11 +27,12 @@ def run(*options: str) -> None:
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def test_a_slice_of_every_sweep() -> None:
     """Whatever happens where: the last commit is there, or the one under way; bit for bit."""
-    run(*(f"--cell={name}" for name in torture.TITLES))
+    run(*(f"--cell={name}" for name in torture.TITLES if not name.startswith("ext4")))
 
 
 def test_the_suite_notices_every_mutant() -> None:

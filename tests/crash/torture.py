@@ -1,8 +1,10 @@
 """The command: every sweep, in full or thinned out, and every mutant; a table of counts.
 
-python -m crash.torture            all of it, about fifteen minutes     (make torture)
+python -m crash.torture            all of it, a quarter of an hour      (make torture)
 python -m crash.torture --short    a thin slice of each, for the tests
 python -m crash.torture --write    and put the counts into docs/durability.md
+
+Each sweep runs in a process of its own, as many at once as there are processors.
 """
 
 from __future__ import annotations
@@ -15,17 +17,35 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     os.environ["PYEMBED_NUM_THREADS"] = "1"  # before pyembed is asked: a fork must find no threads
 
-from crash import cells, cuts, exports, hunts
+from crash import cells, cuts, exports, ext4, hunts, worker
 from crash.cells import DEATHS, ROOT, Counts, How
 from crash.hunts import plans
 
 PAGE = Path(__file__).parents[2] / "docs" / "durability.md"
 BEGIN, END = "<!-- counts: begin -->", "<!-- counts: end -->"
+SHORT_HUNT = 2  # every other point
+LONGEST = (
+    "random-kills",
+    "ext4-cuts",
+    "ext4-cuts-recovery",
+    "failures-gone-on",
+    "failures",
+    "ext4-failed-writes",
+    "kill-points",
+    "ext4-shutdowns",
+    "recovery-kills",
+    "little-memory",
+    "ext4-cuts-process",
+    "recovery-failures",
+)
 
 
 def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
@@ -42,7 +62,7 @@ def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
     return {
         "kill-points": lambda: cells.kill_points(how(61), [*both, *none]),
         "random-kills": lambda: cells.random_kills(how(1), many, 20 if short else 2000),
-        "little-memory": lambda: cells.kills_with_little_memory(how(1), 0 if short else 10),
+        "little-memory": lambda: cells.kills_with_little_memory(how(1), 0 if short else 20),
         "resumed": lambda: cells.resumed(how(1), many[:16], 3 if short else 100),
         "recovery-kills": lambda: cells.recovery_points(how(47), both, DEATHS),
         "recovery-failures": lambda: cells.recovery_points(
@@ -58,6 +78,15 @@ def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
         ),
         "exports": lambda: exports.killed_exports(how(29), both),
         "damage": lambda: cells.damage(how(37), process if short else both),
+        "ext4-cuts": lambda: ext4.cuts(how(43), plans("power", 0, 1 if short else 4)),
+        "ext4-cuts-process": lambda: ext4.cuts(how(61), plans("process", 1, 1 if short else 2)),
+        "ext4-cuts-recovery": lambda: ext4.cuts_in_recovery(
+            how(47), plans("power", 2, 1 if short else 2), 300 if short else 60
+        ),
+        "ext4-failed-writes": lambda: ext4.failed_writes(how(97), stubborn),
+        "ext4-shutdowns": lambda: ext4.shutdowns(
+            how(61), plans("power", 0, 1 if short else 2), 2 if short else 200
+        ),
     }
 
 
@@ -76,37 +105,69 @@ TITLES = {
     "power-cuts-recovery": "power cut in a recovery and the interval after it",
     "exports": "a copy, a delta, or its application is killed at, or has a failing, call",
     "damage": "a byte of manifest, header of the rows or of a frame is another",
+    "ext4-cuts": "on ext4: power cut after every write and flush × 4 modes, durability power",
+    "ext4-cuts-process": "the same, durability process: refused, or right",
+    "ext4-cuts-recovery": "on ext4: power cut in a recovery and the interval after it",
+    "ext4-failed-writes": "on ext4: a write fails (EIO); the caller goes on; power cut at commits",
+    "ext4-shutdowns": "ext4 shut down before every call of a run, and at random times",
 }
 
 
-def report(name: str, counts: Counts) -> str:
-    title = TITLES.get(name, name)
-    return f"| {title} | {counts.cases:,} | {counts.note or len(counts.bad)} |"
+class Task(NamedTuple):
+    """A sweep, or a hunt of a mutant."""
+
+    kind: str
+    name: str
+    short: bool
 
 
-def run_sweeps(names: list[str], short: bool) -> tuple[list[str], int]:
-    lines, bad, known = [], 0, sweeps(short)
-    for name in names or known:
-        start = time.monotonic()
-        counts = known[name]()
-        bad += len(counts.bad) + (not counts.cases and not counts.note)
-        lines.append(report(name, counts))
-        print(f"{lines[-1]}  {time.monotonic() - start:.0f} s", flush=True)
-        for problem in counts.bad[:3]:
-            print(problem[-2000:], file=sys.stderr)
-    return lines, bad
+def work(task: Task) -> dict[str, Any]:
+    """In a process of its own, with little memory: the fields of its counts."""
+    if task.kind == "cell":
+        function = sweeps(task.short)[task.name]
+    else:
+        function = partial(hunts.hunt, task.name, How(step=SHORT_HUNT if task.short else 1))
+    start = time.monotonic()
+    with worker.memory_group(cells.LITTLE) as group:
+        # What has a group of its own needs to know beforehand what a large table will hold.
+        joined = None if task.name == "little-memory" else group
+        ended = worker.in_child(lambda: vars(function()), cells.LONG, joined)
+    none = {"cell": task.name, "bad": [f"signal {ended.signal} {ended.error}"]}
+    return {**(ended.result or none), "seconds": time.monotonic() - start}
 
 
-def run_mutants(names: list[str], short: bool) -> tuple[list[str], int]:
-    """Each has to be found."""
-    lines, missed = [], 0
-    for name in names or hunts.HUNTS:
-        counts = hunts.hunt(name, How(step=2 if short else 1))
-        missed += not counts.bad
-        how = f"found by “{counts.cell}”, case {counts.cases}" if counts.bad else "NOT FOUND"
-        lines.append(f"| {name} | {how} |")
-        print(lines[-1], flush=True)
-    return lines, missed
+def report(task: Task, counts: Counts) -> tuple[str, int]:
+    """A line of the page, and how many things are wrong."""
+    if task.kind == "cell":
+        line = f"| {TITLES[task.name]} | {counts.cases:,} | {counts.note or len(counts.bad)} |"
+        return line, 0 if counts.note else len(counts.bad) + (not counts.cases)
+    found = bool(counts.cases and counts.bad)
+    how = f"found by “{counts.cell}”, case {counts.cases}" if found else "NOT FOUND"
+    return f"| {task.name} | {counts.note or how} |", int(not found and not counts.note)
+
+
+def run(tasks: list[Task]) -> tuple[list[str], list[str], int]:
+    """Lines for cells and for mutants, and how many things are wrong."""
+    lines, wrong = {}, 0
+    with get_context("fork").Pool(os.cpu_count()) as pool:
+        pairs = [(task, pool.apply_async(work, [task])) for task in sorted(tasks, key=_longest)]
+        for task, answer in pairs:
+            counts = Counts(**answer.get())
+            lines[task], more = report(task, counts)
+            wrong += more
+            print(f"{lines[task]}  {counts.seconds:.0f} s", flush=True)
+            for problem in counts.bad[:3] if more else []:
+                print(problem[-2000:], file=sys.stderr)
+    return (
+        [lines[task] for task in tasks if task.kind == "cell"],
+        [lines[task] for task in tasks if task.kind == "mutant"],
+        wrong,
+    )
+
+
+def _longest(task: Task) -> int:
+    """Those first, so that no processor waits for them at the end."""
+    return LONGEST.index(task.name) if task.name in LONGEST else len(LONGEST)
 
 
 def where() -> str:
@@ -116,10 +177,13 @@ def where() -> str:
     folder = str(How().root or "/tmp")
     kind = ["stat", "-f", "-c", "%T", folder]
     system = subprocess.run(kind, capture_output=True, text=True, check=False).stdout.strip()
+    with worker.memory_group(cells.LITTLE) as group:
+        memory = "" if group is None else f", each sweep in {cells.LITTLE >> 20} MiB of memory"
     return (
-        f"{datetime.date.today()}, commit {commit or 'unknown'}, Linux {platform.release()}, "
+        f"{datetime.date.today()}, commit {commit or 'unknown'}, "
+        f"Linux {platform.release().partition('-')[0]}, "
         f"Python {platform.python_version()}, tables on {system or 'an unknown file system'}"
-        f"{' (those of little memory on the disk)' if ROOT.is_dir() else ''}."
+        f"{' (those of little memory on the disk)' if ROOT.is_dir() else ''}{memory}."
     )
 
 
@@ -146,19 +210,21 @@ def main() -> int:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--cell", action="append", default=[], choices=list(TITLES))
-    parser.add_argument("--mutant", action="append", default=[], choices=list(hunts.HUNTS))
+    parser.add_argument("--mutant", action="append", default=[], choices=hunts.names())
     options = parser.parse_args()
-    place = where()
-    some = bool(options.cell or options.mutant)
-    cell_lines, mutant_lines, bad, missed = [], [], 0, 0
-    if options.cell or not some:
-        cell_lines, bad = run_sweeps(options.cell, options.short)
-    if options.mutant or not some:
-        mutant_lines, missed = run_mutants(options.mutant, options.short)
+    worker.remove_leftovers(ROOT)
+    place, some = where(), bool(options.cell or options.mutant)
+    chosen = [Task("cell", name, options.short) for name in options.cell or TITLES]
+    if some:
+        chosen = chosen if options.cell else []
+        chosen += [Task("mutant", name, options.short) for name in options.mutant]
+    else:
+        chosen += [Task("mutant", name, options.short) for name in hunts.names()]
+    cell_lines, mutant_lines, wrong = run(chosen)
     if options.write and not some:
         write_page(place, cell_lines, mutant_lines)
-    print(f"{bad} bad states, {missed} mutants missed")
-    return int(bad + missed > 0)
+    print(f"{wrong} bad states or mutants missed")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ either way. Nothing here starts threads, so that a fork is safe.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import multiprocessing.synchronize  # noqa: F401  tqdm would import it in every child
 import os
 import select
 import shutil
@@ -24,6 +26,9 @@ from crash.calls import Calls
 from crash.program import Log, Plan
 from pyembed.errors import DirtyError, PyembedError
 
+NAME = "pyembed-crash-"  # of folders and control groups; then the number of the process
+GROUPS = Path("/sys/fs/cgroup")
+GROUPS = GROUPS / "memory" if (GROUPS / "memory").is_dir() else GROUPS
 PATIENCE = 60.0  # seconds: a run takes less than one
 
 
@@ -36,12 +41,18 @@ class Ended(NamedTuple):
     typed: bool
 
 
-def in_child(function: Callable[[], Any], kill_after: float | None = None) -> Ended:
-    """Run it in a fork; kill that after some seconds if so asked, and in any case at last."""
+def in_child(
+    function: Callable[[], Any], kill_after: float | None = None, group: Path | None = None
+) -> Ended:
+    """Run it in a fork; kill that after some seconds if so asked, and in any case at last.
+
+    `group` is a control group that the child joins, which limits its memory.
+    """
     reading, writing = os.pipe()
+    gc.freeze()  # a child's collector would copy all that it looks at
     child = os.fork()
     if child == 0:
-        _answer(function, writing)
+        _answer(function, writing, group)
     os.close(writing)
     text, end = b"", time.monotonic() + (PATIENCE if kill_after is None else kill_after)
     while True:
@@ -60,10 +71,12 @@ def in_child(function: Callable[[], Any], kill_after: float | None = None) -> En
     return Ended(number, answer.get("result"), answer.get("error", ""), answer.get("typed", False))
 
 
-def _answer(function: Callable[[], Any], writing: int) -> None:
+def _answer(function: Callable[[], Any], writing: int, group: Path | None) -> None:
     """In the child: send what came out, and end without anything that Python does at exit."""
     send, answer = os.write, {}
     try:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
         answer = {"result": function()}
     except BaseException as error:
         typed = isinstance(error, (OSError, PyembedError, KeyboardInterrupt))
@@ -78,9 +91,8 @@ def _answer(function: Callable[[], Any], writing: int) -> None:
 @contextlib.contextmanager
 def memory_group(limit: int) -> Iterator[Path | None]:
     """A control group with so many bytes of memory; None where it cannot be made."""
-    parent = Path("/sys/fs/cgroup")
-    old = (parent / "memory").is_dir()
-    group = parent / ("memory" if old else "") / f"pyembed-crash-{os.getpid()}"
+    old = GROUPS.name == "memory"
+    group = GROUPS / f"{NAME}{os.getpid()}"
     try:
         group.mkdir()
         file = "memory.limit_in_bytes" if old else "memory.max"
@@ -103,11 +115,24 @@ def memory_group(limit: int) -> Iterator[Path | None]:
 @contextlib.contextmanager
 def scratch(root: Path | None = None) -> Iterator[Path]:
     """A folder for one case."""
-    folder = Path(tempfile.mkdtemp(prefix="crash-", dir=root))
+    folder = Path(tempfile.mkdtemp(prefix=f"{NAME}{os.getpid()}-", dir=root))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """What runs that were killed have left: folders and control groups of processes long gone."""
+    for parent in (root, Path(tempfile.gettempdir()), GROUPS):
+        for left in parent.glob(f"{NAME}*"):
+            number = left.name.removeprefix(NAME).partition("-")[0]
+            if number.isdigit() and not Path("/proc", number).exists():
+                if parent == GROUPS:
+                    with contextlib.suppress(OSError):
+                        left.rmdir()
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def run(
@@ -118,26 +143,24 @@ def run(
     kill_after: float | None = None,
     group: Path | None = None,
 ) -> Ended:
-    """Train in a child; returns the names of the calls that it made, if it lived.
-
-    `group` is a control group that the child joins, which limits its memory.
-    """
+    """Train in a child; returns the names of the calls that it made, if it lived."""
 
     def child() -> list[str]:
         mutants.apply(mutant)
-        if group is not None:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
         log = Log(folder / "log")
         if calls is not None:
             calls.install()
         program.train(folder / "t.pyembed", plan, log.say)
         return calls.names if calls is not None else []
 
-    return in_child(child, kill_after)
+    return in_child(child, kill_after, group)
 
 
-def judge(folder: Path, plan: Plan, mutant: str = "", resume: bool = False) -> str:
+def judge(
+    folder: Path, plan: Plan, mutant: str = "", resume: bool = False, group: Path | None = None
+) -> str:
     """What is wrong with what a run left, or ""."""
+    program.oracle(plan)  # once, and not in every child
 
     def child() -> dict[str, Any]:
         mutants.apply(mutant)
@@ -149,7 +172,7 @@ def judge(folder: Path, plan: Plan, mutant: str = "", resume: bool = False) -> s
                 raise
             return {"bad": ""}
 
-    ended = in_child(child)
+    ended = in_child(child, group=group)
     if ended.signal or ended.error:
         return f"signal {ended.signal}" if ended.signal else ended.error
     return str(ended.result["bad"])
