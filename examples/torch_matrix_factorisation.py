@@ -6,11 +6,11 @@ personalised ranking asks that a user's row agrees better with an item of theirs
 at random. One call of every module is held out; the hit rate at 10 is how often it is among the ten
 best of those that the module is not yet known to call.
 
-Each seed trains the same model twice: with three `pyembed.torch.Embedding`, whose Adagrad runs in
-backward, and with three `torch.nn.Embedding(sparse=True)` and `torch.optim.Adagrad`. The weights at
-the start, the batches and the rule are the same. What to look for: losses that are equal, to
-rounding, from the first batch to the last, and one hit rate, well above that of the ten methods
-that most modules call.
+Each seed trains the same model twice: with three `pyembed.torch.Embedding`, their Adagrad and
+`pyembed.torch.Optimizer`, and with three `torch.nn.Embedding(sparse=True)` and
+`torch.optim.Adagrad`. The weights at the start, the batches, the rule and the loop are the same.
+What to look for: losses that are equal, to rounding, from the first batch to the last, and one hit
+rate, well above that of the ten methods that most modules call.
 
 Run it with ``.venv/bin/python examples/torch_matrix_factorisation.py``; it takes a few seconds for
 each seed, and needs torch. ``--quick`` takes a few seconds.
@@ -55,10 +55,12 @@ def train(
     tables: list[nn.Module], pairs: Tensor, seen: Tensor, seed: int, epochs: int
 ) -> list[float]:
     """Train the users, the items and the items' biases; the loss of every batch."""
-    users, items, biases = tables
-    optimizers = []
-    if isinstance(users, nn.Embedding):  # pyembed's layers update themselves, in backward
-        optimizers.append(torch.optim.Adagrad(nn.ModuleList(tables).parameters(), lr=LR))
+    users, items, biases = model = nn.ModuleList(tables)
+    optimizer: torch.optim.Optimizer
+    if isinstance(users, nn.Embedding):
+        optimizer = torch.optim.Adagrad(model.parameters(), lr=LR)
+    else:  # a step for each batch, in which items are looked up twice
+        optimizer = pyembed.torch.Optimizer(model)
     torch.manual_seed(seed)
     losses = []
     for _ in range(epochs):
@@ -66,16 +68,13 @@ def train(
             other = torch.randint(seen.shape[1], (len(batch),))
             kept = ~seen[batch[:, 0], other]  # what the user did take is no counter-example
             user, item, other = batch[kept, 0], batch[kept, 1], other[kept]
-            both = torch.stack([item, other], dim=1)  # one lookup of a table is one step of it
-            x, y = users(user), items(both)
-            scores = (x[:, None] * y).sum(dim=2) + biases(both)[:, :, 0]
-            ranking = -nn.functional.logsigmoid(scores[:, 0] - scores[:, 1]).sum()
-            loss = ranking + DECAY / 2 * (x.square().sum() + y.square().sum())
-            for optimizer in optimizers:
-                optimizer.zero_grad()
+            x, y, z = users(user), items(item), items(other)
+            better = (x * (y - z)).sum(dim=1) + (biases(item) - biases(other))[:, 0]
+            decay = x.square().sum() + y.square().sum() + z.square().sum()
+            loss = DECAY / 2 * decay - nn.functional.logsigmoid(better).sum()
+            optimizer.zero_grad()
             loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
+            optimizer.step()
             losses.append(loss.item() / len(user))
     return losses
 

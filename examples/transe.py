@@ -8,10 +8,11 @@ inverse (kind of, has kind) one is kept, or half of the held-out triples would b
 Hits at 10, filtered: how often is the true tail (and the true head) of a held-out triple among the
 ten nearest entities, not counting those that are true as well?
 
-Each seed trains the same model twice: with `pyembed.torch.Embedding`, whose Adagrad runs in
-backward, and with `torch.nn.Embedding(sparse=True)` and `torch.optim.Adagrad`. The weights at the
-start, the batches and the rule are the same. What to look for: losses that are equal, to rounding,
-from the first batch to the last; and one rate of hits, some thousand times that of chance.
+Each seed trains the same model twice: with `pyembed.torch.Embedding`, its Adagrad and
+`pyembed.torch.Optimizer`, and with `torch.nn.Embedding(sparse=True)` and `torch.optim.Adagrad`. The
+weights at the start, the batches, the rule and the loop are the same. What to look for: losses that
+are equal, to rounding, from the first batch to the last; and one rate of hits, some thousand times
+that of chance.
 
 Run it with ``.venv/bin/python examples/transe.py``; it takes most of a minute, needs torch, and
 WordNet 3.0 in /usr/share/wordnet (``apt install wordnet-base``) or where ``--wordnet`` says.
@@ -65,27 +66,26 @@ def read_triples(folder: Path, parts: list[str]) -> list[Triple]:
 
 def train(entities: nn.Module, relations: nn.Module, triples: Tensor, seed: int) -> list[float]:
     """Train both tables; the loss of every batch."""
-    optimizers = []
-    if isinstance(entities, nn.Embedding):  # pyembed's layers update themselves, in backward
-        optimizers.append(torch.optim.Adagrad([entities.weight, relations.weight], lr=LR))
+    model = nn.ModuleList([entities, relations])
+    optimizer: torch.optim.Optimizer
+    if isinstance(entities, nn.Embedding):
+        optimizer = torch.optim.Adagrad(model.parameters(), lr=LR)
+    else:  # a step for each batch, in which the entities are looked up three times
+        optimizer = pyembed.torch.Optimizer(model)
     torch.manual_seed(seed)
     losses = []
     for _ in range(EPOCHS):
         for batch in triples[torch.randperm(len(triples))].split(BATCH):
             head, relation, tail = batch.T
-            other = torch.randint(entities.num_embeddings, (OTHERS, len(batch)))
+            others = torch.randint(entities.num_embeddings, (OTHERS, len(batch)))
             is_head = (torch.rand(OTHERS, len(batch)) < 0.5)[:, :, None]
-            # One lookup of a table is one step of it, so all entities are looked up together.
-            h, t, *others = entities(torch.stack([head, tail, *other]))
-            r, o = relations(relation), torch.stack(others)
+            h, r, t, o = entities(head), relations(relation), entities(tail), entities(others)
             true = (h + r - t).norm(dim=1)
             false = torch.where(is_head, o + r - t, h + r - o).norm(dim=2)
             loss = (MARGIN + true - false).relu().sum() / OTHERS
-            for optimizer in optimizers:
-                optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
+            optimizer.step()
             losses.append(loss.item() / len(batch))
     return losses
 

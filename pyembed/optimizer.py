@@ -264,8 +264,11 @@ class Optimizer:
             self._merge()
 
     def discard(self) -> None:
-        """Drop what was accumulated."""
+        """Drop what was accumulated; a copy of the optimizer begins without."""
         self._pending, self._merged_rows = [], 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pending": [], "_merged_rows": 0}
 
     def _merge(self) -> None:
         """One sum for each row of all that is pending, in the order in which it came."""

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, Case]] = {
     "rows": ("Embedding", {"scale_grad_by_freq": True, "padding_idx": 2}),
     "bags": ("EmbeddingBag", BAG),
     "max": ("EmbeddingBag", {"mode": "max"}),
+    "one step": ("EmbeddingBag", BAG),
 }
 
 
@@ -57,8 +58,11 @@ def coefficients(rows: Any, rank: int) -> Any:
     return (torch.arange(rows.numel()).reshape(rows.shape) % 7 - 3 + rank).float()
 
 
-def train(model: Any, layer: str, options: Case, ranks: list[int]) -> None:
-    """Steps; for several ranks on what all of them would be called with, with half of each loss."""
+def train(model: Any, layer: str, options: Case, ranks: list[int], once: Any = None) -> None:
+    """Steps; for several ranks on what all of them would be called with, with half of each loss.
+
+    They are one step where an Optimizer is given.
+    """
     for step in range(STEPS):
         given = [arguments(layer, options, rank, step) for rank in ranks]
         joined = [torch.cat(parts) for parts in zip(*given, strict=True)]
@@ -70,6 +74,8 @@ def train(model: Any, layer: str, options: Case, ranks: list[int]) -> None:
         parts = zip(rows.split(sizes), ranks, strict=True)
         losses = [(part * coefficients(part, rank)).sum() for part, rank in parts]
         (torch.stack(losses).sum() / len(losses)).backward()
+    if once is not None:
+        once.step()
 
 
 def on_a_rank(rank: int, folder: str) -> None:
@@ -83,7 +89,8 @@ def on_a_rank(rank: int, folder: str) -> None:
         if rank:
             with layer.table.writing() as weight:
                 weight += 1  # as DDP does with parameters, rank 0's are sent
-        train(wrapped(layer), kind, options, [rank])
+        once = pt.Optimizer(layer) if name == "one step" else None
+        train(wrapped(layer), kind, options, [rank], once)
         found[name] = rows_of(layer)
     path = on_disk(Path(folder) / f"{rank}.pyembed", "adagrad")
     with Table.open(path) as table:
@@ -124,6 +131,10 @@ def refused(rank: int, wrapped: Any, folder: Path) -> dict[str, Any]:
     attempt(ArgumentError, lambda: wrapped(ours(optimizer=ADAGRAD, max_norm=1.0))(ids))
     rate = functools.partial(optim.SGD, lr=0.1 + rank)
     attempt(ArgumentError, lambda: wrapped(ours(optimizer=rate))(ids))
+    layer = ours(optimizer=ADAGRAD)
+    if rank:
+        pt.Optimizer(layer)
+    attempt(ArgumentError, lambda: wrapped(layer)(ids))
     path = folder / "0.pyembed"
     table = Table.open(path) if rank == 0 else None
     dist.barrier()
@@ -142,19 +153,22 @@ def test_two_processes(tmp_path: Path) -> None:
     """Every table is that of one process with the joined batch; what cannot be is refused by all.
 
     Batches of another length on each rank, and an empty one; bags with weights, offsets, maxima;
-    scale_grad_by_freq, which counts in the joined batch; a file for each rank; beside dense layers.
+    scale_grad_by_freq, which counts in the joined batch; a file for each rank; beside dense layers;
+    and three backwards as one step.
     """
     torch.multiprocessing.spawn(on_a_rank, (str(tmp_path),), nprocs=WORLD)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     for name, (kind, options) in (CASES | {"file": ("Embedding", {})}).items():
         layer = ours(kind, optimizer=ADAGRAD if name == "file" else SGD, **options)
-        train(layer, kind, options, list(range(WORLD)))
+        once = pt.Optimizer(layer) if name == "one step" else None
+        train(layer, kind, options, list(range(WORLD)), once)
         for found in ranks:
             assert torch.equal(found[name], rows_of(layer)), name
         assert not torch.equal(rows_of(layer), weights())
     for mine, others in zip(*(found["model"] for found in ranks), strict=True):
         assert torch.equal(mine, others)
     for rank, texts in enumerate(found["refused"] for found in ranks):
-        words = ["max_norm of the optimizer", "rank 1 has", *["0.pyembed"] * rank, "rank 1 has"]
+        words = ["max_norm of the optimizer", "rank 1 has", "Optimizer or not"]
+        words += [*["0.pyembed"] * rank, "rank 1 has"]
         assert len(texts) == len(words)
         assert all(word in text for word, text in zip(words, texts, strict=True))

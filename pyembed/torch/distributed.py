@@ -1,8 +1,9 @@
 """Several processes: inside DistributedDataParallel the table of every rank takes the same step.
 
 DDP averages the gradients of parameters. A table has none, so the ranks exchange their batches, ids
-and gradients, and each steps on all of them: the step that one process would take with the whole
-batch, in the order of the ranks. The tables are copies of each other, and stay so:
+and gradients in each backward, and each rank steps on all of them: the step that one process would
+take with the whole batch, in the order of the ranks. The tables are copies of each other, and stay
+so:
 
 1. They begin as rank 0's, as parameters do in DDP (`join`).
 2. A layer that joined steps with all ranks from then on, under ``no_sync()`` too (`whole_batch`).
@@ -62,15 +63,16 @@ def join(layer: Any, ddp: DistributedDataParallel) -> None:
             "max_norm scales rows in a lookup, and each rank looks others up; allowed in DDP: "
             "max_norm of the optimizer, which scales them in the step"
         )
-    mine = (table.rows, table.dim, repr(optimizer), optimizer.steps, table.writable)
+    settings = repr(optimizer), layer._accumulates
+    mine = (table.rows, table.dim, *settings, optimizer.steps, table.writable)
     all_of_them: list[Any] = [None] * ranks.world
     dist.all_gather_object(all_of_them, mine, group=ranks.group)
     for rank, theirs in enumerate(all_of_them):
-        if theirs != (*all_of_them[0][:4], True):
+        if theirs != (*all_of_them[0][:-1], True):
             raise ArgumentError(
-                f"rank {rank} has (rows, dim, optimizer, steps, writable) = {theirs}, rank 0 "
-                f"{all_of_them[0]}; allowed: the same on all ranks, and writable: in DDP each rank "
-                "has a table of its own, in memory or in a folder"
+                f"rank {rank} has (rows, dim, optimizer, pyembed.torch.Optimizer or not, steps, "
+                f"writable) = {theirs}, rank 0 {all_of_them[0]}; allowed: the same on all ranks, "
+                "and writable: in DDP each rank has a table of its own, in memory or in a folder"
             )
     _begin_as_rank_0(table, ranks)
     layer._ranks = ranks

@@ -3,8 +3,8 @@
 A layer has its rows
 
 - in a Parameter, as torch.nn has, and torch's own optimizers update it: in memory, no `optimizer=`;
-- or in a table, which backward updates at once: with `optimizer=`, or frozen. Torch gets copies of
-  rows, never the table: a read-only one cannot be written, and nothing of its size is made.
+- or in a table: with `optimizer=`, which backward calls, or frozen. Torch gets copies of rows,
+  never the table: a read-only one cannot be written, and nothing of its size is made.
 
 It refuses what cannot be: a Parameter in a file, a second writer of one.
 """
@@ -95,6 +95,7 @@ class Layer(nn.Module):
         self.in_state_dict = True  # False: the table is its own checkpoint
         self._seen: tuple[Any, Any] | None = None  # the Parameter's memory, as a table
         self._ranks: Any = None  # who steps with this table, see `distributed`
+        self._accumulates = False  # backward steps at once, unless there is an `Optimizer`
         self._changes = 0  # so that a backward which reads rows again knows that they are others
         try:
             self._core = self._core_class(**settings, table=table)
@@ -248,7 +249,7 @@ class Layer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None, "_ranks": None}
+        return {**self.__dict__, "_seen": None, "_ranks": None, "_accumulates": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -317,8 +318,8 @@ class Embedding(Layer):
         A table's folder; opened for reading if frozen.
     optimizer : callable, optional
         A class of `pyembed.optim`, or a `functools.partial` of one: it is called with pyembed's
-        layer. Backward then updates the table, in one step for each call of the layer. Without it
-        `weight` is a Parameter.
+        layer. Backward then updates the table, in one step for each call of the layer; for one step
+        of several calls, see `Optimizer`. Without `optimizer`, `weight` is a Parameter.
 
     Examples
     --------

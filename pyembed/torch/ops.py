@@ -2,7 +2,8 @@
 
 `Lookup` is the lookup of eager mode: through the dispatcher the same call takes 16 µs more. The ops
 take tensors and numbers: through them, and through a compiled graph, a layer goes as a number.
-Backward of a layer over a table is its optimizer's step. It refuses double backward.
+Backward of a layer over a table is its optimizer's step, or is kept for that of an `Optimizer`. It
+refuses double backward.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _look_up(layer: Any, weight: Tensor, ids: Tensor, offsets: Any, weights: Any
 def _gradients(
     layer: Any, weight: Tensor, batch: Any, grad: Tensor, first: bool, second: bool
 ) -> tuple[Any, Any]:
-    """The gradients of the weight and of per_sample_weights; or a step of the table, after both."""
+    """The gradients of the weight and of per_sample_weights; that of a table it takes itself."""
     core, values = layer._over(weight), array_of(grad)
     ids, of_weight, of_weights = _batch(core, *batch), None, None
     if second:
@@ -85,8 +86,11 @@ def _gradients(
             raise ArgumentError("the layer has no optimizer; give optimizer=, or freeze the layer")
         if layer._ranks is not None:
             ids, values = distributed.whole_batch(layer._ranks, ids, values)
-        layer.optimizer.step(ids, values)
-        layer._changes += 1
+        if layer._accumulates:
+            layer.optimizer.accumulate(ids, values)
+        else:
+            layer.optimizer.step(ids, values)
+            layer._changes += 1
     elif first:
         found = core.backward(ids, values)
         of_weight = _sparse(found, weight) if core.sparse else torch.from_numpy(found)
@@ -121,7 +125,8 @@ def _differentiate(ctx: Any, grad: Tensor, gradients: Callable[..., Any]) -> tup
     if ctx.changes not in (None, ctx.layer._changes):
         raise ArgumentError(
             "the table changed between forward and backward, which reads the rows again for "
-            "mode='max' and per_sample_weights; call the layer once for each backward"
+            "mode='max' and per_sample_weights; call the layer once for each backward, or make a "
+            "pyembed.torch.Optimizer: rows then change in its step"
         )
     first, second = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     of_weight, of_weights = gradients(ctx.layer, ctx.weight, batch, grad, first, second)

@@ -1,6 +1,6 @@
-"""The tables of a model as an optimizer of torch: what its learning-rate schedulers drive.
+"""The tables of a model as an optimizer of torch: a step is the sum of what backward gave.
 
-It steps nothing: backward has. It refuses parameters that are not those of such layers.
+Backward of their layers then accumulates. It refuses parameters that are not those of such layers.
 """
 
 from __future__ import annotations
@@ -11,34 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyembed import schedules
 from pyembed.errors import ArgumentError
 from pyembed.torch.layers import Layer
 
 
-class _Rate:
-    """The learning rate of a group, as a schedule of `pyembed.optim`; a copy stays as it is now."""
-
-    def __init__(self, optimizer: Optimizer, group: int) -> None:
-        self._optimizer, self._group = optimizer, group
-
-    def __call__(self, step: int) -> float:
-        return float(self._optimizer.param_groups[self._group]["lr"])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return schedules.constant, (self(0),)
-
-    def __repr__(self) -> str:
-        return f"{self(0):g}"
-
-
 class Optimizer(torch.optim.Optimizer):
-    """What torch's learning-rate schedulers take for the layers with `optimizer=` of a model.
+    """The optimizer, in torch's sense, of the layers with `optimizer=` of a model.
+
+    From now on backward of these layers accumulates, and `step` updates each table once, by the
+    layer's own rule, with the sum: so several lookups in one forward and several backwards are one
+    step, as in torch. Without it each of them is a step of its own, and nothing is kept.
 
     Each layer is a group of `param_groups`, in the order of ``model.modules()``; ``group["lr"]`` is
-    its learning rate from now on. Backward updates the tables, so `step` and `zero_grad` have
-    nothing to do; to call them is what schedulers expect. Dense parameters go to an optimizer of
-    torch, which finds nothing to do in these layers.
+    its learning rate, which `step` gives to ``layer.optimizer``, and torch's schedulers change.
+    Dense parameters go to an optimizer of torch, which finds nothing to do in these layers. What is
+    pending is no part of `state_dict`, nor of a copy of a layer, which belongs to no Optimizer.
 
     Parameters
     ----------
@@ -54,33 +41,45 @@ class Optimizer(torch.optim.Optimizer):
     --------
     >>> import functools, pyembed.torch
     >>> from pyembed import optim
-    >>> layer = pyembed.torch.Embedding(9, 3, optimizer=functools.partial(optim.SGD, lr=0.4))
+    >>> layer = pyembed.torch.Embedding(9, 3, optimizer=functools.partial(optim.Adam, lr=0.4))
     >>> optimizer = pyembed.torch.Optimizer(layer)
     >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
-    >>> layer(torch.tensor([4])).sum().backward()
+    >>> optimizer.zero_grad()
+    >>> (layer(torch.tensor([4])) - layer(torch.tensor([2]))).sum().backward()
+    >>> layer.optimizer.steps
+    0
     >>> optimizer.step()
     >>> scheduler.step()
-    >>> layer.optimizer.lr
-    0.2
+    >>> layer.optimizer.steps, optimizer.param_groups[0]["lr"]
+    (1, 0.2)
     """
 
     def __init__(self, model: nn.Module) -> None:
         layers = [each for each in model.modules() if isinstance(each, Layer)]
-        found = [(each.optimizer, each._anchor) for each in layers if each.optimizer is not None]
-        if not found:
+        self._layers: list[Any] = [each for each in layers if each.optimizer is not None]
+        if not self._layers:
             raise ArgumentError("the model has no layer of pyembed.torch with optimizer=")
         groups: list[dict[str, Any]] = []
-        for optimizer, anchor in found:
-            schedule = optimizer._schedule
-            if schedule is not None and not isinstance(schedule, _Rate):
+        for layer in self._layers:
+            if layer.optimizer._schedule is not None:
                 raise ArgumentError(
-                    f"{optimizer!r} has a schedule of its own; allowed: a number as lr, "
+                    f"{layer.optimizer!r} has a schedule of its own; allowed: a number as lr, "
                     "which torch's scheduler then changes"
                 )
-            groups.append({"params": [anchor], "lr": optimizer.lr})
+            groups.append({"params": [layer._anchor], "lr": layer.optimizer.lr})
         super().__init__(groups, {})
-        for at, (optimizer, _) in enumerate(found):
-            optimizer.lr = _Rate(self, at)
+        self._own()
+
+    def _own(self) -> None:
+        for layer in self._layers:
+            layer._accumulates = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_layers": self._layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._own()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse parameters: they would not learn."""
@@ -90,9 +89,29 @@ class Optimizer(torch.optim.Optimizer):
             raise ArgumentError("these parameters would not learn; give them to torch's optimizers")
         super().add_param_group(param_group | {"params": given})
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what is pending. `model.zero_grad()` does not: a table has no `.grad`."""
+        super().zero_grad(set_to_none)
+        for layer in self._layers:
+            layer.optimizer.discard()
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Nothing: backward has updated the tables. Returns what `closure` gives."""
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            return closure()
+        """Update each table with what is pending, which is then gone; returns `closure`'s loss.
+
+        A table for which nothing is pending takes no step.
+
+        Raises
+        ------
+        ArgumentError, ClosedError, NonFiniteError, ReadOnlyError
+            Before anything is written to the table; what was pending for it still is.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for layer, group in zip(self._layers, self.param_groups, strict=False):
+            if layer.optimizer._pending:
+                layer.optimizer.lr = float(group["lr"])
+                layer.optimizer.step()
+                layer._changes += 1
+        return loss
