@@ -107,9 +107,11 @@ class Fault(Calls):
             die()
         if (word, then) == ("interrupt", "before"):
             raise KeyboardInterrupt
-        result = make()
-        if (word, then) == ("kill", "after"):
-            die()
+        try:
+            result = make()
+        finally:
+            if (word, then) == ("kill", "after"):  # also where the call fails
+                die()
         if (word, then) == ("interrupt", "after"):
             raise KeyboardInterrupt
         return result
