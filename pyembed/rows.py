@@ -170,8 +170,8 @@ class Rows:
         wait : bool
             Return when the pages are in memory and mapped, so that a lookup, and in a table that
             has changes a step, does not wait for the system either: for a thread of its own.
-            With durability "power" such a step does not wait for the sync of these rows' old
-            content either, if another thread is done with that by then.
+            With durability "power" the old content of these rows is also handed to a helper that
+            records and syncs it, which such a step would have to do first.
 
         Raises
         ------

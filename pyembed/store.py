@@ -43,10 +43,10 @@ there is no journal; it is known that changes were not committed, and the table 
 4. A table appears under its name complete or not at all.
 5. A dirty manifest keeps what was committed: rows appended since lie behind it, and are cut off by
    an undo.
-6. From the look at the marks until they are set nobody else records, and no interval ends
-   (`_mutex`): so what is marked is in the journal of this interval, and as the commit left it. For
-   a row that is not marked has not changed: who changes rows has `protect` return first, and the
-   interval does not end before they have changed (`Rows._turns`).
+6. From the look at the marks until they are set nobody else records, and no interval begins or
+   ends (`_mutex`); one begins without marks. So what is marked is in the journal of this interval.
+   It is there as the commit left it, as a row without a mark has not changed: who changes rows has
+   `protect` return first, and no interval ends between that and the change (`Rows._turns`).
 7. After a sync or an undo that failed nothing is called committed any more: what is lost, or
    half done, is unknown. To open the table again recovers it.
 """

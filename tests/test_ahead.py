@@ -22,10 +22,9 @@ from pyembed.interval import MAX_ASKED
 ROWS, DIM = 400, 4
 
 
-def make(path: Path, durability: str = "power", **options: object) -> Table:
+def make(path: Path, durability: str = "power") -> Table:
     """A table that is dirty: row 0 was changed."""
-    normal = init.normal()
-    Table.create(path, ROWS, DIM, "adagrad", init=normal, durability=durability).close()
+    Table.create(path, ROWS, DIM, "adagrad", init=init.normal(), durability=durability).close()
     table = Table.open(path)
     change(table, [0])
     return table
