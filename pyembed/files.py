@@ -98,6 +98,17 @@ def anonymous(rows: int, stride: int) -> F32:
     return np.frombuffer(memory, np.float32).reshape(rows, stride)
 
 
+def map_rows(fd: int, offset: int, rows: int, stride: int, access: int) -> F32:
+    """Rows of a file that is long enough, which they begin at a byte of, as its pages."""
+    if rows == 0:
+        return np.zeros((0, stride), np.float32)
+    memory = mmap.mmap(fd, offset + 4 * rows * stride, access=access)
+    with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
+        # The system's read-ahead would read megabytes for one cold row.
+        memory.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(memory, np.float32, rows * stride, offset).reshape(rows, stride)
+
+
 def allocate(fd: int, offset: int, size: int, path: Path) -> None:
     """Reserve disk space, so that a full disk is an error here and not a signal later.
 

@@ -1,20 +1,23 @@
 """What a writer keeps between two commits: old rows in the journal, which rows those are, and, when
 they are committed, a record in the log of changes.
 
-It knows when the journal's pages should go to the disk. When rows may change, and what a commit is,
-`store` knows.
+It knows when the journal's pages should go to the disk, and has a helper thread for what nobody
+should wait for. When rows may change, and what a commit is, `store` knows.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import _core, files
-from pyembed.arrays import F32
+from pyembed import _core, files, grouping
+from pyembed.arrays import F32, IdArray
 from pyembed.changes import Changes
 from pyembed.journal import Journal
 from pyembed.manifest import Manifest
@@ -22,6 +25,7 @@ from pyembed.threads import for_work
 from pyembed.touched import Touched
 
 I64 = NDArray[np.int64]
+MAX_ASKED = 64  # batches that wait to be written ahead; a step sees to what is older itself
 BEHIND_BYTES = 32 << 20  # of new frames, before one asks whether they should go to the disk
 
 
@@ -41,33 +45,33 @@ class _Before:
 
 
 class Interval:
-    """Of one table that is open for writing; not safe for threads.
+    """Of one table that is open for writing; not safe for threads, but for `ask` and `asked`.
 
     Parameters
     ----------
     folder : Path
     state : Manifest
         Of the table; its durability is not "none".
-    threads : int
-        That gather and sum old rows.
 
     Attributes
     ----------
     journal : Journal
     touched : Touched
     changes : Changes
+    power : bool
+        Whether what is recorded is synced, too.
     """
 
-    def __init__(self, folder: Path, state: Manifest, threads: int) -> None:
-        self.journal = Journal(folder, state.stride, state.durability, threads)
+    def __init__(self, folder: Path, state: Manifest) -> None:
+        self.journal = Journal(folder, state.stride, state.durability)
         self.touched = Touched(state.rows)
         self.changes = Changes(folder, state.durability)
-        self._power = state.durability == "power"
-        self._threads = threads
+        self.power = state.durability == "power"
+        self._asked = deque[IdArray](maxlen=MAX_ASKED)
         self._helper = ThreadPoolExecutor(1, "pyembed-journal")  # starts with its first task
         self._behind = 0  # the journal's bytes_written when its pages were last sent to the disk
 
-    def record(self, array: F32, pages: _core.Pages, rows: I64) -> None:
+    def record(self, array: F32, pages: _core.Pages, rows: I64, threads: int) -> None:
         """Write old rows, and mark them; what fails leaves them unmarked, and the table sound.
 
         Parameters
@@ -76,6 +80,8 @@ class Interval:
             The mapping.
         rows : int64 array, ascending and unique
             Those that are recorded already are left out.
+        threads : int
+            That may gather and sum them.
 
         Raises
         ------
@@ -87,9 +93,9 @@ class Interval:
         rows = self.touched.new(rows)
         if not rows.size:
             return
-        threads = for_work(rows.size * array.shape[1], self._threads)
-        self.journal.record(rows, _Before(array, pages, rows, threads))
-        if self._power:
+        threads = for_work(rows.size * array.shape[1], threads)
+        self.journal.record(rows, _Before(array, pages, rows, threads), threads)
+        if self.power:
             self.journal.sync()
         else:
             self._write_behind()
@@ -106,11 +112,31 @@ class Interval:
             if files.write_back_is_near():
                 self._helper.submit(self.journal.start_write_back)
 
+    def ask(self, ids: IdArray, record: Callable[[Interval], None], owner: object) -> None:
+        """Have the helper call `record`, which finds copies of these ids in `asked`.
+
+        What it raises is nobody's error: whoever needs these rows meets it again. The owner of the
+        table is kept until then: where the last of it goes, the table is committed and closed, and
+        a garbage collection may see to that in any thread, also in the middle of `record`.
+        """
+        self._asked.append(ids.flatten())
+        with contextlib.suppress(RuntimeError):  # at the end of a process no thread is to be had
+            self._helper.submit(lambda owner: record(self), owner)
+
+    def asked(self, rows: int) -> I64:
+        """The rows, ascending and unique, that were asked for since this was called last."""
+        some = [self._asked.popleft() for _ in range(len(self._asked))]
+        return grouping.group(np.concatenate([*some, np.zeros(0, np.int64)]), rows, 1).rows
+
     def log(self, before: Manifest, after: Manifest) -> None:
         """Before a manifest commits what was changed since the one before it."""
         self.changes.append(before, after, self.touched.parts())
 
     def close(self) -> None:
-        """Let go of the files. What is in them stays."""
-        self._helper.shutdown()
+        """Let go of the files. What is in them stays.
+
+        It does not wait for the helper, which may be who closes. What that is late with finds
+        nothing to write to.
+        """
+        self._helper.shutdown(wait=False, cancel_futures=True)
         self.journal.close()

@@ -146,8 +146,6 @@ class Journal:
         Floats of a row.
     durability : {"process", "power"}
         What a frame is safe from; with "power" once `sync` has returned.
-    threads : int
-        That sum what is recorded.
 
     Attributes
     ----------
@@ -161,10 +159,8 @@ class Journal:
         Whether a sync failed, or was interrupted: what was recorded may be lost.
     """
 
-    def __init__(
-        self, folder: Path, stride: int, durability: str = "process", threads: int = 1
-    ) -> None:
-        self._folder, self._stride, self._threads = folder, stride, threads
+    def __init__(self, folder: Path, stride: int, durability: str = "process") -> None:
+        self._folder, self._stride = folder, stride
         self._power = durability == "power"
         self._fds = [-1, -1]  # kept open: a file opened anew need not hear of a failed write
         self._fd = -1
@@ -204,7 +200,7 @@ class Journal:
             raise FormatError(f"{self.path}: not a regular file; remove it")
         return fd
 
-    def record(self, rows: I64, old: _Old) -> None:
+    def record(self, rows: I64, old: _Old, threads: int = 1) -> None:
         """Append rows as they are before their first change, in frames of bounded size.
 
         If it fails, the rows count as not recorded. Frames of them that were written do no harm:
@@ -216,6 +212,8 @@ class Journal:
             None of them recorded in this interval.
         old : float32 array of shape (n, stride)
             C-contiguous; or what gives one for each slice of 0..n, and may use its memory again.
+        threads : int
+            That sum them.
 
         Raises
         ------
@@ -226,12 +224,12 @@ class Journal:
         if not self.frames:
             raise ArgumentError("record before begin")
         frame = max(1, FRAME_BYTES // (8 + 4 * self._stride))
-        some = frame * self._threads  # that are gathered and summed together
+        some = frame * threads  # that are gathered and summed together
         for start in range(0, rows.size, some):
             numbers = rows[start : start + some]
             floats = old[start : start + numbers.size]
             self._check(numbers, floats)
-            sums = _crc_of_each(_bytes_of(floats), 4 * self._stride * frame, self._threads)
+            sums = _crc_of_each(_bytes_of(floats), 4 * self._stride * frame, threads)
             for k, crc in enumerate(sums):
                 part = slice(k * frame, (k + 1) * frame)
                 self._append(numbers[part], floats[part], crc)

@@ -1,7 +1,8 @@
 """The next batches' pages, asked for on a helper thread while the model computes this one.
 
 It changes time, never results: a batch comes out as it went in, in its place, and a lookup that
-finds its rows in memory does the same as one that has to wait for them.
+finds its rows in memory does the same as one that has to wait for them. So does a step that finds
+their old content in the journal, see `Rows.prefetch`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def lookahead(
     ids: Callable[[Batch], ArrayLike] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield the batches, with the pages of the next ones on their way into memory.
+
+    With durability "power", and once the table has changes, the old content of their rows is on its
+    way to the disk too, and a step does not wait for that sync: for batches that are trained on.
 
     Parameters
     ----------

@@ -172,7 +172,7 @@ class Rows:
         """Ask for the pages of the rows that `ids` name; return when all were asked for.
 
         It changes no result. Nothing is asked for if a sample of the rows is all in memory.
-        `pyembed.lookahead` does this for a loop.
+        `pyembed.lookahead` does this for a loop, with `wait`.
 
         Parameters
         ----------
@@ -180,6 +180,8 @@ class Rows:
         wait : bool
             Return when the pages are in memory and mapped, so that a lookup, and in a table that
             has changes a step, does not wait for the system either: for a thread of its own.
+            With durability "power" the old content of these rows is also handed to a helper that
+            records and syncs it, which such a step would have to do first.
 
         Raises
         ------
@@ -188,10 +190,15 @@ class Rows:
         weight, ids = self.weight_column, as_ids(ids)
         if _core.ask_pages(weight, ids) and wait:
             _core.map_pages(weight, ids, self._is_training())
+        if wait and self._is_training():
+            self._expect_change(ids)
 
     def _is_training(self) -> bool:
         """Whether rows that are looked up are likely to be changed."""
         return False
+
+    def _expect_change(self, ids: IdArray) -> None:
+        """Called when rows are likely to change soon; what can be done for that before, may be."""
 
     def scatter_add(
         self, ids: ArrayLike, values: ArrayLike, alpha: float = 1.0, deterministic: bool = False

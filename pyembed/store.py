@@ -20,9 +20,9 @@ State diagram (the function on each arrow)::
 A change, in this order; each line returns before the next begins::
 
     protect   the first after a commit: the journal begins (frame 0), then the manifest says dirty
-              rows not yet touched since the commit: their old content is recorded in the journal
+              rows not yet marked since the commit: their old content is recorded in the journal
               with durability "power": the journal is synced
-              they are marked as touched
+              they are marked (with "power" the helper may have done so before, since `write_ahead`)
     kernel    rows change
 
     commit    which rows changed is logged (with "power" synced); rows are synced; then the manifest
@@ -43,7 +43,11 @@ there is no journal; it is known that changes were not committed, and the table 
 4. A table appears under its name complete or not at all.
 5. A dirty manifest keeps what was committed: rows appended since lie behind it, and are cut off by
    an undo.
-6. After a sync or an undo that failed nothing is called committed any more: what is lost, or
+6. From the look at the marks until they are set nobody else records, and no interval begins or
+   ends (`_mutex`); one begins without marks. So what is marked is in the journal of this interval.
+   It is there as the commit left it, as a row without a mark has not changed: who changes rows has
+   `protect` return first, and no interval ends between that and the change (`Rows._turns`).
+7. After a sync or an undo that failed nothing is called committed any more: what is lost, or
    half done, is unknown. To open the table again recovers it.
 """
 
@@ -58,7 +62,7 @@ import os
 import secrets
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +71,12 @@ from numpy.typing import NDArray
 
 from pyembed import manifest as manifests
 from pyembed import order, seal, undo
-from pyembed.arrays import F32
-from pyembed.errors import (
-    ArgumentError,
-    DirtyError,
-    FormatError,
-    LockedError,
-    ReadOnlyError,
-    TableError,
-)
+from pyembed.arrays import F32, IdArray
+from pyembed.errors import ArgumentError, FormatError, LockedError, ReadOnlyError, TableError
 from pyembed.files import (
     HEADER_BYTES,
     allocate,
+    map_rows,
     npy_header,
     read_npy_header,
     replace_file,
@@ -143,7 +141,8 @@ class Store:
         self._failed_sync = self._writes = False
         self._interval: Interval | None = None
         self._salt = secrets.token_hex(8)  # of the next interval, however often it is begun
-        self._mutex = threading.Lock()  # several threads may make the first change at once
+        self._threads = threads
+        self._mutex = threading.Lock()  # of whoever records, or ends an interval
         flags = (os.O_RDWR if mode == "r+" else os.O_RDONLY) | os.O_CLOEXEC
         try:
             self._file = path / "rows.npy" if self.folder else path
@@ -156,7 +155,7 @@ class Store:
             self.id_map = self._map_ids()
             self.keeper = Keeper(self._fd, self.array, memory_limit, mode == "r+")
             self._pages = self.keeper.pages
-            self._open_interval(durability, threads)
+            self._open_interval(durability)
             self._writes = self.folder and mode == "r+"
         except BaseException:
             self.release()
@@ -217,17 +216,9 @@ class Store:
             )
 
     def _map(self, rows: int, private: bool = False) -> F32:
-        stride = self.manifest.stride
         access = {"r": mmap.ACCESS_READ, "r+": mmap.ACCESS_WRITE, "c": mmap.ACCESS_COPY}[self.mode]
-        if rows == 0:
-            return np.zeros((0, stride), np.float32)
         access = mmap.ACCESS_COPY if private else access
-        memory = mmap.mmap(self._fd, self._offset + 4 * rows * stride, access=access)
-        with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
-            # The system's read-ahead would read megabytes for one cold row.
-            memory.madvise(mmap.MADV_RANDOM)
-        flat = np.frombuffer(memory, np.float32, rows * stride, self._offset)
-        return flat.reshape(rows, stride)
+        return map_rows(self._fd, self._offset, rows, self.manifest.stride, access)
 
     def _map_ids(self) -> NDArray[np.int64] | None:
         file, rows = self.path / order.FILE, self.manifest.rows
@@ -241,13 +232,13 @@ class Store:
             os.close(fd)
         return np.frombuffer(memory, np.int64, rows, offset)
 
-    def _open_interval(self, durability: str | None, threads: int) -> None:
+    def _open_interval(self, durability: str | None) -> None:
         if self.mode != "r+" or not self.folder:
             return
         if durability is not None and durability != self.manifest.durability:
             self._set(self.manifest.with_changes(durability=durability))
         if self.manifest.durability != "none":
-            self._interval = Interval(self.path, self.manifest, threads)
+            self._interval = Interval(self.path, self.manifest)
 
     # --- undo ---------------------------------------------------------------------------------
 
@@ -302,21 +293,18 @@ class Store:
         if self.manifest.state == "clean":
             self._forget_steps()
             return
-        replay = undo.judge(self.path, self.manifest)
-        written = self._interval.journal.frames
-        if replay.frames < written:
-            what = f"{replay.frames} of {written} frames of the journal are left"
-            raise DirtyError(errno.EUCLEAN, f"{what}; close the table", str(self.path))
-        rows = self.manifest.rows
-        try:
-            self._put_back(replay)
-        except BaseException:  # rows of two times must not be committed
-            self._failed_sync = True
-            raise
-        self._forget_steps()
-        self._interval.touched.clear()
-        if rows != self.array.shape[0]:
-            self._remap(rows)
+        with self._turn():
+            replay = undo.judge(self.path, self.manifest, self._interval.journal.frames)
+            rows = self.manifest.rows
+            try:
+                self._put_back(replay)
+            except BaseException:  # rows of two times must not be committed
+                self._failed_sync = True
+                raise
+            self._forget_steps()
+            self._interval.touched.clear()
+            if rows != self.array.shape[0]:
+                self._remap(rows)
 
     def _forget_steps(self) -> None:
         """Optimizers have come as far as the last commit says."""
@@ -334,9 +322,22 @@ class Store:
         if self._pid != os.getpid():
             what = "the table was opened before a fork; open it in this process, once it is closed"
             raise ReadOnlyError(errno.EROFS, what, str(self.path))
-        if self._failed_sync:
+        if self._failed:
             what = "a sync or an undo failed; close it, and open it again to recover"
             raise TableError(errno.EIO, what, str(self.path))
+
+    @property
+    def _failed(self) -> bool:
+        interval = self._interval
+        return self._failed_sync or (interval is not None and interval.journal.failed_sync)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Nobody else records, and no interval ends; what failed before that is known."""
+        self._require_writer()  # first, as in a forked child the mutex may never be free
+        with self._mutex:
+            self._require_writer()
+            yield
 
     @property
     def keeps_journal(self) -> bool:
@@ -358,19 +359,34 @@ class Store:
             If a sync failed before, or the disk has no room for the journal. No row was changed.
         """
         self._require_writer()
-        with self._mutex:
+        interval = self._interval
+        if interval is not None and self.manifest.state == "dirty":
+            rows = interval.touched.new(rows)
+            if not rows.size:
+                return  # whatever the helper is at
+        with self._turn():
             if self.mode != "r+":
                 return
             if self.manifest.state == "clean":
-                if self._interval is not None:
-                    self._interval.journal.begin(self.manifest.generation, int(self._salt, 16))
+                if interval is not None:
+                    interval.touched.commit(self.manifest.rows)  # if Ctrl-C kept the end from it
+                    interval.journal.begin(self.manifest.generation, int(self._salt, 16))
                 dirty = {"state": "dirty", "salt": self._salt, "boot": undo.boot_id()}
                 self._set(self.manifest.with_changes(**dirty))
-            if self._interval is not None:
-                try:
-                    self._interval.record(self.array, self._pages, rows)
-                finally:
-                    self._failed_sync |= self._interval.journal.failed_sync
+            if interval is not None:
+                interval.record(self.array, self._pages, rows, self._threads)
+
+    def write_ahead(self, ids: IdArray, owner: object) -> None:
+        """With "power", have the helper record these rows, so that no step has to wait for it."""
+        interval = self._interval
+        if interval is not None and interval.power and self._pid == os.getpid():
+            interval.ask(ids, self._record_asked, owner)
+
+    def _record_asked(self, interval: Interval) -> None:
+        rows = interval.asked(self.array.shape[0])
+        with self._turn():
+            if self.manifest.state == "dirty":
+                interval.record(self.array, self._pages, rows, 1)  # the caller computes meanwhile
 
     def commit(self, meta: dict[str, Any] | None) -> None:
         """Sync the rows, then say so in the manifest."""
@@ -394,11 +410,12 @@ class Store:
         state = before.with_changes(**what, rows=self.array.shape[0], seal=seal, **CLEAN)
         # A meta that cannot be stored is refused before anything is synced; and a copy is kept.
         state = manifests.decode(manifests.encode(state), str(self.path))
-        if self._interval is not None:
-            self._interval.log(before, state)
-        self._finish_interval(state)
-        if self._interval is not None:
-            self._interval.touched.commit(state.rows)
+        with self._turn():
+            if self._interval is not None:
+                self._interval.log(before, state)
+            self._finish_interval(state)
+            if self._interval is not None:
+                self._interval.touched.commit(state.rows)
 
     def append(self, chunks: Iterable[F32], count: int) -> None:
         """Add `count` rows: allocate, write, sync, then the header; the next commit counts them."""
@@ -443,13 +460,16 @@ class Store:
 
     def release(self) -> None:
         """Let go of the lock and the files; the mapping lives as long as an array shows it."""
+        if self._interval is not None and self._pid != os.getpid():
+            self._interval.journal.close()  # the rest is the parent's, and locked perhaps
+        elif self._interval is not None:
+            with self._mutex:
+                self._interval.close()
         self.array = np.zeros((0, 1), np.float32)
         if self.keeper is not None:
             self.keeper.close()
             self.keeper.rows = self.array
-        if self._interval is not None:
-            self._interval.close()
-        if self._writes and self.manifest.state == "clean" and not self._failed_sync:
+        if self._writes and self.manifest.state == "clean" and not self._failed:
             self._remove_useless()
         for fd in (self._fd, self._lock_fd):
             if fd >= 0:
@@ -468,7 +488,7 @@ class Store:
         """The table was dropped, or is open at exit: no work is lost for a forgotten close."""
         forgotten = self.mode == "r+" and self.manifest.state == "dirty"
         try:
-            if forgotten and self._pid == os.getpid() and not self._failed_sync:
+            if forgotten and self._pid == os.getpid() and not self._failed:
                 self.commit(None)
         finally:
             self.release()

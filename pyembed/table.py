@@ -251,6 +251,10 @@ class Table(Rows):
     def _is_training(self) -> bool:
         return self.writable and self.state == "dirty"
 
+    def _expect_change(self, ids: IdArray) -> None:
+        if self._store is not None:
+            self._store.write_ahead(ids, self)
+
     def _keeps_journal(self) -> bool:
         return self._store is not None and self._store.keeps_journal
 

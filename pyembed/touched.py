@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,7 +27,7 @@ class Touched:
     Bits lie in pages of `BLOCK_ROWS`, and take memory as rows are touched.
 
     `new` does not mark, so that a row counts as touched only once its old content is safe: a
-    caller asks, records, syncs, marks, with nobody else in between.
+    caller asks, records, syncs, marks, with nobody else in between. Anybody may ask meanwhile.
 
     Parameters
     ----------
@@ -39,16 +40,19 @@ class Touched:
         blocks = -(-rows // BLOCK_ROWS)
         self._bits = np.zeros((blocks, BLOCK), np.uint8)
         self._touched = np.zeros(blocks, np.bool_)  # blocks with a bit set
+        self._looking = threading.Lock()
 
     def new(self, rows: I64) -> I64:
         """Those of `rows` (ascending, unique) that are not marked, in their order."""
         rows = rows[: np.searchsorted(rows, self.rows)]
-        unmarked: I64 = _core.unmarked_rows(self._bits.reshape(-1), rows)
+        with self._looking:
+            unmarked: I64 = _core.unmarked_rows(self._bits.reshape(-1), rows)
         return unmarked
 
     def mark(self, rows: I64) -> None:
         """Say that these rows (ascending, unique, out of `new`) are safe to change."""
-        _core.mark_rows(self._bits.reshape(-1), rows)
+        with self._looking:
+            _core.mark_rows(self._bits.reshape(-1), rows)
         self._touched[rows >> BLOCK_SHIFT] = True
 
     def parts(self) -> Iterator[tuple[int, U32, U8]]:

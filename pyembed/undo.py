@@ -35,8 +35,10 @@ def boot_id() -> str:
         return f"unknown {secrets.token_hex(8)}"
 
 
-def judge(folder: Path, state: Manifest) -> Replay:
+def judge(folder: Path, state: Manifest, written: int = 0) -> Replay:
     """The frames that bring a dirty table back to its last commit, read once to the end.
+
+    `written` is how many there are, as far as that is known.
 
     Raises
     ------
@@ -61,6 +63,9 @@ def judge(folder: Path, state: Manifest) -> Replay:
             "restore a copy, or open it as it is with salvage=True",
             str(folder),
         )
+    if replay.frames < written:
+        what = f"{replay.frames} of {written} frames of the journal are left"
+        raise DirtyError(errno.EUCLEAN, f"{what}; close the table", str(folder))
     return replay
 
 

@@ -61,6 +61,8 @@ HUNTS: dict[str, Callable[[How], Counts]] = {
     "rows change before they are recorded": _kills,
     "marked before recorded": _refused,
     "journal not synced": _cuts,
+    "marked ahead before synced": _cuts,
+    "marked ahead over a commit": _cuts,
     "manifest before the rows": _cuts,
     "rows not synced": _cuts,
     "salt kept": _kills,

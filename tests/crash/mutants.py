@@ -26,7 +26,7 @@ def rows_change_before_they_are_recorded() -> None:
     waiting: list[Any] = []
     real_protect, real_record, real_commit = Store.protect, Journal.record, Store.commit
 
-    def late(self: Journal, rows: np.ndarray, old: Any) -> None:
+    def late(self: Journal, rows: np.ndarray, old: Any, threads: int = 1) -> None:
         waiting.append((self, rows, old[slice(0, rows.size)].copy()))
 
     def protect(self: Store, rows: np.ndarray) -> None:
@@ -57,6 +57,35 @@ def marked_before_recorded() -> None:
 
 def journal_not_synced() -> None:
     Journal.sync = lambda self: None  # type: ignore[method-assign]
+
+
+def marked_ahead_before_synced() -> None:
+    real = Store._record_asked
+
+    def record(self: Store, interval: Any) -> None:
+        sync, Journal.sync = Journal.sync, lambda self: None  # type: ignore
+        try:
+            real(self, interval)
+        finally:
+            Journal.sync = sync  # type: ignore[method-assign]
+
+    Store._record_asked = record  # type: ignore[method-assign]
+
+
+def marked_ahead_over_a_commit() -> None:
+    """The helper marks late what it has recorded, be it in another interval."""
+    real, late = Store._record_asked, list[np.ndarray]()
+
+    def record(self: Store, interval: Any) -> None:
+        mark, Touched.mark = Touched.mark, lambda self, rows: late.append(rows)  # type: ignore
+        try:
+            while late:
+                mark(interval.touched, late.pop())
+            real(self, interval)
+        finally:
+            Touched.mark = mark  # type: ignore[method-assign]
+
+    Store._record_asked = record  # type: ignore[method-assign]
 
 
 def manifest_before_the_rows() -> None:
@@ -225,6 +254,8 @@ MUTANTS: dict[str, Callable[[], None]] = {
         rows_change_before_they_are_recorded,
         marked_before_recorded,
         journal_not_synced,
+        marked_ahead_before_synced,
+        marked_ahead_over_a_commit,
         manifest_before_the_rows,
         rows_not_synced,
         salt_kept,

@@ -92,6 +92,7 @@ class Trainer:
             ids = rng.integers(0, self.table.rows, plan.batch)
             grad = rng.standard_normal((plan.batch, plan.dim), np.float32)
             kind = int(rng.integers(8))
+            self.table.prefetch(ids, wait=True)
             if kind == 5:
                 yield lambda ids=ids, grad=grad: self.table.scatter_add(ids, grad)  # type: ignore
             elif kind == 6:
