@@ -4,7 +4,8 @@ A layer has its rows
 
 - in a Parameter, as torch.nn has, and torch's own optimizers update it: in memory, no `optimizer=`;
 - or in a table: with `optimizer=`, which backward calls, or frozen. Torch gets copies of rows,
-  never the table: a read-only one cannot be written, and nothing of its size is made.
+  never the table: a read-only one cannot be written, and nothing of its size is made;
+- or in a table and, with `placement="device"`, as a copy in a Parameter, until `commit`.
 
 It refuses what cannot be: a Parameter in a file, a second writer of one.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pyembed import embedding, embedding_bag, residency
 from pyembed.arrays import F32
@@ -27,6 +29,7 @@ from pyembed.errors import ArgumentError, DTypeError
 from pyembed.optimizer import Optimizer
 from pyembed.table import Table
 from pyembed.torch import ops
+from pyembed.torch import placement as placing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,6 +74,7 @@ class Layer(nn.Module):
         *args: Any,
         path: Path | None = None,
         optimizer: MakeOptimizer | None = None,
+        placement: str = "table",
         **named: Any,
     ) -> None:
         super().__init__()
@@ -83,8 +87,8 @@ class Layer(nn.Module):
         mode = "r" if settings.get("_freeze", False) else "r+"
         if sum(given is not None for given in (weight, table, path)) > 1:
             raise ArgumentError("_weight, table and path name the same rows; give one")
-        if place.type not in ("cpu", "cuda"):
-            raise ArgumentError(f"device = {place}; allowed: 'cpu', 'cuda'")
+        exists, frozen = table is not None or path is not None, mode == "r"
+        placing.require(placement, exists, optimizer is not None, frozen, place)
         if weight is not None and getattr(weight, "type", str)() != "torch.FloatTensor":
             raise DTypeError(f"_weight is a {_kind(weight)}; allowed: a float32 Tensor on the CPU")
         fresh = weight is None and table is None and path is None
@@ -98,6 +102,7 @@ class Layer(nn.Module):
         self._accumulates = False  # backward steps at once, unless there is an `Optimizer`
         self._changes = 0  # so that a backward which reads rows again knows that they are others
         try:
+            self.placement = placing.decide(placement, table, place)
             self._core = self._core_class(**settings, table=table)
             self._is_max = getattr(self._core, "mode", None) == "max"
             self.optimizer = None if optimizer is None else self._made(optimizer)
@@ -139,8 +144,16 @@ class Layer(nn.Module):
         return made
 
     def _place_rows(self, table: Table, weight: Tensor | None, place: torch.device) -> None:
-        plain = table.path is None and table.writable and place.type == "cpu"
         learns = not self._core.frozen
+        if self.placement == "device":
+            self._in_table = False
+            self.weight = nn.Parameter(placing.copied(table, place, learns), learns)
+            return
+        if place.type not in ("cpu", "cuda"):
+            raise ArgumentError(
+                f"device = {place}; allowed: 'cpu', 'cuda'; any other with placement='device'"
+            )
+        plain = table.path is None and table.writable and place.type == "cpu"
         self._in_table = self.optimizer is not None or not plain
         if not self._in_table:
             self.weight = nn.Parameter(_shared(table) if weight is None else weight, learns)
@@ -164,9 +177,26 @@ class Layer(nn.Module):
 
     @property
     def table(self) -> Table:
-        """Where the rows are; without `optimizer=`, a table over the Parameter's memory."""
-        table: Table = self._over(self.weight).table
+        """Where the rows are, or with placement "device" come from and are committed to.
+
+        Without `optimizer=`, a table over the Parameter's memory.
+        """
+        core = self._core if self.placement == "device" else self._over(self.weight)
+        table: Table = core.table
         return table
+
+    def commit(self, meta: dict[str, Any] | None = None) -> None:
+        """Commit the table; with placement "device", after the rows that differ were copied back.
+
+        State columns of the table stay as they are then: they are not the torch optimizer's.
+
+        Raises
+        ------
+        ArgumentError, ClosedError, DTypeError, ReadOnlyError
+        """
+        if self.placement == "device":
+            placing.write_back(self.weight, self.table)
+        self.table.commit(meta)
 
     @property
     def num_embeddings(self) -> int:
@@ -190,6 +220,7 @@ class Layer(nn.Module):
         """As torch has it; or the table."""
         shape = None if self._in_table else f"{self.num_embeddings}, {self.embedding_dim}"
         last = [] if self.optimizer is None else [f"optimizer={self.optimizer}"]
+        last += ["placement='device'"] if self.placement == "device" else []
         return ", ".join([shape or repr(self.table), *self._core._settings(), *last])
 
     # --- lookups ------------------------------------------------------------------------------
@@ -256,9 +287,10 @@ class Layer(nn.Module):
         self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
-        if self._in_table and self.table.path is not None and self.table.writable:
+        table = self._core.table
+        if table.path is not None and table.writable:
             raise ArgumentError(
-                f"{self.table.path} is written by this layer, and has one writer; share the layer, "
+                f"{table.path} is written by this layer, and has one writer; share the layer, "
                 "or call table.close(), copy the folder, and open the copy with path="
             )
         memo[id(self)] = twin = type(self).__new__(type(self))
@@ -310,8 +342,9 @@ class Embedding(Layer):
     num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
     _weight, _freeze
         As in torch, by the rules of docs/torch-compatibility.md.
-    device : "cpu" or "cuda"
-        Where rows that were looked up go; "cuda" takes `optimizer`, or a frozen layer.
+    device : "cpu" or "cuda"; with placement "device" any of torch's
+        Where rows that were looked up go; "cuda" takes `optimizer`, or a frozen layer. With
+        placement "device", where all rows go.
     dtype, table
         As for `pyembed.Embedding`.
     path : path-like, optional
@@ -320,6 +353,11 @@ class Embedding(Layer):
         A class of `pyembed.optim`, or a `functools.partial` of one: it is called with pyembed's
         layer. Backward then updates the table, in one step for each call of the layer; for one step
         of several calls, see `Optimizer`. Without `optimizer`, `weight` is a Parameter.
+    placement : {"table", "device", "auto"}
+        "device" copies the rows of `path` or `table` onto `device`, as a Parameter that torch looks
+        up and torch's optimizers train; `commit` copies them back. "auto", for a frozen layer:
+        "device" if the rows take at most half of the memory that is free there. The attribute
+        `placement` says which it is: "table" or "device".
 
     Examples
     --------
@@ -336,7 +374,17 @@ class Embedding(Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows: a fresh tensor of shape input.shape + (embedding_dim,)."""
-        return self._look_up(input, None, None)
+        if self.placement == "table":
+            return self._look_up(input, None, None)
+        return functional.embedding(
+            input,
+            self.weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
 
 
 class EmbeddingBag(Layer):
@@ -352,7 +400,21 @@ class EmbeddingBag(Layer):
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
         """One row for each bag: a fresh tensor of shape (bags, embedding_dim)."""
-        return self._look_up(input, offsets, per_sample_weights)
+        if self.placement == "table":
+            return self._look_up(input, offsets, per_sample_weights)
+        return functional.embedding_bag(
+            input,
+            self.weight,
+            offsets,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.mode,
+            self.sparse,
+            per_sample_weights,
+            self.include_last_offset,
+            self.padding_idx,
+        )
 
 
 def _kind(value: Any) -> str:
