@@ -17,7 +17,7 @@ def crc32c_pieces(const unsigned char[::1] data, int64_t size, int threads):
     cdef cnp.ndarray found = cnp.PyArray_EMPTY(1, &shape, cnp.NPY_UINT32, 0)
     cdef uint32_t *sums = <uint32_t *>cnp.PyArray_DATA(found)
     with nogil:
-        for k in prange(count, num_threads=min(threads, count), schedule='static', chunksize=1):
+        for k in prange(count, num_threads=max(1, min(threads, count)), schedule='static', chunksize=1):
             sums[k] = pe_crc32c(0, &data[0] + k * size, min(size, total - k * size), 1)
     return found.tolist()
 
