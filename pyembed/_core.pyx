@@ -348,6 +348,7 @@ cdef extern from *:
 include "_core_pages.pxi"
 include "_core_journal.pxi"
 include "_core_rows.pxi"
+include "_core_scratch.pxi"
 include "_core_groups.pxi"
 include "_core_updates.pxi"
 include "_core_rules.pxi"

@@ -122,46 +122,29 @@ cdef int64_t _count_groups(const uint64_t *sorted_keys, int64_t lo, int64_t hi, 
     return u
 
 
-cdef void _write_groups(const uint64_t *sorted_keys, int64_t lo, int64_t hi, int position_bits, int64_t u, int64_t *rows_u,
-                        int64_t *starts_u1, int64_t *order_n) noexcept nogil:
-    cdef int64_t i
+cdef void _write_groups(uint64_t *keys, int64_t lo, int64_t hi, int position_bits, int64_t before, int64_t u, int64_t *rows_u,
+                        int64_t *starts_u1) noexcept nogil:
+    """The groups that begin at lo .. hi - 1, and these keys as positions.
+
+    before: the row of the key before them, or -1; u: the first group that begins after them.
+    """
+    cdef int64_t i, first = lo, row, next_row
     cdef uint64_t mask = (<uint64_t>1 << position_bits) - 1
-    for i in range(lo, hi):
-        order_n[i] = <int64_t>(sorted_keys[i] & mask)
-        if _begins(sorted_keys, i, position_bits):
-            rows_u[u] = <int64_t>(sorted_keys[i] >> position_bits)
-            starts_u1[u] = i
-            u += 1
-
-
-cdef cnp.ndarray _int64s(int64_t n):
-    cdef cnp.npy_intp shape = n
-    return cnp.PyArray_EMPTY(1, &shape, cnp.NPY_INT64, 0)
-
-
-# One scratch buffer is kept between calls: given back to the system it costs a page fault for every 4 KiB of the next
-# batch, 0.8 ms instead of 0.12 ms for 65536 ids. Taken and given back under the GIL.
-cdef void *spare = NULL
-cdef size_t spare_size = 0
-cdef size_t MAX_SPARE = 32 << 20
-
-
-cdef void *_take(size_t size) noexcept:
-    global spare, spare_size
-    cdef void *taken = spare
-    if spare_size < size:
-        return malloc(size)
-    spare, spare_size = NULL, 0
-    return taken
-
-
-cdef void _give_back(void *buffer, size_t size) noexcept:
-    global spare, spare_size
-    if spare_size >= size or size > MAX_SPARE:
-        free(buffer)
+    while first < hi and <int64_t>(keys[first] >> position_bits) == before:
+        keys[first] &= mask
+        first += 1
+    if first == hi:
         return
-    free(spare)
-    spare, spare_size = buffer, size
+    # Backwards, so that a group's first key writes last: a branch would be predicted wrong for every third random id.
+    row = <int64_t>(keys[hi - 1] >> position_bits)
+    for i in range(hi - 1, first, -1):
+        rows_u[u - 1], starts_u1[u - 1] = row, i
+        next_row = <int64_t>(keys[i - 1] >> position_bits)
+        u -= next_row != row
+        row = next_row
+        keys[i] &= mask
+    rows_u[u - 1], starts_u1[u - 1] = row, first
+    keys[first] &= mask
 
 
 cdef inline int _bits(int64_t below) noexcept nogil:
@@ -174,15 +157,16 @@ cdef inline int _bits(int64_t below) noexcept nogil:
 
 @cython.final
 cdef class _Sorted:
-    """The ids of a batch, checked, as sorted (row, position) keys in scratch memory that goes back with this object."""
+    """The ids of a batch, checked, as sorted (row, position) keys in a block that also has n integers to spare, and `rest`."""
 
     cdef int64_t n
     cdef int position_bits
-    cdef const uint64_t *keys
-    cdef void *buffer
-    cdef size_t size
+    cdef uint64_t *keys
+    cdef int64_t *spare_n
+    cdef int64_t *rest
+    cdef _Block block
 
-    def __cinit__(self, cnp.ndarray ids, int64_t rows, int threads):
+    def __cinit__(self, cnp.ndarray ids, int64_t rows, int threads, int64_t rest):
         cdef bint wide = _is_int64(ids)
         cdef int row_bits = _bits(rows)
         cdef const void *ids_n = cnp.PyArray_DATA(ids)
@@ -191,58 +175,50 @@ cdef class _Sorted:
         _check_ids(ids, wide, rows, threads)
         if row_bits + self.position_bits > 64:
             raise ValueError(f"{self.n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
-        self.size = (2 * self.n + 1) * sizeof(uint64_t)
-        self.buffer = _take(self.size)
+        self.block = _Block(2 * self.n + rest)
+        self.rest = self.block.data + 2 * self.n
         cdef int64_t *counts = <int64_t *>malloc(<size_t>(1 if self.n <= FEW else 1 << DIGIT_BITS) * threads * sizeof(int64_t))
-        if self.buffer is NULL or counts is NULL:
-            free(counts)
+        if counts is NULL:
             raise MemoryError
-        cdef uint64_t *keys = <uint64_t *>self.buffer
+        cdef uint64_t *first = <uint64_t *>self.block.data
         with nogil:
-            self.keys = _sort(ids_n, wide, self.n, row_bits, self.position_bits, keys, keys + self.n, counts, threads)
+            self.keys = _sort(ids_n, wide, self.n, row_bits, self.position_bits, first, first + self.n, counts, threads)
         free(counts)
+        self.spare_n = <int64_t *>(first + self.n if self.keys == first else first)
         if self.n and <int64_t>(self.keys[self.n - 1] >> self.position_bits) >= rows:
             raise RuntimeError("the ids changed while they were grouped")
-
-    def __dealloc__(self):
-        if self.buffer is not NULL:
-            _give_back(self.buffer, self.size)
 
 
 def group(cnp.ndarray ids not None, int64_t rows, int threads):
     """Unique rows of a batch: (rows_u, starts_u1, order_n), int64; see the top of this part."""
-    cdef _Sorted batch = _Sorted(ids, rows, threads)
-    cdef int64_t n = batch.n, u = 0, here
-    cdef const uint64_t *keys = batch.keys
+    cdef int64_t n = cnp.PyArray_SIZE(ids), u = 0
+    cdef _Sorted batch = _Sorted(ids, rows, threads, n + 1 + 2 * threads)
+    cdef uint64_t *keys = batch.keys
+    cdef int64_t *starts_u1 = batch.rest
+    cdef int64_t *end_t = starts_u1 + n + 1
+    cdef int64_t *before_t = end_t + threads
     cdef int position_bits = batch.position_bits, t
-    cdef cnp.ndarray counts = _int64s(threads)
-    cdef int64_t *begin_t = <int64_t *>cnp.PyArray_DATA(counts)
     with nogil:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
-            begin_t[t] = _count_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), position_bits)
+            end_t[t] = _count_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), position_bits)
         for t in range(threads):
-            here = begin_t[t]
-            begin_t[t] = u
-            u += here
-    rows_array, starts_array, order_array = _int64s(u), _int64s(u + 1), _int64s(n)
-    cdef int64_t *rows_u = <int64_t *>cnp.PyArray_DATA(rows_array)
-    cdef int64_t *starts_u1 = <int64_t *>cnp.PyArray_DATA(starts_array)
-    cdef int64_t *order_n = <int64_t *>cnp.PyArray_DATA(order_array)
-    with nogil:
+            u += end_t[t]
+            end_t[t] = u
+            before_t[t] = <int64_t>(keys[_split(n, t, threads) - 1] >> position_bits) if _split(n, t, threads) else -1
         starts_u1[u] = n
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
-            _write_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), position_bits, begin_t[t],
-                          rows_u, starts_u1, order_n)
-    return rows_array, starts_array, order_array
+            _write_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), position_bits, before_t[t], end_t[t],
+                          batch.spare_n, starts_u1)
+    return (_int64s(batch.block, batch.spare_n, u), _int64s(batch.block, starts_u1, u + 1),
+            _int64s(batch.block, <int64_t *>keys, n))
 
 
 cdef struct Sorting:
-    # One batch of group_many. Its keys lie in scratch memory; the other arrays are the result.
+    # One batch of group_many.
     const void *ids_n
     uint64_t *keys
     int64_t *rows_u
     int64_t *starts_u1
-    int64_t *order_n
     int64_t n
     int64_t u
     bint wide
@@ -251,9 +227,12 @@ cdef struct Sorting:
 
 
 cdef void _sort_one(Sorting *s, int64_t *counts) noexcept nogil:
-    cdef const uint64_t *keys = _sort(s.ids_n, s.wide, s.n, s.row_bits, s.position_bits, s.keys, s.keys + s.n, counts, 1)
+    """At first keys and rows_u are for keys; both may change places."""
+    cdef uint64_t *keys = _sort(s.ids_n, s.wide, s.n, s.row_bits, s.position_bits, s.keys, <uint64_t *>s.rows_u, counts, 1)
+    if keys != s.keys:
+        s.keys, s.rows_u = keys, <int64_t *>s.keys
     s.u = _count_groups(keys, 0, s.n, s.position_bits)
-    _write_groups(keys, 0, s.n, s.position_bits, 0, s.rows_u, s.starts_u1, s.order_n)
+    _write_groups(keys, 0, s.n, s.position_bits, -1, s.u, s.rows_u, s.starts_u1)
     s.starts_u1[s.u] = s.n
 
 
@@ -261,10 +240,9 @@ def group_many(list batches not None, int threads):
     """`group` for many small batches in one parallel region, a batch to a thread; `batches`: pairs (ids, rows)."""
     cdef int64_t b, count = len(batches), total = 0, at = 0
     cdef cnp.ndarray ids
-    cdef list found = []
+    cdef _Block block
     cdef Sorting *s = <Sorting *>malloc((count + 1) * sizeof(Sorting))
     cdef int64_t *counts = <int64_t *>malloc(<size_t>(1 << DIGIT_BITS) * threads * sizeof(int64_t))
-    cdef uint64_t *keys = NULL
     try:
         if s is NULL or counts is NULL:
             raise MemoryError
@@ -275,29 +253,23 @@ def group_many(list batches not None, int threads):
             _check_ids(ids, s[b].wide, rows, 1)
             if s[b].row_bits + s[b].position_bits > 64:
                 raise ValueError(f"{s[b].n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
-            found.append((_int64s(s[b].n), _int64s(s[b].n + 1), _int64s(s[b].n)))
-            s[b].rows_u = <int64_t *>cnp.PyArray_DATA(found[b][0])
-            s[b].starts_u1 = <int64_t *>cnp.PyArray_DATA(found[b][1])
-            s[b].order_n = <int64_t *>cnp.PyArray_DATA(found[b][2])
-            total += s[b].n
-        keys = <uint64_t *>_take((2 * total + 1) * sizeof(uint64_t))
-        if keys is NULL:
-            raise MemoryError
+            total += 3 * s[b].n + 1
+        block = _Block(total)
         for b in range(count):
-            s[b].keys = keys + at
-            at += 2 * s[b].n
+            s[b].rows_u = block.data + at
+            s[b].keys = <uint64_t *>s[b].rows_u + s[b].n
+            s[b].starts_u1 = s[b].rows_u + 2 * s[b].n
+            at += 3 * s[b].n + 1
         with nogil:
             for b in prange(count, num_threads=threads, schedule="dynamic", chunksize=1, use_threads_if=threads > 1):
                 _sort_one(&s[b], counts + threadid() * (<int64_t>1 << DIGIT_BITS))
         groups = []
         for b in range(count):
-            rows_u, starts_u1, order_n = found[b]
-            if s[b].u and rows_u[s[b].u - 1] >= batches[b][1]:
+            if s[b].u and s[b].rows_u[s[b].u - 1] >= <int64_t>batches[b][1]:
                 raise RuntimeError("the ids changed while they were grouped")
-            groups.append((rows_u[:s[b].u], starts_u1[:s[b].u + 1], order_n))
+            groups.append((_int64s(block, s[b].rows_u, s[b].u), _int64s(block, s[b].starts_u1, s[b].u + 1),
+                           _int64s(block, <int64_t *>s[b].keys, s[b].n)))
         return groups
     finally:
         free(s)
         free(counts)
-        if keys is not NULL:
-            _give_back(keys, (2 * total + 1) * sizeof(uint64_t))

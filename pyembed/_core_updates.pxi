@@ -76,12 +76,16 @@ cdef inline const float *_at(const Batch *b, int64_t p) noexcept nogil:
     return b.grad_nd + (p if b.bag_n is NULL else b.bag_n[p]) * b.d
 
 
+cdef enum:
+    SUM_AHEAD = 8                                 # gradients
+
+
 cdef inline void _add_gradients(const pe_kernels *k, const Batch *b, const int64_t *which_n, const float *coef_n, int64_t n,
                                 float *sum_d) noexcept nogil:
     """sum += the gradients which_n, in order."""
     cdef pe_sum s
     s.base, s.stride, s.ids_n, s.wide, s.coef_n, s.skip = b.grad_nd, b.d, which_n, True, coef_n, -1
-    s.n, s.beyond, s.ahead = n, 0, 8
+    s.n, s.beyond, s.ahead = n, 0, SUM_AHEAD
     k.add_rows(sum_d, &s, b.d)
 
 
@@ -128,10 +132,13 @@ cdef inline const float *_row_gradient(const pe_kernels *k, const Batch *b, int6
 
 
 cdef inline void _prefetch_gradient(const Batch *b, int64_t u) noexcept nogil:
+    """Ask for the gradients of unique row u. Of many, the later ones are asked for while the first are summed."""
+    cdef int64_t q
     if b.starts is NULL:
         pe_prefetch_read(b.grad_nd + u * b.d, b.d)
-    else:
-        pe_prefetch_read(_at(b, b.order[b.starts[u]]), b.d)
+        return
+    for q in range(b.starts[u], min(b.starts[u + 1], b.starts[u] + SUM_AHEAD)):
+        pe_prefetch_read(_at(b, b.order[q]), b.d)
 
 
 cdef float *_scratch(int64_t d, int threads) except NULL:
@@ -265,7 +272,7 @@ def renorm(Column column not None, cnp.ndarray ids not None, double max_norm, do
     cdef cnp.ndarray counts = cnp.PyArray_ZEROS(2, [threads, 16], cnp.NPY_INT64, 0)
     cdef int64_t *counts_t = <int64_t *>cnp.PyArray_DATA(counts)
     _require_writable(column)
-    cdef _Sorted batch = _Sorted(ids, column.rows, threads)
+    cdef _Sorted batch = _Sorted(ids, column.rows, threads, 0)
     cdef const uint64_t *keys = batch.keys
     cdef int64_t n = batch.n
     cdef int position_bits = batch.position_bits

@@ -107,7 +107,7 @@ def sum_duplicates(
     values = np.empty((groups.rows.size, dim), np.float32)
     workers = threads.for_work(grad.size, threads.resolve(num_threads))
     _core.sum_groups(*groups, grad, values, scale_by_count, workers)
-    return SparseGrad(groups.rows, values)
+    return SparseGrad(groups.rows.copy(), values)  # not the memory of all groups
 
 
 def dense_gradient(
