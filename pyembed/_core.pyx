@@ -305,17 +305,19 @@ cdef int _check_ids(cnp.ndarray ids, bint wide, int64_t rows, int threads) excep
     raise IdError(f"{where} = {value} is outside {allowed}")
 
 
-def overlaps(Column column not None, cnp.ndarray values not None):
+def overlaps(tuple columns not None, cnp.ndarray values not None):
     """Whether an array lies, in part, between the first and the last float of a column."""
-    cdef const char *first = <const char *>column.data
-    cdef const char *end = first + 4 * ((column.rows - 1) * column.stride + column.dim)
-    cdef const char *low
+    cdef Column column
+    cdef const char *first
+    cdef const char *low = <const char *>cnp.PyArray_DATA(values)
     if not cnp.PyArray_ISCARRAY_RO(values):
         raise ValueError("the values must be C-contiguous")
-    if cnp.PyArray_SIZE(values) == 0 or column.rows == 0:
-        return False
-    low = <const char *>cnp.PyArray_DATA(values)
-    return low < end and first < low + cnp.PyArray_NBYTES(values)
+    for column in columns:
+        first = <const char *>column.data
+        if cnp.PyArray_SIZE(values) and column.rows and first < low + cnp.PyArray_NBYTES(values) and (
+                low < first + 4 * ((column.rows - 1) * column.stride + column.dim)):
+            return True
+    return False
 
 
 def check_ids(cnp.ndarray ids not None, int64_t rows, int threads):

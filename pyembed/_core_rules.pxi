@@ -82,6 +82,13 @@ cdef bint _update_row(const pe_kernels *k, const Rule *rule, float *const *col, 
     return True
 
 
+cdef inline void _prefetch_row(const Batch *b, const Rule *rule, int64_t u) noexcept nogil:
+    cdef int c
+    for c in range(rule.columns):
+        pe_prefetch_write(rule.data[c] + b.rows[u] * rule.stride[c], rule.width[c])
+    _prefetch_gradient(b, u)
+
+
 cdef int64_t _update_run(const pe_kernels *k, const Batch *b, const Rule *rule, int64_t lo, int64_t hi, float *sum_d,
                          bint cold, Pages known) noexcept nogil:
     """Update the unique rows lo .. hi - 1; how many were left alone for a gradient that is not finite."""
@@ -90,14 +97,13 @@ cdef int64_t _update_run(const pe_kernels *k, const Batch *b, const Rule *rule, 
     cdef int c
     cdef float *col[MAX_COLUMNS]
     _ahead_begin(&pages, cold, lo, hi)
+    for u in range(lo, min(lo + UPDATE_AHEAD, hi)):
+        _prefetch_row(b, rule, u)
     for u in range(lo, hi):
         if u >= pages.next:
             _ask(&pages, u, rule.data[0], rule.stride[0], rule.row_floats, b.rows)
         if u + UPDATE_AHEAD < hi:
-            row = b.rows[u + UPDATE_AHEAD]
-            for c in range(rule.columns):
-                pe_prefetch_write(rule.data[c] + row * rule.stride[c], rule.width[c])
-            _prefetch_gradient(b, u + UPDATE_AHEAD)
+            _prefetch_row(b, rule, u + UPDATE_AHEAD)
         row = b.rows[u]
         if row == b.skip_row:
             continue
@@ -137,90 +143,94 @@ cdef int _rule(Rule *r, const pe_kernels *k, tuple columns, str name, dict hyper
     return 0
 
 
-def update(tuple columns not None, rows, starts, order, cnp.ndarray grad not None, str name, dict hyper not None,
-           int64_t skip_row, bint scale_by_count, int threads, bag_of=None, coef=None, dict extras=None):
-    """One optimizer step over the unique rows: sum, scale and update in one pass.
+cdef struct Step:
+    # One table's part of a step.
+    Batch batch
+    Rule rule
+    int64_t first                                 # floats of gradients before it, in a step of many tables
 
-    `columns`: the weight, the rule's state columns, and the rows' last steps if extras["step"] is not 0; `name`: see RULES;
-    `hyper`: see pe_hyper and HYPER; `extras`: see Extras, None for none. Returns how many rows were left alone.
+
+cdef int _step(Step *s, const pe_kernels *k, tuple step) except -1:
+    cdef tuple columns
+    cdef str name
+    cdef dict hyper, extras
+    cdef Column weight
+    columns, rows, starts, order, grad, name, hyper, skip_row, scale_by_count, bag_of, coef, extras = step
+    weight = columns[0]
+    _rule(&s.rule, k, columns, name, hyper, extras)
+    _batch(&s.batch, rows, starts, order, grad, weight.dim, weight.rows, bag_of, coef)
+    s.batch.skip_row, s.batch.scale_by_count, s.first = skip_row, scale_by_count, 0
+    return 0
+
+
+def update(tuple step not None, int threads):
+    """One optimizer step over the unique rows: sum, scale and update in one pass. Returns how many rows were left alone.
+
+    `step`: (columns, rows, starts, order, grad, name, hyper, skip_row, scale_by_count, bag_of, coef, extras), where `columns`
+    are the weight, the rule's state columns, and the rows' last steps if extras["step"] is not 0; `name`: see RULES;
+    `hyper`: see pe_hyper and HYPER; `extras`: see Extras, None for none.
     """
-    cdef Batch b
-    cdef Rule rule
-    cdef Column column = columns[0]
+    cdef Step s
     cdef int t, caller = pe_this_cpu()
     cdef int64_t skipped = 0
     cdef const pe_kernels *k = kernels
-    _rule(&rule, k, columns, name, hyper, extras)
-    _batch(&b, rows, starts, order, grad, column.dim, column.rows, bag_of, coef)
-    b.skip_row, b.scale_by_count = skip_row, scale_by_count
-    cdef float *sums = _scratch(b.d, threads)
-    cdef bint cold = _batch_is_cold(column, b.rows, True, b.u)
+    _step(&s, k, step)
+    cdef Column weight = (<tuple>step[0])[0]
+    cdef float *sums = _scratch(s.batch.d, threads)
+    cdef bint cold = _batch_is_cold(weight, s.batch.rows, True, s.batch.u)
     with nogil:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
             if t:
                 pe_leave_cpu(caller)
-            skipped += _update_run(k, &b, &rule, _run_begin(&b, t, threads), _run_begin(&b, t + 1, threads),
-                                   sums + t * (b.d + 16), cold, column.pages)
+            skipped += _update_run(k, &s.batch, &s.rule, _run_begin(&s.batch, t, threads), _run_begin(&s.batch, t + 1, threads),
+                                   sums + t * (s.batch.d + 16), cold, weight.pages)
     free(sums)
     return skipped
 
 
-cdef struct Job:
-    # One table's part of update_many.
-    Batch batch
-    Rule rule
-    int64_t first                                 # floats of gradients before it
-
-
-cdef void _update_share(const pe_kernels *k, const Job *jobs, int64_t n, int64_t lo, int64_t hi, float *sum_d,
+cdef void _update_share(const pe_kernels *k, const Step *steps, int64_t n, int64_t lo, int64_t hi, float *sum_d,
                         int64_t *skipped_n) noexcept nogil:
-    """The part of all jobs whose gradients lie between the floats lo and hi of all of them, one after the other."""
+    """The part of all steps whose gradients lie between the floats lo and hi of all of them, one after the other."""
     cdef int64_t j, d, size
-    cdef const Job *job
+    cdef const Step *s
     for j in range(n):
-        job = jobs + j
-        d, size = job.batch.d, _positions(&job.batch)
+        s = steps + j
+        d, size = s.batch.d, _positions(&s.batch)
         skipped_n[j] += _update_run(
-            k, &job.batch, &job.rule, _run_at(&job.batch, min(max((lo - job.first) // d, 0), size)),
-            _run_at(&job.batch, min(max((hi - job.first) // d, 0), size)), sum_d, False, None)
+            k, &s.batch, &s.rule, _run_at(&s.batch, min(max((lo - s.first) // d, 0), size)),
+            _run_at(&s.batch, min(max((hi - s.first) // d, 0), size)), sum_d, False, None)
 
 
 def update_many(list steps not None, int threads):
-    """Several updates, of tables that are in memory and differ, in one parallel region; rows left alone in each.
+    """Several steps of `update`, of tables that are in memory and differ, in one parallel region; rows left alone in each.
 
-    `steps`: for each the arguments of `update`, as a tuple, without threads. The threads share the gradients evenly, and a
-    row belongs to one of them.
+    The threads share the gradients evenly, and a row belongs to one of them.
     """
     cdef int64_t n = len(steps), j, floats = 0, widest = 1
     cdef int t, caller = pe_this_cpu()
     cdef const pe_kernels *k = kernels
-    cdef Column column
     cdef cnp.ndarray counts = cnp.PyArray_ZEROS(2, [threads, n + 16], cnp.NPY_INT64, 0)
     cdef int64_t *skipped_n = <int64_t *>cnp.PyArray_DATA(counts)
-    cdef Job *jobs = <Job *>malloc((n + 1) * sizeof(Job))
+    cdef Step *s = <Step *>malloc((n + 1) * sizeof(Step))
     cdef float *sums = NULL
-    if jobs is NULL:
+    if s is NULL:
         raise MemoryError
     try:
         for j in range(n):
-            columns, rows, starts, order, grad, name, hyper, skip_row, scale_by_count, bag_of, coef, extras = steps[j]
-            column = columns[0]
-            _rule(&jobs[j].rule, k, columns, name, hyper, extras)
-            _batch(&jobs[j].batch, rows, starts, order, grad, column.dim, column.rows, bag_of, coef)
-            jobs[j].batch.skip_row, jobs[j].batch.scale_by_count = skip_row, scale_by_count
-            jobs[j].first = floats
-            floats += _positions(&jobs[j].batch) * column.dim
-            widest = max(widest, column.dim)
+            _step(&s[j], k, steps[j])
+            s[j].first = floats
+            floats += _positions(&s[j].batch) * s[j].batch.d
+            widest = max(widest, s[j].batch.d)
         sums = _scratch(widest, threads)
         with nogil:
             for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
                 if t:
                     pe_leave_cpu(caller)
-                _update_share(k, jobs, n, _split(floats, t, threads), _split(floats, t + 1, threads),
+                _update_share(k, s, n, _split(floats, t, threads), _split(floats, t + 1, threads),
                               sums + t * (widest + 16), skipped_n + t * (n + 16))
     finally:
         free(sums)
-        free(jobs)
+        free(s)
     return (<object>counts)[:, :n].sum(axis=0).tolist()
 
 

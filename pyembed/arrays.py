@@ -81,7 +81,8 @@ def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
         )
     if array.shape != shape:
         raise ArgumentError(f"{name} has shape {array.shape}; expected {shape}: ids.shape + (dim,)")
-    return _plain(array, FLOAT32)
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else np.array(array, order="C")
 
 
 def as_output(out: Any, shape: tuple[int, ...]) -> F32:
@@ -101,14 +102,14 @@ def as_output(out: Any, shape: tuple[int, ...]) -> F32:
     return checked
 
 
-def require_apart(values: F32, column: _core.Column, name: str) -> None:
+def require_apart(values: F32, columns: tuple[_core.Column, ...], name: str) -> None:
     """Refuse values that are the rows they are to change: they would change under the loop.
 
     Raises
     ------
     ArgumentError
     """
-    if _core.overlaps(column, values):
+    if _core.overlaps(columns, values):
         raise ArgumentError(f"{name} shares memory with the table; use {name}.copy()")
 
 

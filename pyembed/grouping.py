@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pyembed import _core, threads
-from pyembed.arrays import F32, as_ids, as_values
+from pyembed.arrays import F32, IdArray, as_ids, as_values
 
 I64 = NDArray[np.int64]
 
@@ -47,9 +47,12 @@ def group(ids: ArrayLike, num_rows: int, num_threads: int | None = None) -> Grou
     IdError
         If an id is outside ``0 .. num_rows - 1``.
     """
-    ids = as_ids(ids)
-    workers = threads.for_work(4 * ids.size, threads.resolve(num_threads))
-    return Groups(*_core.group(ids, num_rows, workers))
+    return group_checked(as_ids(ids), num_rows, threads.resolve(num_threads))
+
+
+def group_checked(ids: IdArray, num_rows: int, num_threads: int) -> Groups:
+    """`group` for what `as_ids` and `threads.resolve` have returned."""
+    return Groups(*_core.group(ids, num_rows, threads.for_work(4 * ids.size, num_threads)))
 
 
 def group_many(

@@ -341,8 +341,7 @@ class Optimizer:
 
     def require_apart(self, batch: Batch) -> None:
         """Refuse gradients that the step would change while reading them."""
-        for column in self.table.columns_of(self.state):
-            require_apart(batch.values, column, "grad")
+        require_apart(batch.values, self.table.columns_of(self.state), "grad")
 
     def clip(self, batch: Batch, workers: int) -> tuple[Batch, float]:
         """With clip_norm the batch, summed, and what to scale it with."""
@@ -357,7 +356,7 @@ class Optimizer:
     def call(
         self, columns: tuple[_core.Column, ...], batch: Batch, clip_scale: float
     ) -> tuple[int, tuple[Any, ...]]:
-        """The number of the step, and its arguments for `_core.update`, without the threads.
+        """The number of the step, and what `_core.update` takes for it.
 
         To be called in turn, as another thread's step counts too.
         """
@@ -375,12 +374,11 @@ class Optimizer:
 
     def take(self, step: int, call: tuple[Any, ...], workers: int) -> None:
         """The step, as `call` gave it."""
-        arguments = [*call[:-3], workers, *call[-3:]]
-        self.took(step, _core.update(*arguments))
+        self.took(step, _core.update(call, workers))
 
     def took(self, step: int, skipped: int) -> None:
         """This step was taken; so many rows were left alone."""
-        self.steps = step
+        self.table.optimizer[self.rule] = {"steps": step}
         self.skipped += skipped
 
     def catch_up(self, ids: ArrayLike | None = None) -> None:
@@ -456,7 +454,7 @@ class Optimizer:
     def _batch(self, given: Given) -> Batch:
         if given.unique:
             return Batch(given.ids, None, None, given.values)
-        groups = grouping.group(given.ids, self.table.rows, self.table.num_threads)
+        groups = grouping.group_checked(given.ids, self.table.rows, self.table.num_threads)
         return Batch(*groups, given.values, given.bag_of, given.coef)
 
     def _refuse_frozen(self) -> None:

@@ -217,7 +217,7 @@ class Rows:
         weight, alpha = self.weight_column, float(alpha)
         ids = as_ids(ids)
         values = as_values(values, (*ids.shape, weight.dim), "values")
-        require_apart(values, weight, "values")
+        require_apart(values, (weight,), "values")
         workers = threads.for_work(values.size, self.num_threads)
         if deterministic:
             groups = grouping.group(ids, weight.rows, self.num_threads)
@@ -329,12 +329,13 @@ class Rows:
         self._announce_change(touched)
         if not state:
             return (weight,)
-        self.ensure_columns(state)
+        if not state.keys() <= self._columns.keys():
+            self.ensure_columns(state)
         return (weight, *[self._columns[name] for name in state])
 
-    def columns_of(self, state: Mapping[str, int]) -> list[_core.Column]:
+    def columns_of(self, state: Mapping[str, int]) -> tuple[_core.Column, ...]:
         """The weight and these state columns, as the kernels take them, to be looked at."""
-        return [self.weight_column, *[self._columns[name] for name in state]]
+        return (self.weight_column, *[self._columns[name] for name in state])
 
     def _touched_by(self, ids: IdArray) -> NDArray[np.int64]:
         """The rows that ids name, ascending and unique, if somebody keeps what they were."""

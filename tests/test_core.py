@@ -171,7 +171,7 @@ def test_update(batch: Batch, rule: str, scale: bool, skip: bool, simd: str, wor
     widths = state_of(rule, batch.dim)
     got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
     columns = tuple(map(_core.Column, cut(got, widths)))
-    _core.update(columns, *groups, grad, rule, HYPER, skip_row, scale, workers)
+    _core.update((columns, *groups, grad, rule, HYPER, skip_row, scale, None, None, None), workers)
     sums = reference.sum_groups(*groups, grad, scale)
     reference.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row)
     assert equal(got, expected)
@@ -197,7 +197,8 @@ def test_update_with_extras(
     got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
     columns = tuple(map(_core.Column, cut(got, widths)))
     before = got.copy()
-    found = _core.update(columns, *groups, grad, rule, HYPER, -1, False, workers, extras=extras)
+    step = (columns, *groups, grad, rule, HYPER, -1, False, None, None, extras)
+    found = _core.update(step, workers)
     sums = reference.sum_groups(*groups, grad)
     skipped = reference.update(cut(expected, widths), groups[0], sums, rule, HYPER, -1, extras)
     assert found == skipped
@@ -235,7 +236,8 @@ def test_rules_at_the_edge(rule: str, what: str, simd: str) -> None:
         got[1:] = 0.0 if what == "zero weight" else grad[0, 0]
     expected = got.copy()
     columns = tuple(map(_core.Column, cut(got, widths)))
-    _core.update(columns, np.arange(4), None, None, grad, rule, HYPER, -1, False, 1)
+    step = (columns, np.arange(4), None, None, grad, rule, HYPER, -1, False, None, None, None)
+    _core.update(step, 1)
     reference.update(cut(expected, widths), np.arange(4), grad, rule, HYPER)
     np.testing.assert_array_equal(got, expected)  # a NaN may have another sign
     if what in ("zeros", "zero weight"):
@@ -251,7 +253,8 @@ def test_update_of_unique_rows(rule: str, simd: str, workers: int) -> None:
     rows = np.unique(rng.integers(0, 300, 200))
     grad = rng.standard_normal((rows.size, 17), np.float32)
     columns = tuple(map(_core.Column, cut(got, widths)))
-    _core.update(columns, rows, None, None, grad, rule, HYPER, -1, False, workers)
+    step = (columns, rows, None, None, grad, rule, HYPER, -1, False, None, None, None)
+    _core.update(step, workers)
     reference.update(cut(expected, widths), rows, grad, rule, HYPER)
     assert equal(got, expected)
 
