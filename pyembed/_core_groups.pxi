@@ -9,7 +9,8 @@
 
 cdef enum:
     DIGIT_BITS = 11                               # 2048 counters: 16 KiB, inside the L1 cache
-    FEW = 64                                      # ids that are sorted by insertion: counting digits takes 3 us by itself
+    SHORT_DIGIT_BITS = 8                          # for batches that are no longer than the counters
+    FEW = 64                                      # ids that are sorted by insertion
 
 
 cdef void _count_ids(const ids_t *ids, int64_t lo, int64_t hi, uint64_t mask, int64_t *count) noexcept nogil:
@@ -77,10 +78,19 @@ cdef void _insert_ids(const ids_t *ids, int64_t n, int position_bits, uint64_t *
         keys[at] = key
 
 
+cdef inline int _digit_bits(int64_t n) noexcept nogil:
+    return DIGIT_BITS if n >> DIGIT_BITS else SHORT_DIGIT_BITS
+
+
+cdef inline int64_t _counters(int64_t n, int threads) noexcept nogil:
+    """How many integers `_group` needs beside its result."""
+    return threads * (2 if n <= FEW else <int64_t>1 << _digit_bits(n))
+
+
 cdef uint64_t *_sort(const void *ids, bint wide, int64_t n, int row_bits, int position_bits, uint64_t *keys,
                      uint64_t *other, int64_t *counts, int threads) noexcept nogil:
     """Stable radix sort by row, lowest digit first. Returns which of both buffers holds the sorted (row, position)."""
-    cdef int passes = max(1, (row_bits + DIGIT_BITS - 1) // DIGIT_BITS)
+    cdef int most = _digit_bits(n), passes = max(1, (row_bits + most - 1) // most)
     cdef int digit_bits = max(1, (row_bits + passes - 1) // passes), p, t, shift
     cdef uint64_t mask = (<uint64_t>1 << digit_bits) - 1
     cdef int64_t digits = <int64_t>mask + 1, digit, total, here
@@ -94,18 +104,24 @@ cdef uint64_t *_sort(const void *ids, bint wide, int64_t n, int row_bits, int po
         return keys
     for p in range(passes):
         shift = position_bits + p * digit_bits
-        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
-            _count_part(ids, wide, source, _split(n, t, threads), _split(n, t + 1, threads), shift, mask,
-                        counts + t * digits)
+        if threads == 1:
+            _count_part(ids, wide, source, 0, n, shift, mask, counts)
+        else:
+            for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+                _count_part(ids, wide, source, _split(n, t, threads), _split(n, t + 1, threads), shift, mask,
+                            counts + t * digits)
         total = 0
         for digit in range(digits):
             for t in range(threads):
                 here = counts[t * digits + digit]
                 counts[t * digits + digit] = total
                 total += here
-        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
-            _place_part(ids, wide, source, _split(n, t, threads), _split(n, t + 1, threads), shift, mask, position_bits,
-                        counts + t * digits, target)
+        if threads == 1:
+            _place_part(ids, wide, source, 0, n, shift, mask, position_bits, counts, target)
+        else:
+            for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+                _place_part(ids, wide, source, _split(n, t, threads), _split(n, t + 1, threads), shift, mask, position_bits,
+                            counts + t * digits, target)
         source = target
         target = other if target == keys else keys
     return <uint64_t *>source
@@ -155,121 +171,112 @@ cdef inline int _bits(int64_t below) noexcept nogil:
     return bits
 
 
-@cython.final
-cdef class _Sorted:
-    """The ids of a batch, checked, as sorted (row, position) keys in a block that also has n integers to spare, and `rest`."""
+cdef struct Grouping:
+    # A batch that is grouped. Two of its arrays hold keys at first, and may change places.
+    const void *ids_n
+    bint wide
+    int64_t n
+    int row_bits
+    int position_bits
+    int64_t u
+    int64_t *order_n
+    int64_t *rows_u
+    int64_t *starts_u1
 
-    cdef int64_t n
-    cdef int position_bits
-    cdef uint64_t *keys
-    cdef int64_t *spare_n
-    cdef int64_t *rest
-    cdef _Block block
 
-    def __cinit__(self, cnp.ndarray ids, int64_t rows, int threads, int64_t rest):
-        cdef bint wide = _is_int64(ids)
-        cdef int row_bits = _bits(rows)
-        cdef const void *ids_n = cnp.PyArray_DATA(ids)
-        self.n = cnp.PyArray_SIZE(ids)
-        self.position_bits = _bits(self.n)
-        _check_ids(ids, wide, rows, threads)
-        if row_bits + self.position_bits > 64:
-            raise ValueError(f"{self.n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
-        self.block = _Block(2 * self.n + rest)
-        self.rest = self.block.data + 2 * self.n
-        cdef int64_t *counts = <int64_t *>malloc(<size_t>(1 if self.n <= FEW else 1 << DIGIT_BITS) * threads * sizeof(int64_t))
-        if counts is NULL:
-            raise MemoryError
-        cdef uint64_t *first = <uint64_t *>self.block.data
-        with nogil:
-            self.keys = _sort(ids_n, wide, self.n, row_bits, self.position_bits, first, first + self.n, counts, threads)
-        free(counts)
-        self.spare_n = <int64_t *>(first + self.n if self.keys == first else first)
-        if self.n and <int64_t>(self.keys[self.n - 1] >> self.position_bits) >= rows:
-            raise RuntimeError("the ids changed while they were grouped")
+cdef int _check_batch(Grouping *g, cnp.ndarray ids, int64_t rows, int threads) except -1:
+    g.wide, g.ids_n, g.n = _is_int64(ids), cnp.PyArray_DATA(ids), cnp.PyArray_SIZE(ids)
+    g.row_bits, g.position_bits = _bits(rows), _bits(g.n)
+    _check_ids(ids, g.wide, rows, threads)
+    if g.row_bits + g.position_bits > 64:
+        raise ValueError(f"{g.n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
+    return 0
+
+
+cdef void _place_arrays(Grouping *g, int64_t *data) noexcept nogil:
+    """data has 3 n + 1 elements."""
+    g.order_n, g.rows_u, g.starts_u1 = data, data + g.n, data + 2 * g.n
+
+
+cdef void _group(Grouping *g, int64_t *counts, int threads) noexcept nogil:
+    cdef int64_t *end_t = counts
+    cdef int64_t *before_t = counts + threads
+    cdef int64_t n = g.n
+    cdef int bits = g.position_bits, t
+    cdef uint64_t *keys = <uint64_t *>g.order_n
+    keys = _sort(g.ids_n, g.wide, n, g.row_bits, bits, keys, <uint64_t *>g.rows_u, counts, threads)
+    if <int64_t *>keys != g.order_n:
+        g.order_n, g.rows_u = g.rows_u, g.order_n
+    g.u = 0
+    if threads == 1:
+        g.u = _count_groups(keys, 0, n, bits)
+        _write_groups(keys, 0, n, bits, -1, g.u, g.rows_u, g.starts_u1)
+    else:
+        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+            end_t[t] = _count_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), bits)
+        for t in range(threads):
+            g.u += end_t[t]
+            end_t[t] = g.u
+            before_t[t] = <int64_t>(keys[_split(n, t, threads) - 1] >> bits) if _split(n, t, threads) else -1
+        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+            _write_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), bits, before_t[t], end_t[t], g.rows_u,
+                          g.starts_u1)
+    g.starts_u1[g.u] = n
+
+
+cdef _Block _grouped(Grouping *g, cnp.ndarray ids, int64_t rows, int threads):
+    """Group a batch; its arrays lie in the block that is returned."""
+    _check_batch(g, ids, rows, threads)
+    cdef _Block block = _new_block(3 * g.n + 1 + _counters(g.n, threads))
+    _place_arrays(g, block.data)
+    with nogil:
+        _group(g, block.data + 3 * g.n + 1, threads)
+    _require_unchanged(g, rows)
+    return block
+
+
+cdef inline int _require_unchanged(const Grouping *g, int64_t rows) except -1:
+    if g.u and g.rows_u[g.u - 1] >= rows:
+        raise RuntimeError("the ids changed while they were grouped")
+    return 0
+
+
+cdef inline tuple _arrays(const Grouping *g, _Block block):
+    return _int64s(block, g.rows_u, g.u), _int64s(block, g.starts_u1, g.u + 1), _int64s(block, g.order_n, g.n)
 
 
 def group(cnp.ndarray ids not None, int64_t rows, int threads):
     """Unique rows of a batch: (rows_u, starts_u1, order_n), int64; see the top of this part."""
-    cdef int64_t n = cnp.PyArray_SIZE(ids), u = 0
-    cdef _Sorted batch = _Sorted(ids, rows, threads, n + 1 + 2 * threads)
-    cdef uint64_t *keys = batch.keys
-    cdef int64_t *starts_u1 = batch.rest
-    cdef int64_t *end_t = starts_u1 + n + 1
-    cdef int64_t *before_t = end_t + threads
-    cdef int position_bits = batch.position_bits, t
-    with nogil:
-        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
-            end_t[t] = _count_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), position_bits)
-        for t in range(threads):
-            u += end_t[t]
-            end_t[t] = u
-            before_t[t] = <int64_t>(keys[_split(n, t, threads) - 1] >> position_bits) if _split(n, t, threads) else -1
-        starts_u1[u] = n
-        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
-            _write_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), position_bits, before_t[t], end_t[t],
-                          batch.spare_n, starts_u1)
-    return (_int64s(batch.block, batch.spare_n, u), _int64s(batch.block, starts_u1, u + 1),
-            _int64s(batch.block, <int64_t *>keys, n))
-
-
-cdef struct Sorting:
-    # One batch of group_many.
-    const void *ids_n
-    uint64_t *keys
-    int64_t *rows_u
-    int64_t *starts_u1
-    int64_t n
-    int64_t u
-    bint wide
-    int row_bits
-    int position_bits
-
-
-cdef void _sort_one(Sorting *s, int64_t *counts) noexcept nogil:
-    """At first keys and rows_u are for keys; both may change places."""
-    cdef uint64_t *keys = _sort(s.ids_n, s.wide, s.n, s.row_bits, s.position_bits, s.keys, <uint64_t *>s.rows_u, counts, 1)
-    if keys != s.keys:
-        s.keys, s.rows_u = keys, <int64_t *>s.keys
-    s.u = _count_groups(keys, 0, s.n, s.position_bits)
-    _write_groups(keys, 0, s.n, s.position_bits, -1, s.u, s.rows_u, s.starts_u1)
-    s.starts_u1[s.u] = s.n
+    cdef Grouping g
+    cdef _Block block = _grouped(&g, ids, rows, threads)
+    return _arrays(&g, block)
 
 
 def group_many(list batches not None, int threads):
     """`group` for many small batches in one parallel region, a batch to a thread; `batches`: pairs (ids, rows)."""
-    cdef int64_t b, count = len(batches), total = 0, at = 0
-    cdef cnp.ndarray ids
+    cdef int64_t b, count = len(batches), total = 0, at = 0, counters = <int64_t>1 << DIGIT_BITS
     cdef _Block block
-    cdef Sorting *s = <Sorting *>malloc((count + 1) * sizeof(Sorting))
-    cdef int64_t *counts = <int64_t *>malloc(<size_t>(1 << DIGIT_BITS) * threads * sizeof(int64_t))
+    cdef Grouping *g = <Grouping *>malloc((count + 1) * sizeof(Grouping))
+    cdef int64_t *counts = <int64_t *>malloc(<size_t>(counters * threads) * sizeof(int64_t))
     try:
-        if s is NULL or counts is NULL:
+        if g is NULL or counts is NULL:
             raise MemoryError
         for b in range(count):
             ids, rows = batches[b]
-            s[b].wide, s[b].ids_n, s[b].n = _is_int64(ids), cnp.PyArray_DATA(ids), cnp.PyArray_SIZE(ids)
-            s[b].row_bits, s[b].position_bits = _bits(rows), _bits(s[b].n)
-            _check_ids(ids, s[b].wide, rows, 1)
-            if s[b].row_bits + s[b].position_bits > 64:
-                raise ValueError(f"{s[b].n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
-            total += 3 * s[b].n + 1
-        block = _Block(total)
+            _check_batch(&g[b], ids, rows, 1)
+            total += 3 * g[b].n + 1
+        block = _new_block(total)
         for b in range(count):
-            s[b].rows_u = block.data + at
-            s[b].keys = <uint64_t *>s[b].rows_u + s[b].n
-            s[b].starts_u1 = s[b].rows_u + 2 * s[b].n
-            at += 3 * s[b].n + 1
+            _place_arrays(&g[b], block.data + at)
+            at += 3 * g[b].n + 1
         with nogil:
             for b in prange(count, num_threads=threads, schedule="dynamic", chunksize=1, use_threads_if=threads > 1):
-                _sort_one(&s[b], counts + threadid() * (<int64_t>1 << DIGIT_BITS))
+                _group(&g[b], counts + threadid() * counters, 1)
         groups = []
         for b in range(count):
-            if s[b].u and s[b].rows_u[s[b].u - 1] >= <int64_t>batches[b][1]:
-                raise RuntimeError("the ids changed while they were grouped")
-            groups.append((_int64s(block, s[b].rows_u, s[b].u), _int64s(block, s[b].starts_u1, s[b].u + 1),
-                           _int64s(block, <int64_t *>s[b].keys, s[b].n)))
+            _require_unchanged(&g[b], batches[b][1])
+            groups.append(_arrays(&g[b], block))
         return groups
     finally:
-        free(s)
+        free(g)
         free(counts)

@@ -147,7 +147,9 @@ cdef enum:
 
 def all_finite(cnp.ndarray values not None, int threads):
     """True if no element of a C-contiguous float32 array is NaN or infinite."""
-    return are_finite([values], threads)
+    cdef int64_t n = cnp.PyArray_SIZE(values)
+    cdef const float *values_n = _floats(values, n)
+    return kernels.finite_span(values_n, n) != 0 if n <= FINITE_SPAN else are_finite([values], threads)
 
 
 def are_finite(list arrays not None, int threads):

@@ -178,12 +178,16 @@ def update(tuple step not None, int threads):
     cdef Column weight = (<tuple>step[0])[0]
     cdef float *sums = _scratch(s.batch.d, threads)
     cdef bint cold = _batch_is_cold(weight, s.batch.rows, True, s.batch.u)
-    with nogil:
-        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
-            if t:
-                pe_leave_cpu(caller)
-            skipped += _update_run(k, &s.batch, &s.rule, _run_begin(&s.batch, t, threads), _run_begin(&s.batch, t + 1, threads),
-                                   sums + t * (s.batch.d + 16), cold, weight.pages)
+    if threads == 1:
+        with nogil:
+            skipped = _update_run(k, &s.batch, &s.rule, 0, s.batch.u, sums, cold, weight.pages)
+    else:
+        with nogil:
+            for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+                if t:
+                    pe_leave_cpu(caller)
+                skipped += _update_run(k, &s.batch, &s.rule, _run_begin(&s.batch, t, threads),
+                                       _run_begin(&s.batch, t + 1, threads), sums + t * (s.batch.d + 16), cold, weight.pages)
     free(sums)
     return skipped
 

@@ -51,15 +51,18 @@ cdef class _Block:
     cdef int64_t *data
     cdef size_t size
 
-    def __cinit__(self, int64_t n):
-        self.size = <size_t>max(n, 1) * sizeof(int64_t)
-        self.data = <int64_t *>_take(&self.size)
-        if self.data is NULL:
-            raise MemoryError
-
     def __dealloc__(self):
         if self.data is not NULL:
             _give_back(self.data, self.size)
+
+
+cdef _Block _new_block(int64_t n):
+    cdef _Block block = _Block.__new__(_Block)
+    block.size = <size_t>max(n, 1) * sizeof(int64_t)
+    block.data = <int64_t *>_take(&block.size)
+    if block.data is NULL:
+        raise MemoryError
+    return block
 
 
 cdef cnp.ndarray _int64s(_Block block, int64_t *data, int64_t n):

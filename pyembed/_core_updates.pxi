@@ -240,28 +240,22 @@ cdef enum:
     UPDATE_AHEAD = 16                             # rows: Adam on 1 M ids takes 48 ms with 4, 47 with 12, 41 with 16 to 48
 
 
-cdef void _renorm_run(const pe_kernels *k, Column column, const uint64_t *keys, int position_bits, int64_t lo, int64_t hi,
-                      double max_norm, double p, int64_t *clipped, int64_t *nans) noexcept nogil:
+cdef void _renorm_run(const pe_kernels *k, Column column, const int64_t *rows, int64_t lo, int64_t hi, double max_norm,
+                      double p, int64_t *clipped, int64_t *nans) noexcept nogil:
     # 16 norms first, then 16 comparisons: one right after its norm would stall on the norm's long chain whenever it is
     # predicted wrong.
     cdef double norm[16]
-    cdef float *row_d[16]
-    cdef int64_t i = lo, u, unique
-    while i < hi:
-        unique = 0
-        while i < hi and unique < 16:
-            if i + UPDATE_AHEAD < hi:
-                pe_prefetch_write(column.data + <int64_t>(keys[i + UPDATE_AHEAD] >> position_bits) * column.stride, column.dim)
-            if _begins(keys, i, position_bits):
-                row_d[unique] = column.data + <int64_t>(keys[i] >> position_bits) * column.stride
-                norm[unique] = k.norm_row(row_d[unique], p, column.dim)
-                unique += 1
-            i += 1
-        for u in range(unique):
-            if norm[u] > max_norm:
-                k.scale_row(row_d[u], <float>(max_norm / (norm[u] + 1e-7)), column.dim)
+    cdef int64_t first, u
+    for first in range(lo, hi, 16):
+        for u in range(first, min(first + 16, hi)):
+            if u + UPDATE_AHEAD < hi:
+                pe_prefetch_write(column.data + rows[u + UPDATE_AHEAD] * column.stride, column.dim)
+            norm[u - first] = k.norm_row(column.data + rows[u] * column.stride, p, column.dim)
+        for u in range(first, min(first + 16, hi)):
+            if norm[u - first] > max_norm:
+                k.scale_row(column.data + rows[u] * column.stride, <float>(max_norm / (norm[u - first] + 1e-7)), column.dim)
                 clipped[0] += 1
-            elif norm[u] != norm[u]:
+            elif norm[u - first] != norm[u - first]:
                 nans[0] += 1
 
 
@@ -271,17 +265,16 @@ def renorm(Column column not None, cnp.ndarray ids not None, double max_norm, do
     cdef const pe_kernels *k = kernels
     cdef cnp.ndarray counts = cnp.PyArray_ZEROS(2, [threads, 16], cnp.NPY_INT64, 0)
     cdef int64_t *counts_t = <int64_t *>cnp.PyArray_DATA(counts)
+    cdef Grouping g
     _require_writable(column)
-    cdef _Sorted batch = _Sorted(ids, column.rows, threads, 0)
-    cdef const uint64_t *keys = batch.keys
-    cdef int64_t n = batch.n
-    cdef int position_bits = batch.position_bits
-    if _batch_is_cold(column, cnp.PyArray_DATA(ids), _is_int64(ids), n):
+    cdef _Block block = _grouped(&g, ids, column.rows, threads)
+    if _batch_is_cold(column, cnp.PyArray_DATA(ids), _is_int64(ids), g.n):
         _ask_all(column, ids, column.dim)
     with nogil:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
             if t:
                 pe_leave_cpu(caller)
-            _renorm_run(k, column, keys, position_bits, _split(n, t, threads), _split(n, t + 1, threads), max_norm, p,
+            _renorm_run(k, column, g.rows_u, _split(g.u, t, threads), _split(g.u, t + 1, threads), max_norm, p,
                         counts_t + 16 * t, counts_t + 16 * t + 1)
+    block = None                                  # the rows were needed until here
     return int((<object>counts)[:, 0].sum()), int((<object>counts)[:, 1].sum())

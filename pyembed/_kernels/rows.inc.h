@@ -110,8 +110,8 @@ static double norm1_row(const float *restrict src_d, int64_t d) {
     return lane[0];
 }
 
-/* The largest |x|, or NaN if there is one. As integers, positive floats are ordered, and NaN is above infinity. */
-static double norm_inf_row(const float *restrict src_d, int64_t d) {
+/* The bits of the largest |x|. As integers, positive floats are ordered, and NaN is above infinity. */
+PE_INLINE int32_t largest_bits(const float *restrict src_d, int64_t d) {
     int32_t largest = 0;
     for (int64_t i = 0; i < d; i++) {
         int32_t bits;
@@ -119,10 +119,18 @@ static double norm_inf_row(const float *restrict src_d, int64_t d) {
         bits &= 0x7fffffff;
         largest = bits > largest ? bits : largest;
     }
+    return largest;
+}
+
+/* The largest |x|, or NaN if there is one. */
+static double norm_inf_row(const float *restrict src_d, int64_t d) {
+    const int32_t bits = largest_bits(src_d, d);
     float value;
-    memcpy(&value, &largest, sizeof value);
+    memcpy(&value, &bits, sizeof value);
     return value;
 }
+
+static int finite_span(const float *restrict src_d, int64_t d) { return largest_bits(src_d, d) < 0x7f800000; }
 
 static double norm0_row(const float *restrict src_d, int64_t d) {
     double lane[PE_SUM_LANES] = {0};
@@ -141,17 +149,6 @@ static double norm_row(const float *src_d, double p, int64_t d) {
     double lane[PE_SUM_LANES] = {0};
     PE_LANE_SUM(lane, pow(fabs((double)src_d[i]) / largest, p)) /* relative, so that no power overflows */
     return largest * pow(lane[0], 1.0 / p);
-}
-
-static int finite_span(const float *restrict src_d, int64_t d) {
-    /* An exponent of all ones is NaN or infinity. Integers, so the order of the reduction is free. */
-    int32_t bad = 0;
-    for (int64_t i = 0; i < d; i++) {
-        int32_t bits;
-        memcpy(&bits, src_d + i, sizeof bits);
-        bad |= (bits & 0x7f800000) == 0x7f800000;
-    }
-    return !bad;
 }
 
 #include "rules.inc.h"
