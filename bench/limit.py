@@ -114,7 +114,8 @@ def update(weight: Array, columns: int, batches: Sequence[Array], grad: Array) -
     memory = (weight.ctypes.data, weight.strides[0] // 4, columns)
     pointers = [_pointers(arrays) for arrays in zip(*groups, strict=True)]
     sizes = (c_int64 * len(groups))(*[len(rows) for rows, _, _ in groups])
-    case = (*memory, *pointers, sizes, len(batches), len(grad), grad.shape[1], grad.ctypes.data)
+    values = grad.ctypes.data_as(c_void_p)  # which keeps the array
+    case = (*memory, *pointers, sizes, len(batches), len(grad), grad.shape[1], values)
     teams = {1, THREADS} if len(grad) <= SMALL else {THREADS}
     variants = [
         partial(library.limit_update, *case, team, ahead, 1.0, 0.0)

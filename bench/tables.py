@@ -8,7 +8,8 @@ and updates, as the others do; its backward, which makes the gradients, is not c
 
 Checked before timing: the rows that a step touches, against float64, rtol 1e-5 and atol 1e-6, with
 gradients whose sums are exact in any order (torch's SGD, which rounds for every occurrence, 100
-times that). It refuses to time a rule that a peer does not have, or FBGEMM not in parallel.
+times that). It refuses to time a rule that a peer does not have, or FBGEMM not in parallel. The
+limit is that of `update`, over the rows of all tables as one batch, grouped beforehand.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import peers
+from bench import limit, peers
 from bench.harness import THREADS, Array, Bar, Contender, Row, check, timed_row
 
 QUESTION = (
@@ -175,6 +176,7 @@ def _case(rule: str, dim: int, rounds: int) -> Row:
         contenders.append(Contender(name, call, batches))
     contenders += [_fbgemm_contender(rule, dim, batches, grads)]
     contenders += [_torch_contender(rule, dim, batches, grads)]
+    contenders += [_limit([optimizer.table.weight for optimizer in many], rule, batches, grads)]
     case: dict[str, object] = {"optimizer": rule, "N": f"26 × {BATCH}", "dim": dim}
     return timed_row(TABLE, case, contenders, BARS, rounds)
 
@@ -204,6 +206,26 @@ def _torch_contender(
     weights = [weight.detach().numpy() for weight in made.weights]
     _check("torch", rule, lambda: weights, lambda: made.step(inputs[0]), batches[0], grads)
     return Contender("torch", made.step, inputs)
+
+
+def _limit(
+    weights: list[Array], rule: str, batches: list[list[Array]], grads: list[Array]
+) -> Contender:
+    """The rows of all tables, numbered from the first table's first."""
+    stride, first = weights[0].strides[0], weights[0].ctypes.data
+    apart = [divmod(weight.ctypes.data - first, stride) for weight in weights]
+    if any(rest for _, rest in apart):
+        return Contender("limit", absent=f"rows of {stride} bytes")
+    offsets = [rows for rows, _ in apart]
+    joined = [
+        np.concatenate([part + at for part, at in zip(ids, offsets, strict=True)])
+        for ids in batches
+    ]
+    columns = 1 + (rule == "Adagrad")
+    kept = weights[2][batches[0][2]]
+    contender = limit.update(weights[0], columns, joined, np.concatenate(grads))
+    check("limit", np.array_equal(kept, weights[2][batches[0][2]]))
+    return contender
 
 
 def run(quick: bool, emit: Callable[[Row], None]) -> None:
