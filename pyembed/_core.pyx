@@ -102,6 +102,7 @@ cdef extern from "_kernels/kernels.h" nogil:
     void pe_stream_fence() noexcept
     void pe_prefetch_read(const float *src_d, int64_t d) noexcept
     void pe_prefetch_write(const float *src_d, int64_t d) noexcept
+    void pe_prefetch_line(const void *p) noexcept
 
 cdef extern from "_kernels/stripes.h" nogil:
     int64_t pe_stripe_of(int64_t row) noexcept

@@ -5,7 +5,7 @@ cdef enum:
     SPARES = 2                                    # blocks: two threads may group at a time
 
 cdef size_t LEAST_SPARE = 128 << 10               # bytes; malloc itself keeps smaller ones
-cdef size_t MOST_SPARE = 32 << 20                 # a larger one goes back
+cdef size_t MOST_SPARE = 128 << 20                # 5 M ids; a larger one goes back
 cdef void *spare[SPARES]                          # the one given back last comes last
 cdef size_t spare_size[SPARES]
 cdef int spares = 0

@@ -143,4 +143,11 @@ static inline void pe_prefetch_write(const float *src_d, int64_t d) {
 #endif
 }
 
+/* The cache line of p, to be written. */
+static inline void pe_prefetch_line(const void *p) {
+#ifdef __GNUC__
+    __builtin_prefetch(p, 1, 3);
+#endif
+}
+
 #endif
