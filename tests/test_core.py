@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -126,6 +128,38 @@ def test_group_of_large_tables(rows: int, workers: int) -> None:
         _core.group(ids, rows, workers), reference.group(ids, rows), strict=True
     ):
         assert equal(got, expected)
+
+
+# Ids around the sizes at which the sort, or the memory of its result, changes.
+SIZES = [n + off for n in (1, 64, 2048, 5461, 16384, 100_000) for off in (0, 1)]
+
+
+def test_groups_stay_while_others_are_made() -> None:
+    """The memory of groups is used again once nobody holds them, and not before."""
+    rng = np.random.default_rng(0)
+    held: list[tuple[np.ndarray, tuple[np.ndarray, ...]]] = []
+    for at in range(6 * len(SIZES)):
+        ids = rng.integers(0, 1 << 20, SIZES[at % len(SIZES)])
+        held.append((ids, _core.group(ids, 1 << 20, 1 + at % 3)))
+        if at % 4 == 3:
+            del held[rng.integers(len(held))]
+            held[-1] = (held[-1][0], held[-1][1][:1])  # one of the arrays is enough to keep all
+        for kept, arrays in held[-8:]:
+            assert all(map(equal, arrays, reference.group(kept, 1 << 20)))
+
+
+def test_groups_of_several_callers() -> None:
+    """Threads that group at a time do not meet in memory that is used again."""
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 1 << 20, n) for n in (5_000, 40_000, 60_000, 100_000)]
+
+    def caller(at: int) -> bool:
+        ids = batches[at % len(batches)]
+        expected = reference.group(ids, 1 << 20)
+        return all(all(map(equal, _core.group(ids, 1 << 20, 1), expected)) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(caller, range(8)))
 
 
 @given(batch=batches(), scale=st.booleans())
