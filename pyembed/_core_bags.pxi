@@ -141,11 +141,15 @@ def reduce_bags(Column column not None, cnp.ndarray ids not None, cnp.ndarray st
         which_bd = <int64_t *>cnp.PyArray_DATA(which)
     _check_ids(ids, wide, column.rows, threads)
     cdef bint cold = _batch_is_cold(column, ids_n, wide, n)
-    with nogil:
-        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
-            if t:
-                pe_leave_cpu(caller)
-            _bag_part(k, &bags, column, ids_n, wide, t, threads, out_bd, which_bd, cold)
+    if threads == 1:
+        with nogil:
+            _bag_part(k, &bags, column, ids_n, wide, 0, 1, out_bd, which_bd, cold)
+    else:
+        with nogil:
+            for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+                if t:
+                    pe_leave_cpu(caller)
+                _bag_part(k, &bags, column, ids_n, wide, t, threads, out_bd, which_bd, cold)
 
 
 def bag_dots(Column column not None, cnp.ndarray ids not None, cnp.ndarray bag_of not None, cnp.ndarray grad not None,

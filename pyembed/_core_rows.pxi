@@ -130,9 +130,13 @@ def scatter_add(Column column not None, cnp.ndarray ids not None, cnp.ndarray va
     if n * column.dim == 0:
         return
     cdef bint cold = _batch_is_cold(column, ids_n, wide, n)
-    with nogil:
-        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
-            _scatter_part(k, column, ids_n, wide, _split(n, t, threads), _split(n, t + 1, threads), values_nd, alpha, cold)
+    if threads == 1:
+        with nogil:
+            _scatter_part(k, column, ids_n, wide, 0, n, values_nd, alpha, cold)
+    else:
+        with nogil:
+            for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+                _scatter_part(k, column, ids_n, wide, _split(n, t, threads), _split(n, t + 1, threads), values_nd, alpha, cold)
 
 
 cdef inline int _require_writable(Column column) except -1:
