@@ -1,11 +1,14 @@
 """One step of many small tables: grouped in one parallel region, updated in another.
 
 A step of a few thousand ids is too short to be shared by threads. The steps of many tables are not:
-here the threads share the gradients of all of them.
+here the threads share the gradients of all of them. It is one step in two other ways: all tables
+change or none, and their gradients can have one norm.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -13,30 +16,38 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from pyembed import _core, grouping, threads
+from pyembed.arrays import in_range
 from pyembed.bags import Bags
 from pyembed.errors import ArgumentError
 from pyembed.grouping import SparseGrad
-from pyembed.optimizer import Batch, Optimizer
+from pyembed.optimizer import Batch, Optimizer, scale_to
+from pyembed.table import Table
 
-Step = tuple[Optimizer, "ArrayLike | Bags | SparseGrad", "ArrayLike | None"]
+Step = tuple[Optimizer, "ArrayLike | Bags | SparseGrad | None", "ArrayLike | None"]
 
 
-def step_many(steps: Iterable[Step]) -> None:
-    """Take a step with each of several optimizers, of different tables.
+def step_many(steps: Iterable[Step], clip_norm: float | None = None) -> None:
+    """Take a step with each of several optimizers: all of them, or none.
 
-    The result is that of ``optimizer.step(ids, grad)`` for each, bit for bit.
+    The result is that of ``optimizer.step(ids, grad)`` for each, bit for bit. Optimizers over one
+    table step in the order given, after the gradients of all were read.
 
     Parameters
     ----------
     steps : triples (optimizer, ids, grad)
-        See `Optimizer.step`; grad is None with a SparseGrad.
+        See `Optimizer.step`; grad is None with a SparseGrad. (optimizer, None, None) is a step with
+        what was accumulated, which is then gone.
+    clip_norm : float, optional
+        The summed gradients of all rows of all tables are scaled so that their 2-norm, taken as one
+        vector, is at most this (torch's clip_grad_norm_ of all parameters). Rows that a step leaves
+        alone do not count: padding, and what ``nonfinite="skip_row"`` skips.
 
     Raises
     ------
     ArgumentError
-        If two optimizers are over one table.
-    IdError, DTypeError, NonFiniteError, ReadOnlyError
-        Before any of the tables is written.
+        If an optimizer is given twice, or beside `clip_norm` has one of its own.
+    IdError, DTypeError, NonFiniteError, ClosedError, ReadOnlyError, TableError
+        Like all errors here before a row of any table is written; what was accumulated is kept.
 
     Examples
     --------
@@ -49,27 +60,41 @@ def step_many(steps: Iterable[Step]) -> None:
     [[-1.0], [-1.0]]
     """
     steps = list(steps)
+    optimizers = [optimizer for optimizer, _, _ in steps]
+    most = require_clip_norm(clip_norm, optimizers)
     if not steps:
         return
-    optimizers = [optimizer for optimizer, _, _ in steps]
-    if len({id(o.table) for o in optimizers}) < len(optimizers):
-        raise ArgumentError("two optimizers are over one table; take their steps one by one")
-    batches = _batches(steps)
+    if len(set(optimizers)) < len(optimizers):
+        raise ArgumentError("an optimizer is given twice; accumulate its gradients, or join them")
     workers = max(o.table.num_threads for o in optimizers)
+    batches = _batches(steps)
     _require_usable(optimizers, batches, workers)
-    clipped = [
-        o.clip(batch, threads.for_work(batch.values.size, workers))
-        for o, batch in zip(optimizers, batches, strict=True)
-    ]
+    clipped = _clip(optimizers, batches, most, workers)
     with ExitStack() as stack:
-        columns: dict[int, tuple[_core.Column, ...]] = {}
-        turns = list(zip(optimizers, clipped, strict=True))
-        # In one order, so that two callers do not wait for each other.
-        for o, (batch, _) in sorted(turns, key=lambda turn: id(turn[0].table)):
-            stack.enter_context(o.table.still())
-            columns[id(o)] = o.table.begin_change(o.state, batch.rows)
-        calls = [o.call(columns[id(o)], batch, scale) for o, (batch, scale) in turns]
+        calls = _calls(stack, list(zip(optimizers, clipped, strict=True)))
         _take(optimizers, calls, workers)
+    for o, ids, _ in steps:
+        if ids is None:
+            o.discard()
+
+
+def require_clip_norm(clip_norm: float | None, optimizers: Iterable[Optimizer]) -> float | None:
+    """One norm for all of these optimizers, of which then none has its own.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if clip_norm is None:
+        return None
+    most = in_range("clip_norm", clip_norm, 0.0)
+    for o in optimizers:
+        if o.clip_norm is not None:
+            raise ArgumentError(
+                f"clip_norm = {most} for all tables, and {o!r} has clip_norm = {o.clip_norm} of "
+                "its own; allowed: one of them, as two norms of one gradient have no order"
+            )
+    return most
 
 
 def _batches(steps: list[Step]) -> list[Batch]:
@@ -86,6 +111,24 @@ def _batches(steps: list[Step]) -> list[Batch]:
     ]
 
 
+def _clip(
+    optimizers: list[Optimizer], batches: list[Batch], most: float | None, workers: int
+) -> list[tuple[Batch, float]]:
+    """The batches, and what to scale each with: by a norm of its own, or all by that of all."""
+    pairs = [
+        (o, batch, threads.for_work(batch.values.size, workers))
+        for o, batch in zip(optimizers, batches, strict=True)
+    ]
+    if most is None:
+        return [o.clip(batch, few) for o, batch, few in pairs]
+    normed = [o.norm(batch, few) for o, batch, few in pairs]
+    total = 0.0
+    for _, norm in normed:  # sum() would add other bits from Python 3.12 on
+        total += norm * norm
+    scale = scale_to(most, math.sqrt(total))
+    return [(batch, scale) for batch, _ in normed]
+
+
 def _require_usable(optimizers: list[Optimizer], batches: list[Batch], workers: int) -> None:
     """All gradients at once; only where one is refused, the batches one by one, to say which."""
     pairs = list(zip(optimizers, batches, strict=True))
@@ -100,19 +143,48 @@ def _require_usable(optimizers: list[Optimizer], batches: list[Batch], workers: 
             o.require_usable(batch, 1)
 
 
+def _calls(
+    stack: ExitStack, turns: list[tuple[Optimizer, tuple[Batch, float]]]
+) -> list[tuple[int, tuple[Any, ...]]]:
+    """The number of each step and its arguments, with nobody else at the tables."""
+    columns: dict[Optimizer, tuple[_core.Column, ...]] = {}
+    # In one order, so that two callers do not wait for each other. Tables that can only be read are
+    # first: they are refused before another one is called dirty.
+    batches = {o: batch for o, (batch, _) in turns}
+    for o in sorted(batches, key=lambda o: (o.table.writable, id(o.table))):
+        stack.enter_context(o.table.still())
+        columns[o] = o.table.begin_change(o.state, batches[o].rows)
+    taken: Counter[tuple[Table, str]] = Counter()  # by the time of this step, of its rule
+    calls = []
+    for o, (batch, scale) in turns:
+        taken[o.table, o.rule] += 1
+        step = o.steps + taken[o.table, o.rule]
+        calls.append((step, o.call(step, columns[o], batch, scale)))
+    return calls
+
+
 def _take(
     optimizers: list[Optimizer], calls: list[tuple[int, tuple[Any, ...]]], workers: int
 ) -> None:
-    """The steps, those of cold tables one by one, as each asks for its own pages."""
-    warm = []
+    """The steps: alone those of cold tables, which ask for their own pages, and second ones.
+
+    So the steps of one table keep their order.
+    """
+    shared, alone, seen = [], [], set()
     floats = 0
-    for at, (step, call) in enumerate(calls):
+    for at, (_, call) in enumerate(calls):
         column, rows, values = call[0][0], call[1], call[4]
-        if column.pages is not None and column.pages.cold:
-            optimizers[at].take(step, call, threads.for_work(values.size, workers))
+        table = optimizers[at].table
+        if table in seen or (column.pages is not None and column.pages.cold):
+            alone.append(at)
         else:
-            warm.append(at)
+            shared.append(at)
             floats += max(values.size, rows.size * column.dim)
-    skipped = _core.update_many([calls[at][1] for at in warm], threads.for_work(floats, workers))
-    for at, count in zip(warm, skipped, strict=True):
+        seen.add(table)
+    few = threads.for_work(floats, workers)
+    skipped = _core.update_many([calls[at][1] for at in shared], few)
+    for at, count in zip(shared, skipped, strict=True):
         optimizers[at].took(calls[at][0], count)
+    for at in alone:
+        step, call = calls[at]
+        optimizers[at].take(step, call, threads.for_work(call[4].size, workers))

@@ -92,6 +92,12 @@ class Given(NamedTuple):
     coef: F32 | None = None
 
 
+def scale_to(most: float, norm: float) -> float:
+    """What brings gradients of this norm to at most `most`, as torch's clip_grad_norm_ does."""
+    share = most / (norm + 1e-6)
+    return 1.0 if share >= 1 else share  # NaN, if nonfinite="allow" lets one through
+
+
 class Optimizer:
     """What all rules share: the table, the step, the checks.
 
@@ -225,15 +231,9 @@ class Optimizer:
         IdError, DTypeError, ArgumentError, NonFiniteError, ReadOnlyError
             Before anything is written.
         """
-        if ids is not None:
-            self._update(self._batch(self.read(ids, grad)))
-            return
-        self._refuse_frozen()
-        if grad is not None or not self._pending:
-            raise ArgumentError("step(ids, grad): ids are missing, and nothing was accumulated")
-        self._merge()
-        self._update(Batch(self._pending[0].ids, None, None, self._pending[0].values))
-        self.discard()
+        self._update(self._batch(self.read(ids, grad)))
+        if ids is None:
+            self.discard()
 
     def accumulate(self, ids: ArrayLike | Bags | SparseGrad, grad: ArrayLike | None = None) -> None:
         """Keep the gradient of a micro-batch; `step` without arguments applies the sum of all.
@@ -254,7 +254,8 @@ class Optimizer:
         >>> t.gather([0, 1, 2]).tolist()
         [[-1.0], [-2.0], [0.0]]
         """
-        batch = self._batch(self.read(ids, grad, accumulate=True))
+        self._refuse_frozen()
+        batch = self._batch(self._given(ids, grad))
         workers = self._workers(batch)
         self.require_usable(batch, workers)
         values = self._sums(batch, workers)
@@ -285,26 +286,29 @@ class Optimizer:
     def _update(self, batch: Batch) -> None:
         workers = self._workers(batch)
         self.require_usable(batch, workers)
-        batch, clip_scale = self.clip(batch, workers)
+        batch, scale = self.clip(batch, workers)
         with self.table.still():
             columns = self.table.begin_change(self.state, batch.rows)
-            step, call = self.call(columns, batch, clip_scale)
-            self.take(step, call, workers)
+            step = self.steps + 1  # in turn, as another thread's step counts too
+            self.take(step, self.call(step, columns, batch, scale), workers)
 
     # --- a step in parts, for step_many too ---------------------------------------------------
 
-    def read(
-        self,
-        ids: ArrayLike | Bags | SparseGrad,
-        grad: ArrayLike | None,
-        accumulate: bool = False,
-    ) -> Given:
-        """What the caller gave, checked but for the range of its ids and its numbers."""
+    def read(self, ids: ArrayLike | Bags | SparseGrad | None, grad: ArrayLike | None) -> Given:
+        """What `step` is called with, or without: checked but for ranges of ids and numbers."""
         self._refuse_frozen()
-        if self._pending and not accumulate:
+        if ids is None:
+            if grad is not None or not self._pending:
+                raise ArgumentError("step(ids, grad): ids are missing, and nothing was accumulated")
+            self._merge()
+            return Given(*self._pending[0], True)
+        if self._pending:
             raise ArgumentError(
                 "gradients were accumulated; apply them with step(), or drop them: discard()"
             )
+        return self._given(ids, grad)
+
+    def _given(self, ids: ArrayLike | Bags | SparseGrad, grad: ArrayLike | None) -> Given:
         dim = self.table.dim
         if isinstance(ids, SparseGrad):
             if grad is not None:
@@ -347,21 +351,20 @@ class Optimizer:
         """With clip_norm the batch, summed, and what to scale it with."""
         if self.clip_norm is None:
             return batch, 1.0
+        batch, norm = self.norm(batch, workers)
+        return batch, scale_to(self.clip_norm, norm)
+
+    def norm(self, batch: Batch, workers: int) -> tuple[Batch, float]:
+        """The batch, summed, and its 2-norm: of the rows that the step will not leave alone."""
         batch = Batch(batch.rows, None, None, self._sums(batch, workers))
         skip = self.nonfinite == "skip_row"
-        norm = _core.global_norm(batch.rows, batch.values, self._skip_row, skip, workers)
-        share = self.clip_norm / (norm + 1e-6)
-        return batch, 1.0 if share >= 1 else share  # NaN, if nonfinite="allow" lets one through
+        return batch, _core.global_norm(batch.rows, batch.values, self._skip_row, skip, workers)
 
     def call(
-        self, columns: tuple[_core.Column, ...], batch: Batch, clip_scale: float
-    ) -> tuple[int, tuple[Any, ...]]:
-        """The number of the step, and what `_core.update` takes for it.
-
-        To be called in turn, as another thread's step counts too.
-        """
+        self, step: int, columns: tuple[_core.Column, ...], batch: Batch, clip_scale: float
+    ) -> tuple[Any, ...]:
+        """What `_core.update` takes for step number `step`."""
         rows, starts, order, values, bag_of, coef = batch
-        step = self.steps + 1
         if self._lazy and step > MAX_LAZY_STEPS:
             raise ArgumentError(
                 f"step {step}: a lazy optimizer keeps the last step of each row in a float32, "
@@ -370,7 +373,7 @@ class Optimizer:
         hyper, extras = self._step_values(step, clip_scale)
         scale = self._scales and starts is not None
         most = (columns, rows, starts, order, values, self.rule, hyper, self._skip_row, scale)
-        return step, (*most, bag_of, coef, extras)
+        return (*most, bag_of, coef, extras)
 
     def take(self, step: int, call: tuple[Any, ...], workers: int) -> None:
         """The step, as `call` gave it."""
@@ -433,9 +436,9 @@ class Optimizer:
         """The hyper-parameters of a step, and its extras, as `_core.update` takes them."""
         lr = self._lr_of(step)
         hyper = _core.HYPER | self._hyper(step, lr)
-        if self._extras is None:
+        if self._extras is None and clip_scale == 1:
             return hyper, None
-        extras = self._extras | {"clip_scale": clip_scale}
+        extras = (self._extras or _core.EXTRAS) | {"clip_scale": clip_scale}
         if self.decay_mode in ("decoupled", "lazy"):
             extras["keep"] = 1 - lr * self.weight_decay
         if self._lazy:

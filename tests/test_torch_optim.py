@@ -1,4 +1,4 @@
-"""What torch's training loops drive: learning-rate schedulers, states, clipping.
+"""What torch's training loops drive: schedulers, states, clipping; a step of several tables.
 
 Torch's nn.Embedding and torch's optimizers are the expectation; tolerance as in `test_torch`.
 """
@@ -9,24 +9,28 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch_layers import (
     DIM,
     OPTIMIZERS,
+    ROWS,
     SGD,
     batches,
     close,
     loss_of,
+    on_disk,
     ours,
     rows_of,
     theirs,
     weights,
 )
 
-from pyembed import optim, schedules
-from pyembed.errors import ArgumentError
+from pyembed import Table, optim, schedules
+from pyembed.errors import ArgumentError, ClosedError, NonFiniteError, ReadOnlyError
 
 torch = pytest.importorskip("torch")
 
@@ -162,3 +166,138 @@ def test_clip_norm_is_clip_grad_norm(most: float) -> None:
         stepper.step()
         close(rows_of(mine), twin.weight.detach())
     assert mine.embedding_dim == DIM
+
+
+@pytest.mark.parametrize("most", [0.5, 1e6])
+@pytest.mark.parametrize("copied", [lambda x: x, copy.deepcopy])
+def test_one_norm_of_all_tables(most: float, copied: Any) -> None:
+    """clip_norm of an Optimizer is torch's clip_grad_norm_ of all weights, in a copy too."""
+    mine = torch.nn.ModuleList([ours(optimizer=SGD, padding_idx=2), ours(optimizer=SGD)])
+    twins = torch.nn.ModuleList([theirs(padding_idx=2), theirs()])
+    mine, optimizer = copied((mine, pt.Optimizer(mine, clip_norm=most)))
+    stepper = torch.optim.SGD(twins.parameters(), lr=0.5)
+    for ids in batches():
+        for layers, each in ((mine, optimizer), (twins, stepper)):
+            each.zero_grad()
+            for scale, layer in enumerate(layers, 1):
+                (scale * loss_of(layer(ids))).backward()
+            if layers is twins:
+                torch.nn.utils.clip_grad_norm_(twins.parameters(), most)
+            each.step()
+        for layer, twin in zip(mine, twins, strict=True):
+            close(rows_of(layer), twin.weight.detach())
+
+
+def test_refusals_of_one_norm() -> None:
+    """A norm that is none, and a second one in a layer's optimizer; layers go on without."""
+    model = torch.nn.ModuleList(
+        [ours(optimizer=SGD), ours(optimizer=functools.partial(optim.SGD, lr=0.5, clip_norm=2.0))]
+    )
+    with pytest.raises(ArgumentError, match="clip_norm = -1"):
+        pt.Optimizer(model[0], clip_norm=-1.0)
+    with pytest.raises(ArgumentError, match="2.0 of its own"):
+        pt.Optimizer(model, clip_norm=1.0)
+    model[0](torch.tensor([1])).sum().backward()
+    assert model[0].optimizer.steps == 1
+
+
+# --- several tables -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reason, error",
+    [
+        ("overflow", NonFiniteError),
+        ("rate", ArgumentError),
+        ("closed", ClosedError),
+        ("read-only", ReadOnlyError),
+    ],
+)
+def test_all_tables_or_none(reason: str, error: type[Exception], path: Path) -> None:
+    """What the third table is refused for keeps rows, rates, and what is pending, of all as it was.
+
+    Without the third one's gradients the others take their step, and training goes on.
+    """
+    adam, ids = functools.partial(optim.Adam, lr=0.5), torch.tensor([[1, 3], [3, 4]])
+    third = ours(optimizer=SGD)
+    if reason == "read-only":
+        third = pt.Embedding(ROWS, DIM, table=Table.open(on_disk(path), "r"), optimizer=SGD)
+    model = torch.nn.ModuleList([ours(optimizer=adam), ours("EmbeddingBag", optimizer=adam), third])
+    twins = [ours(optimizer=adam), ours("EmbeddingBag", optimizer=adam)]
+    table, optimizer = third.table, pt.Optimizer(model)
+    twin = pt.Optimizer(torch.nn.ModuleList(twins))
+    for layer in (*model, *twins):
+        for _ in range(2):
+            (layer(ids) * (3e38 if layer is third and reason == "overflow" else 1)).sum().backward()
+    if reason == "closed":
+        table.close()
+    optimizer.param_groups[0]["lr"] = twin.param_groups[0]["lr"] = 0.25
+    optimizer.param_groups[2]["lr"] = -1.0 if reason == "rate" else 0.125
+    for _ in range(2):
+        with pytest.raises(error):
+            optimizer.step()
+        assert all(torch.equal(rows_of(layer), weights()) for layer in model[:2])
+        assert reason == "closed" or torch.equal(rows_of(third), weights())
+        assert [each.optimizer.steps for each in model] == [0, 0, 0]
+        assert [each.optimizer.lr for each in model] == [0.5, 0.5, 0.5]
+    third.optimizer.discard()
+    for _ in range(2):
+        optimizer.step()
+        twin.step()
+        for layer, other in zip(model, twins, strict=False):
+            assert torch.equal(rows_of(layer), rows_of(other)) and layer.optimizer.steps > 0
+        for each in (optimizer, twin):
+            each.zero_grad()
+        for layer in (*model[:2], *twins):
+            layer(ids).sum().backward()
+    table.close()
+
+
+def test_zero_grad_after_a_refusal() -> None:
+    """zero_grad drops what was refused, of all tables, and the next batch is a step of its own."""
+    model = torch.nn.ModuleList([ours(optimizer=SGD), ours(optimizer=SGD)])
+    optimizer, ids = pt.Optimizer(model), torch.tensor([1])
+    for scale in (1.0, 3e38, 3e38):
+        for layer in model:
+            (layer(ids) * scale).sum().backward()
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(rows_of(layer), weights()) for layer in model)
+    for layer in model:
+        layer(ids).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(rows_of(layer)[1], weights()[1] - 0.5) for layer in model)
+
+
+def test_two_layers_over_one_table() -> None:
+    """Each takes a step, in the order of the modules, with its own rate and in one count."""
+    fast, slow = (functools.partial(optim.Adam, lr=lr) for lr in (0.5, 0.125))
+    first = ours(optimizer=fast)
+    second = pt.Embedding(ROWS, DIM, table=first.table, optimizer=slow, padding_idx=1)
+    optimizer = pt.Optimizer(torch.nn.ModuleList([first, second]))
+    table = Table.from_array(weights().numpy())
+    single = optim.Adam(table, lr=0.5), optim.Adam(table, lr=0.125)
+    for ids in batches():
+        for layer in (first, second):
+            layer(ids).sum().backward()
+        optimizer.step()
+        rows, grad = ids.numpy(), np.ones((*ids.shape, DIM), np.float32)
+        single[0].step(rows, grad)
+        kept = rows != 1  # not the padding row
+        single[1].step(rows[kept], grad[kept])
+        assert np.array_equal(first.table.weight, table.weight)
+    assert first.optimizer.steps == single[0].steps == 2 * len(batches())
+
+
+def test_two_layers_with_one_optimizer() -> None:
+    """What both looked up is one step, at the rate of the first."""
+    first = ours(optimizer=SGD)
+    second = pt.Embedding(ROWS, DIM, table=first.table, optimizer=lambda _: first.optimizer)
+    optimizer = pt.Optimizer(torch.nn.ModuleList([first, second]))
+    optimizer.param_groups[1]["lr"] = 0.125
+    for layer in (first, second):
+        layer(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert first.optimizer.steps == 1 and torch.equal(rows_of(first)[1], weights()[1] - 2 * 0.5)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyembed.errors import ArgumentError
+from pyembed.many import require_clip_norm, step_many
 from pyembed.torch.layers import Layer
 
 
@@ -31,11 +32,16 @@ class Optimizer(torch.optim.Optimizer):
     ----------
     model : torch.nn.Module
         With one layer with `optimizer=` or more, whose learning rates are numbers.
+    clip_norm : float, optional
+        What is pending for all tables together is scaled in a step so that its 2-norm is at most
+        this, see `pyembed.optim.step_many`. Dense parameters have torch's clip_grad_norm_, and a
+        norm of their own.
 
     Raises
     ------
     ArgumentError
-        If there is no such layer, or its learning rate is a schedule of its own.
+        If there is no such layer, or its learning rate is a schedule of its own; if beside
+        `clip_norm` its optimizer has one of its own.
 
     Examples
     --------
@@ -54,7 +60,7 @@ class Optimizer(torch.optim.Optimizer):
     (1, 0.2)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, clip_norm: float | None = None) -> None:
         layers = [each for each in model.modules() if isinstance(each, Layer)]
         self._layers: list[Any] = [each for each in layers if each.optimizer is not None]
         if not self._layers:
@@ -67,6 +73,7 @@ class Optimizer(torch.optim.Optimizer):
                     "which torch's scheduler then changes"
                 )
             groups.append({"params": [layer._anchor], "lr": layer.optimizer.lr})
+        self._clip_norm = require_clip_norm(clip_norm, [each.optimizer for each in self._layers])
         super().__init__(groups, {})
         self._own()
 
@@ -75,7 +82,8 @@ class Optimizer(torch.optim.Optimizer):
             layer._accumulates = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_layers": self._layers}
+        own = {"_layers": self._layers, "_clip_norm": self._clip_norm}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -98,20 +106,31 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update each table with what is pending, which is then gone; returns `closure`'s loss.
 
-        A table for which nothing is pending takes no step.
+        A table for which nothing is pending takes no step. All others take theirs, or none does.
 
         Raises
         ------
-        ArgumentError, ClosedError, NonFiniteError, ReadOnlyError
-            Before anything is written to the table; what was pending for it still is.
+        ArgumentError, ClosedError, NonFiniteError, ReadOnlyError, TableError
+            Before a row of any table is written. What was pending still is, and the layers have
+            the learning rates of before.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        turns: dict[Any, tuple[Any, Any]] = {}  # layers may share an optimizer, which steps once
         for layer, group in zip(self._layers, self.param_groups, strict=False):
             if layer.optimizer._pending:
-                layer.optimizer.lr = float(group["lr"])
-                layer.optimizer.step()
-                layer._changes += 1
+                turns.setdefault(layer.optimizer, (layer, group["lr"]))
+        rates = {optimizer: optimizer.lr for optimizer in turns}
+        try:
+            for optimizer, (_, rate) in turns.items():
+                optimizer.lr = float(rate)
+            step_many([(optimizer, None, None) for optimizer in turns], self._clip_norm)
+        except Exception:
+            for optimizer, rate in rates.items():
+                optimizer.lr = rate
+            raise
+        for layer, _ in turns.values():
+            layer._changes += 1
         return loss
