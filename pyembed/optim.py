@@ -17,7 +17,8 @@ from pyembed.arrays import in_range
 from pyembed.embedding import Layer
 from pyembed.errors import ArgumentError
 from pyembed.many import step_many
-from pyembed.optimizer import Optimizer, Options
+from pyembed.optimizer import Optimizer
+from pyembed.options import Options
 from pyembed.schedules import Schedule
 from pyembed.table import Table
 
