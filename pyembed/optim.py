@@ -485,6 +485,8 @@ class FTRL(Optimizer):
         super().__init__(target, lr, options)
         self.beta = in_range("beta", beta, 0.0)
         self.l1, self.l2 = in_range("l1", l1, 0.0), in_range("l2", l2, 0.0)
+        if self.frequency_power > 1:  # the rule divides by the learning rate
+            raise ArgumentError(f"frequency_power = {self.frequency_power}; allowed: 0 .. 1")
 
     def _hyper(self, step: int, lr: float) -> dict[str, float]:
         return {"lr": lr, "beta": self.beta, "l1": self.l1, "l2": self.l2}

@@ -101,6 +101,8 @@ class Optimizer:
         self._lazy = self.decay_mode == "lazy" or lazy_momentum
         self._refuse_frozen()
         self.state = state_widths(self.rule, self.table.dim)
+        if self.frequency_power:
+            self.state["count"] = 1
         if self._lazy:
             self.state["last_step"] = 1
             self._extras = self._extras or dict(_core.EXTRAS)
@@ -110,6 +112,11 @@ class Optimizer:
     def weight_decay(self) -> float:
         """As the optimizer was made with."""
         return self._weight_decay
+
+    @property
+    def frequency_power(self) -> float:
+        """As the optimizer was made with."""
+        return self._extras["frequency_power"] if self._extras else 0.0
 
     @property
     def steps(self) -> int:
@@ -412,6 +419,8 @@ class Optimizer:
         shown: dict[str, Any] = {"lr": self._schedule or self._lr, **self._parameters()}
         if self.weight_decay:
             shown |= {"weight_decay": self.weight_decay, "decay_mode": self.decay_mode}
+        if self.frequency_power:
+            shown |= {"frequency_power": self.frequency_power}
         listed = ", ".join(
             f"{name}={value:g}" if type(value) is float else f"{name}={value!r}"
             for name, value in shown.items()

@@ -33,6 +33,10 @@ class Options(TypedDict, total=False):
         vector, is at most this (torch's clip_grad_norm_). The sums are made first: another pass.
     max_norm, norm_type : float, optional
         A touched row with a larger norm is scaled down to it after the step, see `Table.renorm`.
+    frequency_power : float
+        p > 0: the learning rate of a row is ``lr / count ** p``, where count is in how many steps
+        the row was touched, this one included; decoupled and lazy decay stay at lr. Needs the
+        column ``count``, a float32, which counts up to 2**24 and stays there. FTRL takes 0 .. 1.
     """
 
     nonfinite: str
@@ -42,6 +46,7 @@ class Options(TypedDict, total=False):
     clip_norm: float | None
     max_norm: float | None
     norm_type: float
+    frequency_power: float
 
 
 class Settings(NamedTuple):
@@ -65,6 +70,7 @@ def checked(
     clip_norm: float | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
+    frequency_power: float = 0.0,
 ) -> Settings:
     """The options of a rule that has these decay modes, the first of which is its default.
 
@@ -95,6 +101,7 @@ def checked(
     if not norm_type >= 0:
         raise ArgumentError(f"norm_type = {norm_type}; allowed: 0 or more, inf included")
     extras["norm_type"] = float(norm_type)
+    extras["frequency_power"] = in_range("frequency_power", frequency_power, 0.0)
     decays = decay != 0 and mode in ("decoupled", "lazy")
     asked = decays or clip_norm is not None or extras | {"norm_type": 2.0} != _core.EXTRAS
     return Settings(nonfinite, decay, mode, clip_norm, extras if asked else None)
