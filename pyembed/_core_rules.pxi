@@ -2,16 +2,17 @@
 # _core_updates.pxi. A step without any of the extras takes no branch for them but one, and touches no memory of theirs.
 
 cdef enum:
-    MAX_COLUMNS = 5                               # the weight, three of state, the last step
+    MAX_COLUMNS = 6                               # the weight, three of state, the count, the last step
 
 
 cdef struct Extras:
     # What a step does beside its rule, in the order in which it does it. `EXTRAS` is a step that does none of it.
     bint skip_nonfinite                           # leave a row alone whose gradient is not finite
-    double step                                   # the number of this step if the last column holds each row's last one, or 0
+    double step                                   # the number of this step if a column holds each row's last one, or 0
     double keep                                   # what each step multiplies the weight with: decoupled decay
     double momentum                               # of the steps that a row missed, or 0
     double missed_lr                              # and their learning rate
+    double frequency_power                        # a row's learning rates are divided by its count to this power; 0: no column
     float clip_value                              # elements of the gradient into -clip_value .. clip_value
     float clip_scale                              # then times this
     float l2                                      # then plus this times the weight
@@ -28,17 +29,24 @@ cdef struct Rule:
     float *data[MAX_COLUMNS]
     int64_t stride[MAX_COLUMNS]
     int64_t width[MAX_COLUMNS]
+    int count, last                               # the columns of a row's count and of its last step, or 0
     int64_t row_floats                            # from the first column's first to the last one's last, in one row
+
+
+cdef inline double _rate(const Rule *rule, float *const *col) noexcept nogil:
+    """What the learning rate of a row is multiplied with. A row that was not counted yet has the full one."""
+    cdef double count = col[rule.count][0] if rule.count else 0.0
+    return pow(count, -rule.extras.frequency_power) if count > 1 else 1.0
 
 
 cdef void _catch_up(const pe_kernels *k, const Rule *rule, float *const *col, int64_t d, bint stepping) noexcept nogil:
     """Bring a row to where it would be had it been decayed, and moved by its momentum, in the steps that it missed.
 
-    The last column holds the step that touched the row last, or 0 if none did: such a row missed nothing. If this step is
-    about to touch it, its own decay is included.
+    A column holds the step that touched the row last, or 0 if none did: such a row missed nothing. If this step is about to
+    touch it, its own decay is included. The row's count is what it was in the steps that were missed.
     """
     cdef pe_missed m
-    cdef float *last = col[rule.columns - 1]
+    cdef float *last = col[rule.last]
     cdef double now = rule.extras.step, keep = rule.extras.keep if stepping else 1.0
     if rule.extras.step == 0:
         if keep != 1:
@@ -52,7 +60,7 @@ cdef void _catch_up(const pe_kernels *k, const Rule *rule, float *const *col, in
     if m.kept != 1:
         k.scale_row(col[0], <float>m.kept, d)
     if rule.extras.momentum != 0 and m.moved != 0:
-        k.axpy_row(col[0], col[1], <float>(-rule.extras.missed_lr * m.moved), d)
+        k.axpy_row(col[0], col[1], <float>(-rule.extras.missed_lr * _rate(rule, col) * m.moved), d)
         k.scale_row(col[1], <float>m.left, d)
 
 
@@ -60,6 +68,8 @@ cdef bint _update_row(const pe_kernels *k, const Rule *rule, float *const *col, 
                       int64_t d) noexcept nogil:
     """A step with extras on one row; grad_d may be sum_d. False if the row was left alone."""
     cdef const Extras *x = &rule.extras
+    cdef const pe_hyper *h = &rule.hyper
+    cdef pe_hyper own
     cdef double norm
     if x.skip_nonfinite and not k.finite_span(grad_d, d):
         return False
@@ -74,7 +84,12 @@ cdef bint _update_row(const pe_kernels *k, const Rule *rule, float *const *col, 
             k.scale_row(sum_d, x.clip_scale, d)
         if x.l2 != 0:
             k.axpy_row(sum_d, col[0], x.l2, d)
-    rule.row(col, grad_d, d, &rule.hyper)
+    if rule.count:
+        col[rule.count][0] += 1                   # stays at 2^24
+        own = h[0]
+        own.lr = <float>(own.lr * _rate(rule, col))
+        h = &own
+    rule.row(col, grad_d, d, h)
     if x.max_norm < INFINITY:
         norm = k.norm_row(col[0], x.norm_type, d)
         if norm > x.max_norm:
@@ -118,7 +133,7 @@ cdef int64_t _update_run(const pe_kernels *k, const Batch *b, const Rule *rule, 
 
 
 cdef int _rule(Rule *r, const pe_kernels *k, tuple columns, str name, dict hyper, dict extras) except -1:
-    """A rule with the columns that it changes: the weight, its state, and with extras["step"] each row's last step."""
+    """A rule with the columns that it changes: the weight, its state, and each row's count and last step if extras ask."""
     cdef Column column, weight = columns[0]
     cdef int c
     index, state = RULES[name]
@@ -127,7 +142,12 @@ cdef int _rule(Rule *r, const pe_kernels *k, tuple columns, str name, dict hyper
     r.plain = extras is None
     r.extras = EXTRAS if extras is None else extras
     widths = [weight.dim, *(weight.dim if kind == "element" else 1 for kind in state.values())]
+    r.count = r.last = 0
+    if r.extras.frequency_power != 0:
+        r.count = len(widths)
+        widths.append(1)
     if r.extras.step != 0:
+        r.last = len(widths)
         widths.append(1)
     r.columns = len(widths)
     if len(columns) != r.columns:
@@ -167,8 +187,8 @@ def update(tuple step not None, int threads):
     """One optimizer step over the unique rows: sum, scale and update in one pass. Returns how many rows were left alone.
 
     `step`: (columns, rows, starts, order, grad, name, hyper, skip_row, scale_by_count, bag_of, coef, extras), where `columns`
-    are the weight, the rule's state columns, and the rows' last steps if extras["step"] is not 0; `name`: see RULES;
-    `hyper`: see pe_hyper and HYPER; `extras`: see Extras, None for none.
+    are the weight, the rule's state columns, the rows' counts if extras["frequency_power"] is not 0, and their last steps if
+    extras["step"] is not 0; `name`: see RULES; `hyper`: see pe_hyper and HYPER; `extras`: see Extras, None for none.
     """
     cdef Step s
     cdef int t, caller = pe_this_cpu()
@@ -289,6 +309,6 @@ RULES = {
 HYPER = dict.fromkeys(
     ("lr", "eps", "momentum", "one_minus_b1", "one_minus_b2", "correction", "decay", "beta", "l1", "l2"), 0.0)
 EXTRAS = {
-    "skip_nonfinite": False, "step": 0.0, "keep": 1.0, "momentum": 0.0, "missed_lr": 0.0, "clip_value": INFINITY,
-    "clip_scale": 1.0, "l2": 0.0, "max_norm": INFINITY, "norm_type": 2.0,
+    "skip_nonfinite": False, "step": 0.0, "keep": 1.0, "momentum": 0.0, "missed_lr": 0.0, "frequency_power": 0.0,
+    "clip_value": INFINITY, "clip_scale": 1.0, "l2": 0.0, "max_norm": INFINITY, "norm_type": 2.0,
 }

@@ -17,7 +17,8 @@ from pyembed.arrays import in_range
 from pyembed.embedding import Layer
 from pyembed.errors import ArgumentError
 from pyembed.many import step_many
-from pyembed.optimizer import Optimizer, Options
+from pyembed.optimizer import Optimizer
+from pyembed.options import Options
 from pyembed.schedules import Schedule
 from pyembed.table import Table
 
@@ -484,6 +485,8 @@ class FTRL(Optimizer):
         super().__init__(target, lr, options)
         self.beta = in_range("beta", beta, 0.0)
         self.l1, self.l2 = in_range("l1", l1, 0.0), in_range("l2", l2, 0.0)
+        if self.frequency_power > 1:  # the rule divides by the learning rate
+            raise ArgumentError(f"frequency_power = {self.frequency_power}; allowed: 0 .. 1")
 
     def _hyper(self, step: int, lr: float) -> dict[str, float]:
         return {"lr": lr, "beta": self.beta, "l1": self.l1, "l2": self.l2}

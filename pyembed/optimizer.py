@@ -10,7 +10,7 @@ Same bits for any number of threads and any SIMD level.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,43 +32,13 @@ from pyembed.embedding_bag import EmbeddingBag
 from pyembed.errors import ArgumentError, DTypeError
 from pyembed.grouping import SparseGrad
 from pyembed.layout import state_widths
+from pyembed.options import Options, checked
 from pyembed.schedules import Schedule
 from pyembed.table import Table
 
 # A lazy optimizer keeps the last step of each row in a float32, which holds integers up to here.
 MAX_LAZY_STEPS = 2**24
 CATCH_UP_ROWS = 1 << 18  # that catch up together: what is known of them stays small
-
-
-class Options(TypedDict, total=False):
-    """What any optimizer does beside its rule, if asked to.
-
-    Attributes
-    ----------
-    nonfinite : {"raise", "skip_row", "allow"}
-        What to do with NaN and infinity in a gradient: refuse the batch; leave the row alone whose
-        summed gradient has one, and count it in `skipped`; or let them through.
-    weight_decay : float
-    decay_mode : {"l2", "decoupled", "lazy"}
-        "l2": ``g += weight_decay * w``. "decoupled": ``w *= 1 - lr * weight_decay``. Both for the
-        touched rows alone. "lazy": as decoupled, and a row also gets the decay of all steps since
-        its last one, at the learning rate of now; needs the column ``last_step``.
-    clip_value : float, optional
-        Elements of a row's summed gradient are brought into -clip_value .. clip_value.
-    clip_norm : float, optional
-        The summed gradients of all rows of the batch are scaled so that their 2-norm, taken as one
-        vector, is at most this (torch's clip_grad_norm_). The sums are made first: another pass.
-    max_norm, norm_type : float, optional
-        A touched row with a larger norm is scaled down to it after the step, see `Table.renorm`.
-    """
-
-    nonfinite: str
-    weight_decay: float
-    decay_mode: str
-    clip_value: float | None
-    clip_norm: float | None
-    max_norm: float | None
-    norm_type: float
 
 
 class Batch(NamedTuple):
@@ -132,59 +102,27 @@ class Optimizer:
         self._pending: list[SparseGrad] = []
         self._merged_rows = 0  # of the first one pending, a sum of earlier ones
         self.lr = lr
-        self._extras = self._set_options(**options)
+        asked = checked(self.decay_modes, self.default_decay, **options)
+        self.nonfinite, self._weight_decay, self.decay_mode, self.clip_norm, self._extras = asked
         self._lazy = self.decay_mode == "lazy" or lazy_momentum
         self._refuse_frozen()
         self.state = state_widths(self.rule, self.table.dim)
+        if self.frequency_power:
+            self.state["row_steps"] = 1
         if self._lazy:
             self.state["last_step"] = 1
             self._extras = self._extras or dict(_core.EXTRAS)
         self.table.ensure_columns(self.state)
 
-    def _set_options(
-        self,
-        nonfinite: str = "raise",
-        weight_decay: float | None = None,
-        decay_mode: str | None = None,
-        clip_value: float | None = None,
-        clip_norm: float | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-    ) -> dict[str, float] | None:
-        """Check them; what they ask of every step, or None if that is nothing."""
-        weight_decay = self.default_decay if weight_decay is None else weight_decay
-        if nonfinite not in ("raise", "skip_row", "allow"):
-            allowed = "'raise', 'skip_row', 'allow'"
-            raise ArgumentError(f"nonfinite = {nonfinite!r}; allowed: {allowed}")
-        mode = self.decay_modes[0] if decay_mode is None and self.decay_modes else decay_mode
-        if mode not in self.decay_modes and (mode is not None or weight_decay != 0):
-            allowed = ", ".join(map(repr, self.decay_modes)) or "none: this rule has l1 and l2"
-            raise ArgumentError(f"decay_mode = {mode!r}; allowed: {allowed}")
-        if clip_value is not None and clip_norm is not None:
-            raise ArgumentError("clip_value and clip_norm are both given; allowed: one of them")
-        self.nonfinite, self.decay_mode = nonfinite, mode
-        self._weight_decay = in_range("weight_decay", weight_decay, 0.0)
-        self.clip_norm = None if clip_norm is None else in_range("clip_norm", clip_norm, 0.0)
-        extras = dict(_core.EXTRAS)
-        if nonfinite == "skip_row":
-            extras["skip_nonfinite"] = True
-        if clip_value is not None:
-            extras["clip_value"] = in_range("clip_value", clip_value, 0.0)
-        if mode == "l2":
-            extras["l2"] = self.weight_decay
-        if max_norm is not None:
-            extras["max_norm"] = in_range("max_norm", max_norm, 0.0)
-        if not norm_type >= 0:
-            raise ArgumentError(f"norm_type = {norm_type}; allowed: 0 or more, inf included")
-        extras["norm_type"] = float(norm_type)
-        decays = self.weight_decay != 0 and mode in ("decoupled", "lazy")
-        asked = decays or self.clip_norm is not None or extras | {"norm_type": 2.0} != _core.EXTRAS
-        return extras if asked else None
-
     @property
     def weight_decay(self) -> float:
         """As the optimizer was made with."""
         return self._weight_decay
+
+    @property
+    def frequency_power(self) -> float:
+        """As the optimizer was made with."""
+        return self._extras["frequency_power"] if self._extras else 0.0
 
     @property
     def steps(self) -> int:
@@ -482,6 +420,8 @@ class Optimizer:
         shown: dict[str, Any] = {"lr": self._schedule or self._lr, **self._parameters()}
         if self.weight_decay:
             shown |= {"weight_decay": self.weight_decay, "decay_mode": self.decay_mode}
+        if self.frequency_power:
+            shown |= {"frequency_power": self.frequency_power}
         listed = ", ".join(
             f"{name}={value:g}" if type(value) is float else f"{name}={value!r}"
             for name, value in shown.items()

@@ -110,6 +110,7 @@ def update(
     with np.errstate(all="ignore"):
         if extras is not None:
             columns, g = _before(columns, r, g, extras)
+            columns, hyper = _counted(columns, r, hyper, extras["frequency_power"])
         values = rules.RULES[name](tuple(c[r] for c in columns), g, rules.Hyper(hyper))
         for column, value in zip(columns, values, strict=True):
             column[r] = value
@@ -142,10 +143,24 @@ def _before(
     return columns, grad
 
 
+def _counted(
+    columns: tuple[F32, ...], rows: I64, hyper: Mapping[str, Any], power: float
+) -> tuple[tuple[F32, ...], Mapping[str, Any]]:
+    """Count the step of these rows: the rule's columns, and with each row's own learning rate."""
+    if not power:
+        return columns, hyper
+    *others, count = columns
+    count[rows] += np.float32(1)
+    rates = np.array([rules.rate(float(count[row, 0]), power) for row in rows]).reshape(-1, 1)
+    return tuple(others), {**hyper, "lr": float(np.float32(hyper["lr"])) * rates}
+
+
 def _catch_up_row(
     columns: tuple[F32, ...], row: int, extras: Mapping[str, float], stepping: bool
 ) -> None:
     weight, last, now = columns[0][row], columns[-1][row], extras["step"]
+    power = extras["frequency_power"]
+    rate = rules.rate(float(columns[-2][row, 0]), power) if power else 1.0
     n = int(now - 1 - last[0]) if 0 < last[0] < now - 1 else 0
     kept, left, moved = rules.miss(extras["keep"], extras["momentum"], n)
     keep = extras["keep"] if stepping else 1.0
@@ -155,7 +170,7 @@ def _catch_up_row(
         weight *= np.float32(kept * keep)
     if extras["momentum"] and moved * keep:
         buffer = columns[1][row]
-        weight += np.float32(-extras["missed_lr"] * (moved * keep)) * buffer
+        weight += np.float32(-extras["missed_lr"] * rate * (moved * keep)) * buffer
         buffer *= np.float32(left)
 
 

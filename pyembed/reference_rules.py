@@ -6,6 +6,7 @@ returns the new columns. Arrays are (u, d), state of one number a row is (u, 1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,9 +18,9 @@ Columns = tuple[F32, ...]
 
 
 class Hyper:
-    """Hyper-parameters by name, each rounded to float32."""
+    """Hyper-parameters by name, each rounded to float32; lr may be one number a row, (u, 1)."""
 
-    def __init__(self, values: Mapping[str, float]) -> None:
+    def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
 
     def __getattr__(self, name: str) -> Any:
@@ -160,3 +161,8 @@ def miss(keep: float, momentum: float, n: int) -> tuple[float, float, float]:
             moved = keep * moved + left
             kept *= keep
     return kept, left, moved
+
+
+def rate(count: float, power: float) -> float:
+    """What the learning rate of a row with this count is multiplied with: libm's pow."""
+    return math.pow(count, -power) if count > 1 else 1.0

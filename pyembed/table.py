@@ -111,7 +111,7 @@ class Table(Rows):
         optimizer : str, optional
             Whose state the rows shall carry, by the name of its rule: "adagrad", "adam", "adamw",
             "ftrl", "lamb", "lars", "momentum", "nesterov", "rmsprop", "rowwise_adagrad",
-            "rowwise_adam", "sgd". Lazy optimizers also need the column ``last_step`` of width 1.
+            "rowwise_adam", "sgd". Options may need a column ``row_steps`` or ``last_step`` too.
         columns : mapping of str to int, optional
             Columns of your own and their widths; they start as zero.
         init : Initializer, optional

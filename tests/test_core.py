@@ -35,8 +35,11 @@ EXTRAS = [
     {"max_norm": 1.0},
     {"max_norm": 3.0, "norm_type": 1.0},
     {"skip_nonfinite": True},
+    {"frequency_power": 0.5},
+    {"frequency_power": 1.3, "step": 50.0},
     {"skip_nonfinite": True, "keep": 0.99, "step": 9.0, "clip_value": 1.0, "max_norm": 2.0},
 ]
+EXTRAS.append(EXTRAS[-1] | {"frequency_power": 0.7})
 
 
 def state_of(rule: str, dim: int) -> list[int]:
@@ -50,12 +53,12 @@ def cut(array: np.ndarray, widths: list[int]) -> tuple[np.ndarray, ...]:
     return tuple(array[:, end - width : end] for end, width in zip(ends, widths, strict=True))
 
 
-def table_of(rows: int, widths: list[int], seed: int) -> np.ndarray:
-    """Rows of all columns, non-negative as squares are; the last steps are small integers."""
+def table_of(rows: int, widths: list[int], seed: int, integers: int = 1) -> np.ndarray:
+    """Rows of all columns, non-negative as squares are; counts and last steps are integers."""
     rng = np.random.default_rng(seed)
     some = np.abs(rng.standard_normal(9973, np.float32))  # a prime: rows differ; fast to repeat
     table = np.resize(some, (rows, sum(widths)))
-    table[:, -1] = rng.integers(0, 40, rows)
+    table[:, -integers:] = rng.integers(0, 40, (rows, integers))
     return table
 
 
@@ -224,11 +227,12 @@ def test_update_with_extras(
     if "skip_nonfinite" in extras and grad.size:
         grad[:: max(1, len(grad) // 3), -1] = [np.nan, np.inf, -np.inf][batch.seed % 3]
     lazy = "step" in extras
-    widths = [*state_of(rule, batch.dim), *([1] if lazy else [])]
+    kept = lazy + ("frequency_power" in extras)
+    widths = state_of(rule, batch.dim) + kept * [1]
     if rule == "momentum" and lazy:
         extras = extras | {"momentum": 0.8, "missed_lr": 0.05}
     extras = _core.EXTRAS | extras
-    got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
+    got, expected = (table_of(batch.rows, widths, batch.seed, max(1, kept)) for _ in range(2))
     columns = tuple(map(_core.Column, cut(got, widths)))
     before = got.copy()
     step = (columns, *groups, grad, rule, HYPER, -1, False, None, None, extras)
@@ -243,6 +247,29 @@ def test_update_with_extras(
         _core.catch_up(columns, None, rule, HYPER, extras | {"step": 60.0}, workers)
         reference.catch_up(cut(expected, widths), None, extras | {"step": 60.0})
         assert equal(got, expected)
+
+
+@pytest.mark.parametrize("rule", _core.RULES)
+@settings(max_examples=5)
+@given(batch=batches(), power=st.sampled_from([0.3, 0.5, 1.0]))
+def test_update_by_frequency(
+    batch: Batch, rule: str, power: float, simd: str, workers: int
+) -> None:
+    """In every rule the learning rate of a row falls with its count, bit for bit as in the twin."""
+    grad = batch.grad().reshape(-1, batch.dim)
+    groups = reference.group(batch.ids, batch.rows)
+    widths = [*state_of(rule, batch.dim), 1]
+    got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
+    skip_row = int(groups[0][-1]) if groups[0].size else -1
+    for table in (got, expected):
+        table[groups[0][:1], -1] = 2**24
+    extras = _core.EXTRAS | {"frequency_power": power}
+    columns = tuple(map(_core.Column, cut(got, widths)))
+    step = (columns, *groups, grad, rule, HYPER, skip_row, False, None, None, extras)
+    _core.update(step, workers)
+    sums = reference.sum_groups(*groups, grad)
+    reference.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row, extras)
+    assert equal(got, expected)
 
 
 @given(batch=batches(), skip=st.booleans())

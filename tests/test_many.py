@@ -73,8 +73,8 @@ def layers(folder: Path | None, workers: int) -> list[optim.Optimizer]:
         else:
             t = Table.memory(40, dim, name, init=start, num_threads=workers)
         target = t if at != 1 else EmbeddingBag.from_pretrained(t, freeze=False, mode="mean")
-        options = {"clip_norm": 3.0} if at == 4 else {"max_norm": 2.0} if at == 5 else {}
-        made.append(make(target, lr=0.1, **options))
+        options = {4: {"clip_norm": 3.0}, 5: {"max_norm": 2.0}, 7: {"frequency_power": 0.5}}
+        made.append(make(target, lr=0.1, **options.get(at, {})))
     return made
 
 

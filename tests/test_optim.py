@@ -188,6 +188,10 @@ def test_bad_batches(make: Make) -> None:
         (optim.SGD, {"clip_norm": 1.0, "clip_value": 1.0}),
         (optim.SGD, {"max_norm": -1.0}),
         (optim.SGD, {"max_norm": 1.0, "norm_type": -2.0}),
+        (optim.SGD, {"frequency_power": -0.5}),
+        (optim.SGD, {"frequency_power": float("inf")}),
+        (optim.SGD, {"frequency_power": float("nan")}),
+        (optim.SGD, {"frequency_power": "0.5"}),
         (optim.Adagrad, {"eps": -1e-9}),
         (optim.RowwiseAdagrad, {"eps": 0.0}),
         (optim.RMSprop, {"alpha": 1.0}),
@@ -201,6 +205,7 @@ def test_bad_batches(make: Make) -> None:
         (optim.FTRL, {"lr": 0.0}),
         (optim.FTRL, {"weight_decay": 0.1}),
         (optim.FTRL, {"l1": -1.0}),
+        (optim.FTRL, {"frequency_power": 1.5}),
     ],
 )
 def test_bad_hyper_parameters(make: Make, arguments: dict) -> None:
@@ -293,6 +298,7 @@ def test_repr() -> None:
     assert repr(optim.AdamW(t)).endswith("eps=1e-08, weight_decay=0.01, decay_mode='decoupled')")
     o = optim.SGD(t, schedules.linear(1.0, 5), momentum=0.5)
     assert repr(o) == "SGD(lr=linear(lr=1.0, steps=5, end=0.0), momentum=0.5)"
+    assert repr(optim.SGD(t, frequency_power=0.5)) == "SGD(lr=0.001, frequency_power=0.5)"
 
 
 def test_gradient_that_is_the_state() -> None:

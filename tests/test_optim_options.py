@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,11 @@ def summed(ids: np.ndarray, grad: np.ndarray, rows: int) -> np.ndarray:
     dense = np.zeros((rows, grad.shape[1]))
     np.add.at(dense, ids, grad.astype(np.float64))
     return dense
+
+
+def counts_of(table: Table) -> np.ndarray:
+    """How often each row was touched, to be changed."""
+    return table.columns_of({"row_steps": 1})[1].array[:, 0]
 
 
 @pytest.mark.parametrize("mode", ["l2", "decoupled", "lazy"])
@@ -106,6 +114,180 @@ def test_max_norm_is_renorm_after_the_step(norm_type: float) -> None:
     optim.Adam(two, lr=0.1).step(ids, grad)
     assert two.renorm(ids, 1.5, norm_type).scaled > 0
     assert np.array_equal(one.weight, two.weight)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_learning_rate_falls_with_the_count(name: str) -> None:
+    """The first step of a row is the plain one, the n-th has lr / n ** p, in every rule.
+
+    Here n ** p is a power of two, so that the rate is exact whatever a rule makes of it.
+    """
+    make = partial(optim.AdamW, weight_decay=0.0) if name == "adamw" else RULES[name]
+    t, grad = made(), np.random.default_rng(5).standard_normal((4, 5), np.float32)
+    o = make(t, lr=0.5, frequency_power=0.5)
+    counts_of(t)[[7, 9]] = 3, 15
+    o.step([5, 7, 5, 9], grad)
+    for row, lr, count in [(5, 0.5, 1), (7, 0.25, 4), (9, 0.125, 16)]:
+        plain = made()
+        make(plain, lr=lr).step([5, 7, 5, 9], grad)
+        assert np.array_equal(t.weight[row], plain.weight[row])
+        assert counts_of(t)[row] == count
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "rowwise_adagrad", "lamb", "lars", "ftrl"])
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_frequency_power_is_a_learning_rate_set_by_hand(name: str, power: float) -> None:
+    """Step after step a row has the bits of an optimizer whose lr is set to lr / k ** p.
+
+    In rules that take lr as it is: Adam's corrections would be rounded elsewhere.
+    """
+    lr = float(np.float32(0.3))
+    counted, plain = (RULES[name](made(), lr=lr, frequency_power=p) for p in (power, 0.0))
+    rng = np.random.default_rng(6)
+    for k in range(1, 9):
+        grad = rng.standard_normal((1, 5), np.float32)
+        plain.lr = lr * math.pow(k, -power)
+        counted.step([3], grad)
+        plain.step([3], grad)
+        assert np.array_equal(counted.table.weight, plain.table.weight)
+
+
+@given(several=st.lists(st.lists(st.integers(0, 7), max_size=9), max_size=6))
+def test_steps_are_counted_not_occurrences(several: list[list[int]]) -> None:
+    """A count is how many batches held the row, however often; other rows keep their bits."""
+    t = made(rows=8)
+    o = optim.SGD(t, lr=0.1, frequency_power=0.5)
+    for ids in several:
+        others = np.setdiff1d(np.arange(8), ids)
+        before = t.weight[others]
+        o.step(np.array(ids, np.int64), np.ones((len(ids), 5), np.float32))
+        assert np.array_equal(t.weight[others], before)
+    counts = [sum(row in ids for ids in several) for row in range(8)]
+    assert counts_of(t).tolist() == counts
+
+
+def test_frequency_is_that_of_the_sum() -> None:
+    """Duplicates, their sum, a SparseGrad, bags and micro-batches make the same steps.
+
+    The gradients are powers of two, whose sums are exact.
+    """
+    ones, sums = np.ones((3, 5), np.float32), np.repeat(np.float32([[1], [2]]), 5, 1)
+    layer = EmbeddingBag.from_pretrained(made(), freeze=False, mode="sum")
+    targets = [made(), made(), made(), layer, made()]
+    split, whole, sparse, bags, parts = (
+        optim.SGD(target, lr=0.1, frequency_power=0.3) for target in targets
+    )
+    for _ in range(3):
+        split.step([3, 1, 3], ones)
+        whole.step([1, 3], sums)
+        sparse.step(SparseGrad(np.array([1, 3]), sums))
+        bags.step(layer.bags([3, 1, 3], [0, 2]), ones[:2])
+        parts.accumulate([3, 1], ones[:2])
+        parts.accumulate([3], ones[:1])
+        parts.step()
+    for o in (whole, sparse, bags, parts):
+        assert np.array_equal(o.table.weight, split.table.weight)
+        assert np.array_equal(counts_of(o.table), counts_of(split.table))
+
+
+def test_rows_left_alone_are_not_counted() -> None:
+    """Neither the padding row nor one that is skipped: its next step has the full rate."""
+    e = Embedding(4, 2, padding_idx=1, _weight=np.zeros((4, 2), np.float32))
+    o = optim.SGD(e, lr=1.0, frequency_power=1.0, nonfinite="skip_row")
+    for _ in range(3):
+        o.step([0, 1, 2], np.array([[1, 1], [1, 1], [1, np.nan]], np.float32))
+    assert counts_of(e.table).tolist() == [3, 0, 0, 0]
+    o.step([2], ONES)
+    assert e.weight[1:3].tolist() == [[0, 0], [-1, -1]]
+
+
+def test_decoupled_decay_stays_at_the_learning_rate() -> None:
+    """A row that was touched often decays as any other."""
+    t = Table.from_array(np.ones((2, 2), np.float32))
+    o = optim.SGD(t, lr=0.5, weight_decay=1.0, decay_mode="decoupled", frequency_power=1.0)
+    counts_of(t)[0] = 9
+    o.step([0, 1], np.zeros((2, 2), np.float32))
+    assert (t.weight == 0.5).all()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lazy_momentum_by_frequency(nesterov: bool) -> None:
+    """Missed steps move a row by its count before them, as a dense loop does; they do not count.
+
+    Tolerance: float32 against float64 over 60 steps.
+    """
+    lr, decay, momentum, power = 0.3, 0.1, 0.8, 0.5
+    t, lazy = made(), {"lazy_momentum": True, "decay_mode": "lazy", "weight_decay": decay}
+    o = optim.SGD(t, lr, momentum, nesterov=nesterov, frequency_power=power, **lazy)
+    w, m, count = t.weight.astype(np.float64), np.zeros((40, 5)), np.zeros((40, 1))
+    for ids, grad in work(60):
+        o.step(ids, grad)
+        count[np.unique(ids)] += 1
+        g = summed(ids, grad, t.rows)
+        m = momentum * m + g
+        w = w * (1 - lr * decay) - lr * count**-power * (g + momentum * m if nesterov else m)
+        if o.steps == 30:
+            o.catch_up(np.arange(10))  # that is not seen in the end
+    o.catch_up()
+    assert np.array_equal(counts_of(t), count[:, 0])
+    np.testing.assert_allclose(t.weight, w, rtol=1e-5, atol=1e-5)
+
+
+def test_momentum_from_before_the_first_count() -> None:
+    """A row that was not counted yet catches up at the full learning rate, bit for bit."""
+    plain, counted = made(), made()
+    make = partial(optim.SGD, lr=0.1, momentum=0.9, lazy_momentum=True)
+    for t in (plain, counted):
+        for ids, grad in work(5):
+            make(t).step(ids, grad)
+    make(plain).catch_up()
+    make(counted, frequency_power=1.0).catch_up()
+    assert np.array_equal(counted.weight, plain.weight)
+
+
+def test_counts_end_where_float32_is_exact() -> None:
+    """At 2^24 a count stays, and so does the rate."""
+    t = Table.memory(1, 2)
+    o = optim.SGD(t, lr=1.0, frequency_power=0.5)
+    counts_of(t)[:] = 2**24 - 1
+    for step in (1, 2, 3):
+        o.step([0], ONES)
+        assert t.weight[0].tolist() == [-step / 4096] * 2
+        assert counts_of(t).tolist() == [2**24]
+
+
+def test_columns_of_counts_on_disk(path: Path) -> None:
+    """A table on disk without the count is refused with the command that adds it."""
+    with Table.create(path, 5, 2, "adagrad") as t:
+        command = re.escape(f"pyembed convert {path} -o NEW --add row_steps:1")
+        with pytest.raises(ArgumentError, match=f"{command}$"):
+            optim.Adagrad(t, frequency_power=0.5)
+        with pytest.raises(ArgumentError, match=f"{command} --add last_step:1$"):
+            optim.Adagrad(t, frequency_power=0.5, decay_mode="lazy")
+
+
+def test_counts_lie_with_the_table(path: Path) -> None:
+    """Training in two sittings, with a rollback, gives the bits of one.
+
+    The columns of the table may lie in any order.
+    """
+    lazy = {"momentum": 0.9, "lazy_momentum": True}
+    make = partial(optim.SGD, lr=0.1, frequency_power=0.5, **lazy)
+    whole, batches = made(), work(9)
+    for batch in batches:
+        make(whole).step(*batch)
+    columns = {"last_step": 1, "row_steps": 1}
+    start = init.normal(std=1.0)
+    with Table.create(path, 40, 5, "momentum", columns, init=start, seed=3) as t:
+        for batch in batches[:4]:
+            make(t).step(*batch)
+    with Table.open(path) as t:
+        make(t).step(*batches[0])
+        t.rollback()
+        for batch in batches[4:]:
+            make(t).step(*batch)
+        for name in whole.columns:
+            assert np.array_equal(t.column(name), whole.column(name))
 
 
 def test_clip_norm_leaves_the_padding_row_out() -> None:

@@ -16,7 +16,7 @@ ROOMS = [
     {"errors"},
     {"_core"},
     {"threads", "arrays", "reference_rules", "schedules"},
-    {"reference"},
+    {"reference", "options"},
     {"init", "grouping", "manifest", "files", "hot"},
     {"order", "residency", "journal", "touched", "seal"},
     {"undo", "changes"},

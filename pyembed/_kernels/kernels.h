@@ -29,7 +29,7 @@ enum {
 
 /* Hyper-parameters of one step, already rounded to float32. A rule reads those that it names. */
 typedef struct {
-    float lr;           /* the step, with what is the same for all rows: Adam's carries both bias corrections */
+    float lr;           /* the step; Adam's carries both bias corrections. Rows may differ in it alone: frequency_power */
     float eps;
     float momentum;     /* SGD, LARS: what a buffer keeps */
     float one_minus_b1; /* what a gradient adds to a first moment: Adam, LAMB 1 - beta1; SGD 1 - dampening */
