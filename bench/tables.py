@@ -211,7 +211,10 @@ def _torch_contender(
 def _limit(
     weights: list[Array], rule: str, batches: list[list[Array]], grads: list[Array]
 ) -> Contender:
-    """The rows of all tables, numbered from the first table's first."""
+    """The rows of all tables, numbered from the first table's first.
+
+    None where they are no whole number of rows apart: tables begin on pages, and not all rows do.
+    """
     stride, first = weights[0].strides[0], weights[0].ctypes.data
     apart = [divmod(weight.ctypes.data - first, stride) for weight in weights]
     if any(rest for _, rest in apart):

@@ -9,6 +9,7 @@ The parts:
 - this file: kernels table, columns, arrays, the id check
 - _core_pages.pxi: rows of a file that are not in memory: notice, and ask for them ahead
 - _core_rows.pxi: gather, scatter_add, all_finite, fill
+- _core_scratch.pxi: memory that is kept between calls
 - _core_groups.pxi: group (ids to unique rows)
 - _core_updates.pxi: the loops over unique rows: sum, add, renorm
 - _core_rules.pxi: optimizer steps: the rules, and what a step does beside its rule

@@ -11,9 +11,17 @@ cdef size_t spare_size[SPARES]
 cdef int spares = 0
 
 
+cdef void _strike(int at) noexcept:
+    """Forget spare block `at`; those behind it move up."""
+    global spares
+    cdef int i
+    spares -= 1
+    for i in range(at, spares):
+        spare[i], spare_size[i] = spare[i + 1], spare_size[i + 1]
+
+
 cdef void *_take(size_t *size) noexcept:
     """The smallest spare block of this size or more, but not of four times as much; else a new one. Sets its true size."""
-    global spares
     cdef int i, best = -1
     cdef void *taken
     for i in range(spares):
@@ -22,24 +30,19 @@ cdef void *_take(size_t *size) noexcept:
     if best < 0:
         return malloc(size[0])
     taken, size[0] = spare[best], spare_size[best]
-    spares -= 1
-    for i in range(best, spares):
-        spare[i], spare_size[i] = spare[i + 1], spare_size[i + 1]
+    _strike(best)
     return taken
 
 
 cdef void _give_back(void *data, size_t size) noexcept:
     """Keep it, in place of the one that has been kept longest."""
     global spares
-    cdef int i
     if not LEAST_SPARE <= size <= MOST_SPARE:
         free(data)
         return
     if spares == SPARES:
         free(spare[0])
-        spares -= 1
-        for i in range(spares):
-            spare[i], spare_size[i] = spare[i + 1], spare_size[i + 1]
+        _strike(0)
     spare[spares], spare_size[spares] = data, size
     spares += 1
 

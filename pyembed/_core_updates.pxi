@@ -267,7 +267,7 @@ def renorm(Column column not None, cnp.ndarray ids not None, double max_norm, do
     cdef int64_t *counts_t = <int64_t *>cnp.PyArray_DATA(counts)
     cdef Grouping g
     _require_writable(column)
-    cdef _Block block = _grouped(&g, ids, column.rows, threads)
+    cdef _Block block = _grouped(&g, ids, column.rows, threads)     # holds g's rows until the end
     if _batch_is_cold(column, cnp.PyArray_DATA(ids), _is_int64(ids), g.n):
         _ask_all(column, ids, column.dim)
     with nogil:
@@ -276,5 +276,4 @@ def renorm(Column column not None, cnp.ndarray ids not None, double max_norm, do
                 pe_leave_cpu(caller)
             _renorm_run(k, column, g.rows_u, _split(g.u, t, threads), _split(g.u, t + 1, threads), max_norm, p,
                         counts_t + 16 * t, counts_t + 16 * t + 1)
-    block = None                                  # the rows were needed until here
     return int((<object>counts)[:, 0].sum()), int((<object>counts)[:, 1].sum())

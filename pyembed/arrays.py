@@ -35,8 +35,7 @@ def as_ids(ids: ArrayLike) -> IdArray:
         If an unsigned id is beyond int64.
     """
     if type(ids) is np.ndarray and (ids.dtype is INT64 or ids.dtype is INT32):
-        flags = ids.flags
-        return ids if flags.c_contiguous and flags.aligned else np.array(ids, order="C")
+        return _plain(ids)
     try:
         array = np.asarray(ids)
     except ValueError:
@@ -53,15 +52,13 @@ def as_ids(ids: ArrayLike) -> IdArray:
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         where = tuple(int(i) for i in np.argwhere(array > np.iinfo(np.int64).max)[0])
         raise IdError(f"ids[{', '.join(map(str, where))}] = {array[where]} is beyond any table")
-    if array.dtype == INT32:
-        return _plain(array, INT32)
-    return _plain(array, INT64)
+    return _plain(array if array.dtype == INT32 else array.astype(np.int64, copy=False))
 
 
-def _plain(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """C-contiguous and aligned, of this dtype; a copy only if it is not."""
-    array = np.asarray(array, dtype=dtype, order="C")
-    return array if array.flags.aligned else array.copy()
+def _plain(array: NDArray[Any]) -> NDArray[Any]:
+    """C-contiguous and aligned; a copy only if it is not."""
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else np.array(array, order="C")
 
 
 def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
@@ -81,8 +78,7 @@ def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
         )
     if array.shape != shape:
         raise ArgumentError(f"{name} has shape {array.shape}; expected {shape}: ids.shape + (dim,)")
-    flags = array.flags
-    return array if flags.c_contiguous and flags.aligned else np.array(array, order="C")
+    return _plain(array)
 
 
 def as_output(out: Any, shape: tuple[int, ...]) -> F32:
