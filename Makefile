@@ -6,7 +6,7 @@ VENV ?= .venv
 NAME ?= list
 WITH ?=
 PY = $(VENV)/bin/python
-SOURCES = $(wildcard pyembed/*.pyx pyembed/*.pxi pyembed/_kernels/*) setup.py pyproject.toml
+SOURCES = $(wildcard pyembed/*.pyx pyembed/_core_parts/*.pxi pyembed/_kernels/*) setup.py pyproject.toml
 
 .PHONY: demo test torture bench lint debug build clean
 
@@ -19,14 +19,15 @@ test: build
 
 # Every sweep of the crash suite in full, a quarter of an hour on two processors; its counts go into docs/durability.md.
 torture: build
-	cd tests && PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(abspath $(PY)) -m crash.torture --write
+	$(PY) -m tests.crash.torture --write
 
 bench: build
 	$(PY) -m pip install -q psutil lmdb rocksdict matplotlib torch==2.13.0 && $(PY) -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0
 	$(PY) -m bench $(NAME)
 
 lint: build
-	$(PY) -m ruff check && $(PY) -m ruff format --check && PATH="$(VENV)/bin:$$PATH" cython-lint pyembed/*.pyx pyembed/*.pxi
+	$(PY) -m ruff check && $(PY) -m ruff format --check && PATH="$(VENV)/bin:$$PATH" cython-lint pyembed/*.pyx pyembed/_core_parts/*.pxi
+	$(VENV)/bin/lint-imports
 	$(PY) -m mypy && $(PY) -m mypy.stubtest --ignore-missing-stub pyembed._core
 
 # Bounds checks, the address sanitizer and the undefined-behaviour sanitizer over the kernels' conformance suite.
@@ -34,7 +35,7 @@ debug: build
 	PYEMBED_DEBUG=1 CFLAGS=-fsanitize=address,undefined LDFLAGS=-fsanitize=address,undefined \
 	  $(PY) setup.py -q build --build-base build/debug --build-lib build/debug/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/debug/lib $(PY) -P -m pytest tests/test_core.py tests/test_init.py tests/test_embedding.py
+	  PYTHONPATH=build/debug/lib $(PY) -P -m pytest tests/test_core.py tests/test_init.py tests/layers/test_embedding.py
 
 build: $(VENV)/ready
 	@true

@@ -77,7 +77,10 @@ class BuildCore(build_ext):
 core = Extension(
     "pyembed._core",
     sources=["pyembed/_core.pyx", *map(str, sorted(Path("pyembed/_kernels").glob("*.c")))],
-    depends=[*map(str, sorted(Path("pyembed/_kernels").glob("*.h")))],
+    depends=[
+        *map(str, sorted(Path("pyembed/_kernels").glob("*.h"))),
+        *map(str, sorted(Path("pyembed/_core_parts").glob("*.pxi"))),
+    ],
     include_dirs=["pyembed", numpy.get_include()],
     define_macros=[
         ("_GNU_SOURCE", None),

@@ -23,7 +23,7 @@ from http import HTTPStatus
 import numpy as np
 
 import pyembed
-from pyembed.vocab import Vocab
+from pyembed.words.vocab import Vocab
 
 PAD, DIM = 0, 8
 TOLERANCE = 1e-6

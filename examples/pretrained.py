@@ -21,7 +21,7 @@ import numpy as np
 
 import pyembed
 from pyembed import build
-from pyembed.vocab import Vocab
+from pyembed.words.vocab import Vocab
 
 DIM = 12
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import pyembed
-from pyembed.vocab import Vocab
+from pyembed.words.vocab import Vocab
 
 PACKAGES = ["asyncio", "email", "http", "importlib", "json", "logging", "unittest", "xml"]
 DIM, LR, BATCH, EPOCHS, BLOCK = 16, 0.1, 128, 4, 50

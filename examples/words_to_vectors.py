@@ -22,7 +22,7 @@ import numpy as np
 
 import pyembed
 from pyembed.errors import IdError
-from pyembed.vocab import Vocab
+from pyembed.words.vocab import Vocab
 
 DIM = 4
 

@@ -17,15 +17,19 @@ except ImportError as error:
         "in a clone of the repository: make build; else: pip install pyembed-tables"
     ) from error
 
-from pyembed import build, convert, errors, export, functional, grouping, init, optim, schedules
-from pyembed.config import show_config
-from pyembed.embedding import Embedding
-from pyembed.embedding_bag import EmbeddingBag
+from pyembed import errors, grouping, init, optim
+from pyembed._lookahead import lookahead
 from pyembed.errors import PyembedError
 from pyembed.grouping import SparseGrad
-from pyembed.lookahead import lookahead
+from pyembed.layers import functional
+from pyembed.layers.embedding import Embedding
+from pyembed.layers.embedding_bag import EmbeddingBag
+from pyembed.optim import schedules
+from pyembed.storage import id_map
 from pyembed.table import Table
-from pyembed.vocab import Vocab
+from pyembed.tools import build, convert, export
+from pyembed.tools.info import show_config
+from pyembed.words.vocab import Vocab
 
 __version__ = "0.1.0"
 
@@ -42,6 +46,7 @@ __all__ = [
     "export",
     "functional",
     "grouping",
+    "id_map",
     "init",
     "lookahead",
     "optim",

@@ -7,13 +7,13 @@ here are `IdError` and an output that overlaps with the table, and they come bef
 
 The parts:
 - this file: kernels table, columns, arrays, the id check
-- _core_pages.pxi: rows of a file that are not in memory: notice, and ask for them ahead
-- _core_rows.pxi: gather, scatter_add, all_finite, fill
-- _core_scratch.pxi: memory that is kept between calls
-- _core_groups.pxi: group (ids to unique rows)
-- _core_updates.pxi: the loops over unique rows: sum, add, renorm
-- _core_rules.pxi: optimizer steps: the rules, and what a step does beside its rule
-- _core_bags.pxi: the loops over bags: reduce, dots; and the gradient of a maximum
+- _core_parts/pages.pxi: rows of a file that are not in memory: notice, and ask for them ahead
+- _core_parts/rows.pxi: gather, scatter_add, all_finite, fill
+- _core_parts/scratch.pxi: memory that is kept between calls
+- _core_parts/groups.pxi: group (ids to unique rows)
+- _core_parts/updates.pxi: the loops over unique rows: sum, add, renorm
+- _core_parts/rules.pxi: optimizer steps: the rules, and what a step does beside its rule
+- _core_parts/bags.pxi: the loops over bags: reduce, dots; and the gradient of a maximum
 
 Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here (but for sums of rows, decision 0004);
 a loop over columns is in _kernels/.
@@ -349,11 +349,11 @@ cdef extern from *:
     void _lower "_pe_lower"(int64_t *bad, int64_t found) noexcept nogil
 
 
-include "_core_pages.pxi"
-include "_core_journal.pxi"
-include "_core_rows.pxi"
-include "_core_scratch.pxi"
-include "_core_groups.pxi"
-include "_core_updates.pxi"
-include "_core_rules.pxi"
-include "_core_bags.pxi"
+include "_core_parts/pages.pxi"
+include "_core_parts/journal.pxi"
+include "_core_parts/rows.pxi"
+include "_core_parts/scratch.pxi"
+include "_core_parts/groups.pxi"
+include "_core_parts/updates.pxi"
+include "_core_parts/rules.pxi"
+include "_core_parts/bags.pxi"

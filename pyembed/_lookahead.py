@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from numpy.typing import ArrayLike
 
-from pyembed.arrays import require_count
+from pyembed._checks import require_count
 from pyembed.errors import DTypeError
 from pyembed.table import Table
 

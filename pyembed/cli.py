@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import Table, __version__, build, convert, export, init, order, show_config
+from pyembed import Table, __version__, init, show_config
 from pyembed.errors import ArgumentError, FormatError, PyembedError
+from pyembed.storage import id_map
+from pyembed.tools import build, convert, export
+from pyembed.tools.verify import verify
 from pyembed.train.neighbours import Model
 from pyembed.train.skipgram import train_skipgram
-from pyembed.verify import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,8 +179,8 @@ def _apply(a: argparse.Namespace) -> None:
 
 def _counts(a: argparse.Namespace) -> NDArray[np.int64] | None:
     if a.counts is not None:
-        return order.read_counts(a.counts)
-    return None if a.ids is None else order.count_ids(a.ids, a.rows)
+        return id_map.read_counts(a.counts)
+    return None if a.ids is None else id_map.count_ids(a.ids, a.rows)
 
 
 def _add_info(commands: Any) -> None:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyembed import _core, threads
-from pyembed.arrays import F32, IdArray, as_ids, as_values
+from pyembed import _core, _threads
+from pyembed._checks import F32, IdArray, as_ids, as_values
 
 I64 = NDArray[np.int64]
 
@@ -47,12 +47,12 @@ def group(ids: ArrayLike, num_rows: int, num_threads: int | None = None) -> Grou
     IdError
         If an id is outside ``0 .. num_rows - 1``.
     """
-    return group_checked(as_ids(ids), num_rows, threads.resolve(num_threads))
+    return group_checked(as_ids(ids), num_rows, _threads.resolve(num_threads))
 
 
 def group_checked(ids: IdArray, num_rows: int, num_threads: int) -> Groups:
     """`group` for what `as_ids` and `threads.resolve` have returned."""
-    return Groups(*_core.group(ids, num_rows, threads.for_work(4 * ids.size, num_threads)))
+    return Groups(*_core.group(ids, num_rows, _threads.for_work(4 * ids.size, num_threads)))
 
 
 def group_many(
@@ -65,7 +65,7 @@ def group_many(
     """
     pairs = [(as_ids(ids), rows) for ids, rows in batches]
     size = sum(ids.size for ids, _ in pairs)
-    workers = threads.for_work(4 * size, threads.resolve(num_threads))
+    workers = _threads.for_work(4 * size, _threads.resolve(num_threads))
     return [Groups(*arrays) for arrays in _core.group_many(pairs, workers)]
 
 
@@ -108,7 +108,7 @@ def sum_duplicates(
     grad = as_values(grad, (*ids.shape, dim), "grad")
     groups = group(ids, num_rows, num_threads)
     values = np.empty((groups.rows.size, dim), np.float32)
-    workers = threads.for_work(grad.size, threads.resolve(num_threads))
+    workers = _threads.for_work(grad.size, _threads.resolve(num_threads))
     _core.sum_groups(*groups, grad, values, scale_by_count, workers)
     return SparseGrad(groups.rows.copy(), values)  # not the memory of all groups
 
@@ -127,7 +127,7 @@ def dense_gradient(
     values = as_values(grad, (*ids.shape, dim), "grad")
     groups = group(ids, num_rows, num_threads)
     dense = np.zeros((num_rows, dim), np.float32)
-    workers = threads.for_work(values.size, threads.resolve(num_threads))
+    workers = _threads.for_work(values.size, _threads.resolve(num_threads))
     column = _core.Column(dense)
     _core.add_groups(column, *groups, values, 1.0, skip_row, scale_by_count, workers)
     return dense

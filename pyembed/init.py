@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import _core, threads
-from pyembed.arrays import F32
+from pyembed import _core, _threads
+from pyembed._checks import F32
 from pyembed.errors import ArgumentError
 
 F64 = NDArray[np.float64]
@@ -77,7 +77,7 @@ class _Random(Initializer):
     b: float
 
     def _fill(self, array: F32, seed: int, first_row: int, num_threads: int | None) -> None:
-        workers = threads.for_work(array.size, threads.resolve(num_threads))
+        workers = _threads.for_work(array.size, _threads.resolve(num_threads))
         b = self.b
         if self.kind == "uniform":  # the kernel wants the width
             b = float(np.float32(self.b) - np.float32(self.a))

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyembed import _core, files, grouping, threads
-from pyembed.arrays import F32, IdArray, as_ids, as_output, as_values, require_apart
+from pyembed import _core, _threads, grouping
+from pyembed._checks import F32, IdArray, as_ids, as_output, as_values, require_apart
 from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
+from pyembed.storage import fs
 
 NO_STATE: Mapping[str, int] = {}
 
@@ -165,7 +166,7 @@ class Rows:
             if np.may_share_memory(out, ids):
                 raise ArgumentError("out shares memory with the ids; give it memory of its own")
         return _core.gather(
-            weight, ids, out, threads.for_work(ids.size * weight.dim, self.num_threads)
+            weight, ids, out, _threads.for_work(ids.size * weight.dim, self.num_threads)
         )
 
     def prefetch(self, ids: ArrayLike, wait: bool = False) -> None:
@@ -218,7 +219,7 @@ class Rows:
         ids = as_ids(ids)
         values = as_values(values, (*ids.shape, weight.dim), "values")
         require_apart(values, (weight,), "values")
-        workers = threads.for_work(values.size, self.num_threads)
+        workers = _threads.for_work(values.size, self.num_threads)
         if deterministic:
             groups = grouping.group(ids, weight.rows, self.num_threads)
             with self.still():
@@ -263,7 +264,7 @@ class Rows:
             if not value >= 0:
                 raise ArgumentError(f"{name} = {value}; allowed: 0 or more, inf included")
         weight, ids = self.weight_column, as_ids(ids)
-        workers = threads.for_work(ids.size * weight.dim, self.num_threads)
+        workers = _threads.for_work(ids.size * weight.dim, self.num_threads)
         _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
         touched = self._touched_by(ids)
         with self.still():
@@ -364,7 +365,7 @@ class Rows:
                         f"{self.path} has no column {name!r}, only {', '.join(columns)}; make a "
                         f"table that has it: pyembed convert {self.path} -o NEW {options}"
                     )
-                columns[name] = _core.Column(files.anonymous(weight.rows, width))
+                columns[name] = _core.Column(fs.anonymous(weight.rows, width))
             if columns[name].dim != width:
                 found = columns[name].dim
                 raise ArgumentError(f"column {name!r} has width {found}; expected {width}")

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyembed import _core, files, hot, making, manifest, residency, store, threads
+from pyembed import _core, _threads
 from pyembed import init as initialisers
-from pyembed.arrays import F32, IdArray, as_ids, require_count, require_float32
+from pyembed._checks import F32, IdArray, as_ids, require_count, require_float32
 from pyembed.errors import ArgumentError
 from pyembed.init import Initializer
-from pyembed.layout import fresh_rows, row_columns
-from pyembed.residency import Stats
 from pyembed.rows import Rows
+from pyembed.storage import create, fs, manifest, memory_lock, page_cache, store
+from pyembed.storage.columns import fresh_rows, row_columns
+from pyembed.storage.page_cache import Stats
 
 
 class Table(Rows):
@@ -132,10 +133,10 @@ class Table(Rows):
         ArgumentError
         """
         rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
-        widths, workers = row_columns(dim, optimizer, columns), threads.resolve(num_threads)
+        widths, workers = row_columns(dim, optimizer, columns), _threads.resolve(num_threads)
         chunks = fresh_rows(widths, 0, rows, init or initialisers.zeros(), seed, workers)
         manifest.check_durability(durability)
-        making.create(Path(path), widths, chunks, rows, durability=durability)
+        create.create(Path(path), widths, chunks, rows, durability=durability)
         return cls.open(path, num_threads=workers)
 
     @classmethod
@@ -180,8 +181,8 @@ class Table(Rows):
             raise ArgumentError(f"mode = {mode!r}; allowed: 'r', 'r+', 'c'")
         if live and mode != "r":
             raise ArgumentError(f"live=True needs mode='r', not {mode!r}")
-        workers = threads.resolve(num_threads)
-        limit = residency.limit_bytes(memory_limit)
+        workers = _threads.resolve(num_threads)
+        limit = page_cache.limit_bytes(memory_limit)
         if durability is not None:
             manifest.check_durability(durability)
         backing = store.Store(Path(path), mode, live, salvage, limit, durability, workers)
@@ -205,8 +206,8 @@ class Table(Rows):
     ) -> Table:
         """Make a table in memory, as `create` does; an optimizer adds missing state by itself."""
         rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
-        widths, workers = row_columns(dim, optimizer, columns), threads.resolve(num_threads)
-        array = files.anonymous(rows, sum(widths.values()))
+        widths, workers = row_columns(dim, optimizer, columns), _threads.resolve(num_threads)
+        array = fs.anonymous(rows, sum(widths.values()))
         if init is not None:
             recipe = init.for_shape(rows, widths["weight"])
             recipe.fill(array[:, : widths["weight"]], seed, 0, workers)
@@ -230,7 +231,7 @@ class Table(Rows):
         if array.ndim != 2 or not 1 <= array.shape[1] <= manifest.MAX_DIM:
             allowed = f"(rows, dim) with dim in 1..{manifest.MAX_DIM}"
             raise ArgumentError(f"the array has shape {array.shape}; allowed: {allowed}")
-        columns, workers = {"weight": array.shape[1]}, threads.resolve(num_threads)
+        columns, workers = {"weight": array.shape[1]}, _threads.resolve(num_threads)
         try:
             table = cls(None, array.view(np.ndarray), columns, workers)
         except ValueError as error:
@@ -318,7 +319,7 @@ class Table(Rows):
         DTypeError, ClosedError
         """
         id_map, ids = self.id_map, as_ids(ids)
-        _core.check_ids(ids, self.rows, threads.for_work(ids.size, self.num_threads))
+        _core.check_ids(ids, self.rows, _threads.for_work(ids.size, self.num_threads))
         return ids if id_map is None else np.asarray(id_map[ids])
 
     def stats(self) -> Stats:
@@ -330,7 +331,7 @@ class Table(Rows):
         32
         """
         _ = self.weight_column
-        return residency.in_memory(self.nbytes) if self._keeper is None else self._keeper.stats()
+        return page_cache.in_memory(self.nbytes) if self._keeper is None else self._keeper.stats()
 
     def lock_hot(self, n: int) -> int:
         """Read the first `n` rows, and keep them in memory until the table is closed.
@@ -358,9 +359,9 @@ class Table(Rows):
         n = require_count(n, "n", 0, self.rows)
         columns = [column.array for column in self._columns.values()]
         if self._has_locked:
-            hot.unlock_rows(columns)
+            memory_lock.unlock_rows(columns)
         self._has_locked = n > 0
-        return hot.lock_rows(columns, n)
+        return memory_lock.lock_rows(columns, n)
 
     def __repr__(self) -> str:
         if self._weight is None:
@@ -397,7 +398,7 @@ class Table(Rows):
                 return
             # State columns that were added beside the weight come into the row here.
             widths, rows = self.columns, self.rows
-            grown = files.anonymous(rows + n, sum(widths.values()))
+            grown = fs.anonymous(rows + n, sum(widths.values()))
             old = [column.array for column in self._columns.values()]
             np.concatenate(old, axis=1, out=grown[:rows])
             recipe = init.for_shape(rows + n, self.dim)
@@ -464,7 +465,7 @@ class Table(Rows):
                             self._store.rollback()
             finally:
                 if self._has_locked:  # the mapping may live on in the caller's views
-                    hot.unlock_rows([column.array for column in self._columns.values()])
+                    memory_lock.unlock_rows([column.array for column in self._columns.values()])
                 self._weight = None
                 self._columns = {}
                 if self._store is not None:
@@ -492,7 +493,7 @@ def _rebuild(
     columns: dict[str, F32], num_threads: int, optimizer: dict[str, dict[str, int]]
 ) -> Table:
     widths = {name: array.shape[1] for name, array in columns.items()}
-    rows = files.anonymous(len(columns["weight"]), sum(widths.values()))
+    rows = fs.anonymous(len(columns["weight"]), sum(widths.values()))
     np.concatenate(list(columns.values()), axis=1, out=rows)
     table = Table(None, rows, widths, num_threads)
     table.optimizer |= optimizer

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DIMS, Batch, bad_ids, batches
 
-from pyembed import _core, reference
+from pyembed import _core
 from pyembed.errors import IdError
+from tests.reference import kernels
+from tests.strategies import DIMS, Batch, bad_ids, batches
 
 HYPER = _core.HYPER | {
     "lr": 0.05,
@@ -75,7 +76,7 @@ def equal(got: np.ndarray, expected: np.ndarray) -> bool:
 def test_gather(batch: Batch, simd: str, workers: int) -> None:
     """gather copies the named rows, into a fresh array and into a given one."""
     table = batch.table()
-    expected = reference.gather(table, batch.ids)
+    expected = kernels.gather(table, batch.ids)
     column = _core.Column(table)
     assert equal(_core.gather(column, batch.ids, None, workers), expected)
     out = np.full_like(expected, np.nan)
@@ -88,7 +89,7 @@ def test_gather_of_strided_rows(batch: Batch, simd: str, workers: int) -> None:
     """A column inside wider rows is gathered without its neighbours."""
     table = batch.table(columns=3)
     middle = table[:, batch.dim : 2 * batch.dim]
-    expected = reference.gather(middle, batch.ids)
+    expected = kernels.gather(middle, batch.ids)
     assert equal(_core.gather(_core.Column(middle), batch.ids, None, workers), expected)
 
 
@@ -115,7 +116,7 @@ def test_group(batch: Batch, workers: int) -> None:
     """group is a stable sort: unique rows ascend, positions ascend within a row."""
     for got, expected in zip(
         _core.group(batch.ids, batch.rows, workers),
-        reference.group(batch.ids, batch.rows),
+        kernels.group(batch.ids, batch.rows),
         strict=True,
     ):
         assert equal(got, expected)
@@ -128,7 +129,7 @@ def test_group_of_large_tables(rows: int, workers: int) -> None:
     ids[100:200] = ids[300]
     ids[:2] = 0, rows - 1
     for got, expected in zip(
-        _core.group(ids, rows, workers), reference.group(ids, rows), strict=True
+        _core.group(ids, rows, workers), kernels.group(ids, rows), strict=True
     ):
         assert equal(got, expected)
 
@@ -148,7 +149,7 @@ def test_groups_stay_while_others_are_made() -> None:
             del held[rng.integers(len(held))]
             held[-1] = (held[-1][0], held[-1][1][:1])  # one of the arrays is enough to keep all
         for kept, arrays in held[-8:]:
-            assert all(map(equal, arrays, reference.group(kept, 1 << 20)))
+            assert all(map(equal, arrays, kernels.group(kept, 1 << 20)))
 
 
 def test_groups_of_several_callers() -> None:
@@ -158,7 +159,7 @@ def test_groups_of_several_callers() -> None:
 
     def caller(at: int) -> bool:
         ids = batches[at % len(batches)]
-        expected = reference.group(ids, 1 << 20)
+        expected = kernels.group(ids, 1 << 20)
         return all(all(map(equal, _core.group(ids, 1 << 20, 1), expected)) for _ in range(50))
 
     with ThreadPoolExecutor(4) as pool:
@@ -169,22 +170,22 @@ def test_groups_of_several_callers() -> None:
 def test_sum_groups(batch: Batch, scale: bool, simd: str, workers: int) -> None:
     """Gradients of equal ids are summed in the order of the batch, whatever the threads."""
     grad = batch.grad().reshape(-1, batch.dim)
-    groups = reference.group(batch.ids, batch.rows)
+    groups = kernels.group(batch.ids, batch.rows)
     out = np.full((groups[0].size, batch.dim), np.nan, np.float32)
     _core.sum_groups(*groups, grad, out, scale, workers)
-    assert equal(out, reference.sum_groups(*groups, grad, scale))
+    assert equal(out, kernels.sum_groups(*groups, grad, scale))
 
 
 @given(batch=batches(), alpha=st.sampled_from([1.0, -0.25, 1e-3]))
 def test_add_groups(batch: Batch, alpha: float, simd: str, workers: int) -> None:
     """The deterministic scatter-add gives the bits of the reference and leaves the skipped row."""
     grad = batch.grad().reshape(-1, batch.dim)
-    groups = reference.group(batch.ids, batch.rows)
+    groups = kernels.group(batch.ids, batch.rows)
     skip = int(groups[0][0]) if groups[0].size else -1
     got, expected = batch.table(), batch.table()
     _core.add_groups(_core.Column(got), *groups, grad, alpha, skip, False, workers)
-    sums = reference.sum_groups(*groups, grad)
-    reference.add_groups(expected, groups[0], sums, np.float32(alpha), skip)
+    sums = kernels.sum_groups(*groups, grad)
+    kernels.add_groups(expected, groups[0], sums, np.float32(alpha), skip)
     assert equal(got, expected)
 
 
@@ -193,7 +194,7 @@ def test_scatter_add(batch: Batch, alpha: float, simd: str) -> None:
     """On one thread the additions happen in the order of the batch."""
     got, expected = batch.table(), batch.table()
     _core.scatter_add(_core.Column(got), batch.ids, batch.grad(), alpha, 1)
-    reference.scatter_add(expected, batch.ids, batch.grad(), alpha)
+    kernels.scatter_add(expected, batch.ids, batch.grad(), alpha)
     assert equal(got, expected)
 
 
@@ -203,14 +204,14 @@ def test_scatter_add(batch: Batch, alpha: float, simd: str) -> None:
 def test_update(batch: Batch, rule: str, scale: bool, skip: bool, simd: str, workers: int) -> None:
     """A step gives the bits of the reference, and rows that are not in the batch keep theirs."""
     grad = batch.grad().reshape(-1, batch.dim)
-    groups = reference.group(batch.ids, batch.rows)
+    groups = kernels.group(batch.ids, batch.rows)
     skip_row = int(groups[0][-1]) if skip and groups[0].size else -1
     widths = state_of(rule, batch.dim)
     got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
     columns = tuple(map(_core.Column, cut(got, widths)))
     _core.update((columns, *groups, grad, rule, HYPER, skip_row, scale, None, None, None), workers)
-    sums = reference.sum_groups(*groups, grad, scale)
-    reference.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row)
+    sums = kernels.sum_groups(*groups, grad, scale)
+    kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row)
     assert equal(got, expected)
 
 
@@ -223,7 +224,7 @@ def test_update_with_extras(
 ) -> None:
     """What a step does beside its rule gives the bits of the reference too."""
     grad = batch.grad().reshape(-1, batch.dim)
-    groups = reference.group(batch.ids, batch.rows)
+    groups = kernels.group(batch.ids, batch.rows)
     if "skip_nonfinite" in extras and grad.size:
         grad[:: max(1, len(grad) // 3), -1] = [np.nan, np.inf, -np.inf][batch.seed % 3]
     lazy = "step" in extras
@@ -237,15 +238,15 @@ def test_update_with_extras(
     before = got.copy()
     step = (columns, *groups, grad, rule, HYPER, -1, False, None, None, extras)
     found = _core.update(step, workers)
-    sums = reference.sum_groups(*groups, grad)
-    skipped = reference.update(cut(expected, widths), groups[0], sums, rule, HYPER, -1, extras)
+    sums = kernels.sum_groups(*groups, grad)
+    skipped = kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, -1, extras)
     assert found == skipped
     assert equal(got, expected)
     untouched = np.setdiff1d(np.arange(batch.rows), groups[0])
     assert equal(got[untouched], before[untouched])
     if lazy and batch.rows < 1000:
         _core.catch_up(columns, None, rule, HYPER, extras | {"step": 60.0}, workers)
-        reference.catch_up(cut(expected, widths), None, extras | {"step": 60.0})
+        kernels.catch_up(cut(expected, widths), None, extras | {"step": 60.0})
         assert equal(got, expected)
 
 
@@ -257,7 +258,7 @@ def test_update_by_frequency(
 ) -> None:
     """In every rule the learning rate of a row falls with its count, bit for bit as in the twin."""
     grad = batch.grad().reshape(-1, batch.dim)
-    groups = reference.group(batch.ids, batch.rows)
+    groups = kernels.group(batch.ids, batch.rows)
     widths = [*state_of(rule, batch.dim), 1]
     got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
     skip_row = int(groups[0][-1]) if groups[0].size else -1
@@ -267,8 +268,8 @@ def test_update_by_frequency(
     columns = tuple(map(_core.Column, cut(got, widths)))
     step = (columns, *groups, grad, rule, HYPER, skip_row, False, None, None, extras)
     _core.update(step, workers)
-    sums = reference.sum_groups(*groups, grad)
-    reference.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row, extras)
+    sums = kernels.sum_groups(*groups, grad)
+    kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row, extras)
     assert equal(got, expected)
 
 
@@ -281,7 +282,7 @@ def test_global_norm(batch: Batch, skip: bool, simd: str, workers: int) -> None:
     if rows.size > 1:
         grad[-1, 0] = np.inf
     for finite in (False, True):
-        expected = reference.global_norm(rows, grad, skip_row, finite)
+        expected = kernels.global_norm(rows, grad, skip_row, finite)
         assert _core.global_norm(rows, grad, skip_row, finite, workers) == expected
 
 
@@ -299,7 +300,7 @@ def test_rules_at_the_edge(rule: str, what: str, simd: str) -> None:
     columns = tuple(map(_core.Column, cut(got, widths)))
     step = (columns, np.arange(4), None, None, grad, rule, HYPER, -1, False, None, None, None)
     _core.update(step, 1)
-    reference.update(cut(expected, widths), np.arange(4), grad, rule, HYPER)
+    kernels.update(cut(expected, widths), np.arange(4), grad, rule, HYPER)
     np.testing.assert_array_equal(got, expected)  # a NaN may have another sign
     if what in ("zeros", "zero weight"):
         assert np.isfinite(got).all()
@@ -316,7 +317,7 @@ def test_update_of_unique_rows(rule: str, simd: str, workers: int) -> None:
     columns = tuple(map(_core.Column, cut(got, widths)))
     step = (columns, rows, None, None, grad, rule, HYPER, -1, False, None, None, None)
     _core.update(step, workers)
-    reference.update(cut(expected, widths), rows, grad, rule, HYPER)
+    kernels.update(cut(expected, widths), rows, grad, rule, HYPER)
     assert equal(got, expected)
 
 
@@ -335,7 +336,7 @@ def test_fill(
     _core.fill(_core.Column(wide[:, :dim]), kind, seed, first, -0.5, 2.0, workers)
     assert equal(
         np.ascontiguousarray(wide[:, :dim]),
-        reference.fill((rows, dim), kind, seed, first, -0.5, 2.0),
+        kernels.fill((rows, dim), kind, seed, first, -0.5, 2.0),
     )
     assert (wide[:, dim:] == 7).all()
 
@@ -344,7 +345,7 @@ def test_threefry_known_answer() -> None:
     """The generator is Threefry4x32-13, by a known answer of its authors' Random123 library."""
     # key 0, counter 0: lane 0 of block 0 of seed 0.
     expected = [0x531C7E4F, 0x39491EE5, 0x2C855A92, 0x3D6ABF9A]
-    assert reference.threefry(0, 0)[:, 0].tolist() == expected
+    assert kernels.threefry(0, 0)[:, 0].tolist() == expected
 
 
 @given(values=st.lists(st.floats(width=32), max_size=200), workers=st.integers(1, 3))

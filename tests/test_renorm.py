@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Batch, batches
 
-from pyembed import Embedding, EmbeddingBag, Table, _core, functional, reference
+from pyembed import Embedding, EmbeddingBag, Table, _core, functional
 from pyembed.errors import ArgumentError, IdError, ReadOnlyError
+from tests.reference import kernels
+from tests.strategies import Batch, batches
 
 EXACT = [0.0, 1.0, 2.0, np.inf]
 
@@ -20,7 +21,7 @@ def test_renorm_kernel(batch: Batch, p: float, share: float, simd: str, workers:
     limit = share * batch.dim ** (0.0 if p == np.inf else 1 / max(p, 1))
     got, expected = batch.table(), batch.table()
     counts = _core.renorm(_core.Column(got), batch.ids, limit, p, workers)
-    assert counts == reference.renorm(expected, batch.ids, limit, p)
+    assert counts == kernels.renorm(expected, batch.ids, limit, p)
     assert got.tobytes() == expected.tobytes()
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from strategies import Batch, batches
 
 import pyembed
-from pyembed import Table, reference
+from pyembed import Table
 from pyembed.errors import (
     ArgumentError,
     ClosedError,
@@ -20,6 +19,8 @@ from pyembed.errors import (
     ReadOnlyError,
     TableError,
 )
+from tests.reference import kernels
+from tests.strategies import Batch, batches
 
 Maker = Callable[..., Table]
 
@@ -45,15 +46,15 @@ def test_shape_and_columns(make: Maker) -> None:
 def test_gather_and_scatter_add(batch: Batch) -> None:
     """gather and scatter_add take ids of any shape and integer dtype."""
     with Table.from_array(batch.table()) as t:
-        assert np.array_equal(t.gather(batch.ids), reference.gather(batch.table(), batch.ids))
+        assert np.array_equal(t.gather(batch.ids), kernels.gather(batch.table(), batch.ids))
         out = np.empty((*batch.ids.shape, batch.dim), np.float32)
         assert t.gather(batch.ids, out=out) is out
         expected = batch.table()
-        sums = reference.group(batch.ids, batch.rows)
+        sums = kernels.group(batch.ids, batch.rows)
         t.scatter_add(batch.ids, batch.grad(), 0.5, deterministic=True)
         grad = batch.grad().reshape(-1, batch.dim)
-        total = reference.sum_groups(*sums, grad)
-        reference.add_groups(expected, sums[0], total, 0.5)
+        total = kernels.sum_groups(*sums, grad)
+        kernels.add_groups(expected, sums[0], total, 0.5)
         assert np.array_equal(t.weight, expected)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyembed import Table, _core, init, optim, threads
+from pyembed import Table, _core, _threads, init, optim
 from pyembed.errors import ArgumentError
 
 ROOT = Path(__file__).parents[1]
@@ -36,28 +36,28 @@ def test_environment(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(threads, "_default", None)
-    assert threads.default_num_threads() == expected
-    assert threads.resolve(2) == 2
+    monkeypatch.setattr(_threads, "_default", None)
+    assert _threads.default_num_threads() == expected
+    assert _threads.resolve(2) == 2
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])
 def test_bad_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable that is no positive integer is an error, not a guess."""
     monkeypatch.setenv("PYEMBED_NUM_THREADS", value)
-    monkeypatch.setattr(threads, "_default", None)
+    monkeypatch.setattr(_threads, "_default", None)
     with pytest.raises(ArgumentError, match=f"PYEMBED_NUM_THREADS = '{value}'"):
-        threads.default_num_threads()
+        _threads.default_num_threads()
 
 
 def test_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without variables the processors that the process may use decide."""
     for name in ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(threads, "_default", None)
+    monkeypatch.setattr(_threads, "_default", None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    monkeypatch.setattr(threads, "_cgroup_quota", lambda: 2)
-    assert threads.default_num_threads() == 2
+    monkeypatch.setattr(_threads, "_cgroup_quota", lambda: 2)
+    assert _threads.default_num_threads() == 2
 
 
 def test_import_starts_nothing() -> None:

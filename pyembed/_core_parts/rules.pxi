@@ -1,5 +1,5 @@
 # Optimizer steps over the unique rows of a batch: the rules, and what a step does beside its rule. Batches as in
-# _core_updates.pxi. A step without any of the extras takes no branch for them but one, and touches no memory of theirs.
+# _core_parts/updates.pxi. A step without any of the extras takes no branch for them but one, and touches no memory of theirs.
 
 cdef enum:
     MAX_COLUMNS = 6                               # the weight, three of state, the count, the last step

@@ -1,5 +1,5 @@
 # Loops over the unique rows of a batch: sum, add, renorm. A thread owns a run of unique rows, so none needs a lock.
-# Groups as in _core_groups.pxi; legend as in _core.pyx.
+# Groups as in _core_parts/groups.pxi; legend as in _core.pyx.
 
 cdef struct Batch:
     # A grouped batch as the loops below see it. starts and order are NULL if gradient u belongs to row u. In a batch of bags,

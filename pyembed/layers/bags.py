@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyembed.arrays import F32, IdArray, as_ids, as_values
+from pyembed._checks import F32, IdArray, as_ids, as_values
 from pyembed.errors import ArgumentError, DTypeError
 
 I64 = NDArray[np.int64]

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyembed import grouping, init
-from pyembed.arrays import F32, as_ids, as_values, require_count
+from pyembed._checks import F32, as_ids, as_values, require_count
 from pyembed.errors import ArgumentError
 from pyembed.grouping import SparseGrad
-from pyembed.manifest import MAX_DIM, MAX_ROWS
+from pyembed.storage.manifest import MAX_DIM, MAX_ROWS
 from pyembed.table import Table
 
 

@@ -11,12 +11,12 @@ import os
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyembed import _core, grouping, threads
-from pyembed.arrays import F32, as_values
-from pyembed.bags import Bags, require_mode
-from pyembed.embedding import Layer
+from pyembed import _core, _threads, grouping
+from pyembed._checks import F32, as_values
 from pyembed.errors import ArgumentError
 from pyembed.grouping import SparseGrad
+from pyembed.layers.bags import Bags, require_mode
+from pyembed.layers.embedding import Layer
 from pyembed.table import Table
 
 
@@ -175,7 +175,7 @@ class EmbeddingBag(Layer):
     def _reduce(self, bags: Bags, which: NDArray[np.int64] | None) -> F32:
         table = self.table
         out = np.empty((len(bags), table.dim), np.float32)
-        workers = threads.for_work(bags.ids.size * table.dim, table.num_threads)
+        workers = _threads.for_work(bags.ids.size * table.dim, table.num_threads)
         column = table.weight_column
         _core.reduce_bags(
             column, bags.ids, bags.starts, bags.weights, self.mode, self._skip, out, which, workers
@@ -211,7 +211,7 @@ class EmbeddingBag(Layer):
         table = self.table
         groups = grouping.group(bags.ids, table.rows, table.num_threads)
         sums = np.empty((groups.rows.size, table.dim), np.float32)
-        workers = threads.for_work(bags.ids.size * table.dim, table.num_threads)
+        workers = _threads.for_work(bags.ids.size * table.dim, table.num_threads)
         coef, scale = self.coefficients(bags), self.scale_grad_by_freq
         _core.sum_groups(*groups, values, sums, scale, workers, bags.bag_of, coef)
         return self._without_padding(groups.rows, sums)
@@ -240,7 +240,7 @@ class EmbeddingBag(Layer):
         won = np.flatnonzero(which >= 0)
         groups = grouping.group(which.reshape(-1)[won], self.table.rows, self.table.num_threads)
         values = np.zeros((groups.rows.size, self.table.dim), np.float32)
-        workers = threads.for_work(won.size, self.table.num_threads)
+        workers = _threads.for_work(won.size, self.table.num_threads)
         _core.sum_elements(groups.starts, won[groups.order], grad, values, workers)
         return SparseGrad(groups.rows, values)
 
@@ -259,7 +259,7 @@ class EmbeddingBag(Layer):
         bags = self.bags(input, offsets)
         values = self.check_gradient(bags, grad)
         out = np.empty(bags.ids.size, np.float32)
-        workers = threads.for_work(bags.ids.size * self.table.dim, self.table.num_threads)
+        workers = _threads.for_work(bags.ids.size * self.table.dim, self.table.num_threads)
         ids = bags.ids.astype(np.int64, copy=False)
         _core.bag_dots(self.table.weight_column, ids, bags.bag_of, values, self._skip, out, workers)
         return out

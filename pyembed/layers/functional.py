@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from numpy.typing import ArrayLike
 
-from pyembed.arrays import F32
-from pyembed.embedding import Embedding
-from pyembed.embedding_bag import EmbeddingBag
+from pyembed._checks import F32
+from pyembed.layers.embedding import Embedding
+from pyembed.layers.embedding_bag import EmbeddingBag
 from pyembed.rows import Renormed
 from pyembed.table import Table
 

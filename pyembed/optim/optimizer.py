@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyembed import _core, grouping, threads
-from pyembed.arrays import (
+from pyembed import _core, _threads, grouping
+from pyembed._checks import (
     F32,
     IdArray,
     as_ids,
@@ -26,14 +26,14 @@ from pyembed.arrays import (
     require_count,
     require_finite,
 )
-from pyembed.bags import Bags, require_bags
-from pyembed.embedding import Layer
-from pyembed.embedding_bag import EmbeddingBag
 from pyembed.errors import ArgumentError, DTypeError
 from pyembed.grouping import SparseGrad
-from pyembed.layout import state_widths
-from pyembed.options import Options, checked
-from pyembed.schedules import Schedule
+from pyembed.layers.bags import Bags, require_bags
+from pyembed.layers.embedding import Layer
+from pyembed.layers.embedding_bag import EmbeddingBag
+from pyembed.optim.options import Options, checked
+from pyembed.optim.schedules import Schedule
+from pyembed.storage.columns import state_widths
 from pyembed.table import Table
 
 # A lazy optimizer keeps the last step of each row in a float32, which holds integers up to here.
@@ -346,7 +346,7 @@ class Optimizer:
         for first in range(0, count, CATCH_UP_ROWS):
             last = min(first + CATCH_UP_ROWS, count)
             rows = np.arange(first, last) if touched is None else touched[first:last]
-            workers = threads.for_work(rows.size * table.dim, table.num_threads)
+            workers = _threads.for_work(rows.size * table.dim, table.num_threads)
             with table.still():
                 columns = table.begin_change(self.state, rows)
                 hyper, extras = self._step_values(self.steps + 1, 1.0)
@@ -366,7 +366,7 @@ class Optimizer:
 
     def _workers(self, batch: Batch) -> int:
         floats = batch.values.size if batch.order is None else batch.order.size * self.table.dim
-        return threads.for_work(floats, self.table.num_threads)
+        return _threads.for_work(floats, self.table.num_threads)
 
     def _step_values(
         self, step: int, clip_scale: float
@@ -409,7 +409,7 @@ class Optimizer:
         return {"lr": lr}
 
     def _missed(self, lr: float) -> dict[str, float]:
-        """Momentum that rows caught up with, see `Extras` in _core_rules.pxi."""
+        """Momentum that rows caught up with, see `Extras` in _core_parts/rules.pxi."""
         return {}
 
     def _parameters(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, TypedDict
 
 from pyembed import _core
-from pyembed.arrays import in_range
+from pyembed._checks import in_range
 from pyembed.errors import ArgumentError
 
 

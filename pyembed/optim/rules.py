@@ -13,32 +13,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from pyembed.arrays import in_range
-from pyembed.embedding import Layer
+from pyembed._checks import in_range
 from pyembed.errors import ArgumentError
-from pyembed.many import step_many
-from pyembed.optimizer import Optimizer
-from pyembed.options import Options
-from pyembed.schedules import Schedule
+from pyembed.layers.embedding import Layer
+from pyembed.optim.optimizer import Optimizer
+from pyembed.optim.options import Options
+from pyembed.optim.schedules import Schedule
 from pyembed.table import Table
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-__all__ = [
-    "FTRL",
-    "LAMB",
-    "LARS",
-    "SGD",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Optimizer",
-    "PartialRowwiseAdam",
-    "RMSprop",
-    "RowwiseAdagrad",
-    "step_many",
-]
 
 Target = Layer | Table
 ABOVE_ZERO = 1e-30  # of what a rule divides by: float32 still holds it times a bias correction

@@ -15,12 +15,12 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from pyembed import _core, grouping, threads
-from pyembed.arrays import in_range
-from pyembed.bags import Bags
+from pyembed import _core, _threads, grouping
+from pyembed._checks import in_range
 from pyembed.errors import ArgumentError
 from pyembed.grouping import SparseGrad
-from pyembed.optimizer import Batch, Optimizer, scale_to
+from pyembed.layers.bags import Bags
+from pyembed.optim.optimizer import Batch, Optimizer, scale_to
 from pyembed.table import Table
 
 Step = tuple[Optimizer, "ArrayLike | Bags | SparseGrad | None", "ArrayLike | None"]
@@ -116,7 +116,7 @@ def _clip(
 ) -> list[tuple[Batch, float]]:
     """The batches, and what to scale each with: by a norm of its own, or all by that of all."""
     pairs = [
-        (o, batch, threads.for_work(batch.values.size, workers))
+        (o, batch, _threads.for_work(batch.values.size, workers))
         for o, batch in zip(optimizers, batches, strict=True)
     ]
     if most is None:
@@ -134,7 +134,7 @@ def _require_usable(optimizers: list[Optimizer], batches: list[Batch], workers: 
     pairs = list(zip(optimizers, batches, strict=True))
     arrays = [batch.values for o, batch in pairs if o.nonfinite == "raise"]
     arrays += [b.coef for o, b in pairs if o.nonfinite == "raise" and b.coef is not None]
-    few = threads.for_work(sum(array.size for array in arrays), workers)
+    few = _threads.for_work(sum(array.size for array in arrays), workers)
     finite = _core.are_finite(arrays, few)
     for o, batch in pairs:
         if finite:
@@ -181,10 +181,10 @@ def _take(
             shared.append(at)
             floats += max(values.size, rows.size * column.dim)
         seen.add(table)
-    few = threads.for_work(floats, workers)
+    few = _threads.for_work(floats, workers)
     skipped = _core.update_many([calls[at][1] for at in shared], few)
     for at, count in zip(shared, skipped, strict=True):
         optimizers[at].took(calls[at][0], count)
     for at in alone:
         step, call = calls[at]
-        optimizers[at].take(step, call, threads.for_work(call[4].size, workers))
+        optimizers[at].take(step, call, _threads.for_work(call[4].size, workers))

@@ -45,9 +45,9 @@ from numpy.typing import NDArray
 
 from pyembed import _core
 from pyembed.errors import ArgumentError
-from pyembed.files import OPEN_FLAGS, replace_file, sync, write_at
-from pyembed.manifest import MAX_ROWS, Manifest
-from pyembed.touched import RANGE_BYTES, RANGE_ROWS
+from pyembed.storage.dirty_rows import RANGE_BYTES, RANGE_ROWS
+from pyembed.storage.fs import OPEN_FLAGS, replace_file, sync, write_at
+from pyembed.storage.manifest import MAX_ROWS, Manifest
 
 FILE = "changes"
 HEADER = struct.Struct("<4sIQQII")  # without its own checksum

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pyembed import _core
 from pyembed.errors import FormatError
-from pyembed.files import HEADER_BYTES, SUM_BYTES, block_sums, sync, write_all
+from pyembed.storage.fs import HEADER_BYTES, SUM_BYTES, block_sums, sync, write_all
 
 FILE = "seal.npy"
 READ_BYTES = 8 << 20  # of the rows at a time

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from pyembed import _core, manifest
-from pyembed.arrays import F32, require_count
+from pyembed import _core
+from pyembed._checks import F32, require_count
 from pyembed.errors import ArgumentError
 from pyembed.init import Initializer
+from pyembed.storage import manifest
 
 # Floats that a table is made of at a time: 8 MiB stay in the cache between making and writing.
 CHUNK_FLOATS = 2 << 20

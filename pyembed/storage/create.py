@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from pyembed import manifest as manifests
-from pyembed import seal
-from pyembed.arrays import F32
+from pyembed._checks import F32
 from pyembed.errors import TableError
-from pyembed.files import (
+from pyembed.storage import checksums
+from pyembed.storage import manifest as manifests
+from pyembed.storage.fs import (
     HEADER_BYTES,
     DirectWriter,
     allocate,
@@ -30,7 +30,7 @@ from pyembed.files import (
     sync,
     sync_folder,
 )
-from pyembed.manifest import Manifest
+from pyembed.storage.manifest import Manifest
 
 
 def create(
@@ -124,7 +124,7 @@ def write_rows(
         elif written != rows:
             raise ValueError(f"{written} rows were made instead of {rows}")
         sync(fd)
-        return written, seal.save(folder, writer.sums)
+        return written, checksums.save(folder, writer.sums)
     except OSError as error:
         if error.errno == errno.ENOSPC and not isinstance(error, TableError):
             raise TableError(error.errno, f"{error.strerror}: make room", str(path)) from None

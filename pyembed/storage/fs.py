@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pyembed import _core
-from pyembed.arrays import F32, FLOAT32
+from pyembed._checks import F32, FLOAT32
 from pyembed.errors import FormatError, TableError
 
 # So that rows start on a page, and a row whose size divides a page stays on one.

@@ -24,10 +24,10 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
-from pyembed import files
-from pyembed.arrays import require_count
+from pyembed._checks import require_count
 from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError, PyembedError
-from pyembed.manifest import MAX_ROWS
+from pyembed.storage import fs
+from pyembed.storage.manifest import MAX_ROWS
 
 FILE = "id_map.npy"
 MAX_COUNT = np.iinfo(np.int64).max
@@ -58,8 +58,8 @@ def by_frequency(counts: ArrayLike, rows: int | None = None) -> NDArray[np.int64
 
     Examples
     --------
-    >>> from pyembed import order
-    >>> order.by_frequency([3, 9, 0, 3])
+    >>> from pyembed import id_map
+    >>> id_map.by_frequency([3, 9, 0, 3])
     array([1, 0, 3, 2])
     """
     checked = _as_counts(counts, "counts")
@@ -162,11 +162,11 @@ def save(folder: Path, id_map: NDArray[np.int64]) -> None:
     path = folder / FILE
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        files.allocate(fd, 0, header.tell() + id_map.nbytes, path)
-        files.write_all(fd, header.getvalue())
+        fs.allocate(fd, 0, header.tell() + id_map.nbytes, path)
+        fs.write_all(fd, header.getvalue())
         if id_map.size:
-            files.write_all(fd, id_map.astype("<i8", copy=False))
-        files.sync(fd)
+            fs.write_all(fd, id_map.astype("<i8", copy=False))
+        fs.sync(fd)
     finally:
         os.close(fd)
 

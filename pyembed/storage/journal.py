@@ -67,9 +67,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyembed import _core
-from pyembed.arrays import F32, FLOAT32, INT64
+from pyembed._checks import F32, FLOAT32, INT64
 from pyembed.errors import ArgumentError, FormatError, TableError
-from pyembed.files import OPEN_FLAGS, allocate, sync, sync_folder, write_at
+from pyembed.storage.fs import OPEN_FLAGS, allocate, sync, sync_folder, write_at
 
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]

@@ -16,7 +16,7 @@ import resource
 import warnings
 from collections.abc import Iterable, Iterator
 
-from pyembed.arrays import F32
+from pyembed._checks import F32
 
 PIECE_BYTES = 64 << 20  # locked by one call: Ctrl-C is noticed between two
 READ_BYTES = 128 << 10  # the system's usual read-ahead: it may ignore what one advice asks beyond

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyembed import _core
-from pyembed.arrays import F32
+from pyembed._checks import F32
 from pyembed.errors import ArgumentError, DTypeError
-from pyembed.files import HEADER_BYTES
+from pyembed.storage.fs import HEADER_BYTES
 
 POLL_SECONDS = 0.1  # between two looks; at 80,000 pages a second 32 MB have come in
 SLICE_BYTES = 32 << 20  # given back by one call

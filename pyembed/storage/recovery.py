@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pyembed import _core
-from pyembed.arrays import F32
+from pyembed._checks import F32
 from pyembed.errors import DirtyError
-from pyembed.files import HEADER_BYTES, write_at
-from pyembed.journal import Replay, undo_path
-from pyembed.manifest import Manifest
+from pyembed.storage.fs import HEADER_BYTES, write_at
+from pyembed.storage.journal import Replay, undo_path
+from pyembed.storage.manifest import Manifest
 
 I64 = NDArray[np.int64]
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

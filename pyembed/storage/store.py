@@ -69,11 +69,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import manifest as manifests
-from pyembed import order, seal, undo
-from pyembed.arrays import F32, IdArray
+from pyembed._checks import F32, IdArray
 from pyembed.errors import ArgumentError, FormatError, LockedError, ReadOnlyError, TableError
-from pyembed.files import (
+from pyembed.storage import checksums, id_map, recovery
+from pyembed.storage import manifest as manifests
+from pyembed.storage.fs import (
     HEADER_BYTES,
     allocate,
     map_rows,
@@ -83,10 +83,10 @@ from pyembed.files import (
     sync,
     write_all,
 )
-from pyembed.interval import Interval
-from pyembed.journal import Replay, undo_path
-from pyembed.manifest import Manifest
-from pyembed.residency import Keeper
+from pyembed.storage.journal import Replay, undo_path
+from pyembed.storage.manifest import Manifest
+from pyembed.storage.page_cache import Keeper
+from pyembed.storage.transaction import Interval
 
 I64 = NDArray[np.int64]
 CLEAN = {"state": "clean", "salt": "", "boot": ""}
@@ -196,7 +196,7 @@ class Store:
             self.array = self._map(rows)
             self._adopt(rows)
         else:
-            replay = undo.judge(self.path, self.manifest)
+            replay = recovery.judge(self.path, self.manifest)
             self.array = self._map(self.manifest.rows, private=self.mode != "r+")
             self._put_back(replay)
 
@@ -221,12 +221,12 @@ class Store:
         return map_rows(self._fd, self._offset, rows, self.manifest.stride, access)
 
     def _map_ids(self) -> NDArray[np.int64] | None:
-        file, rows = self.path / order.FILE, self.manifest.rows
+        file, rows = self.path / id_map.FILE, self.manifest.rows
         if not self.folder or not file.exists():
             return None
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            offset = order.data_offset(file, fd, rows)
+            offset = id_map.data_offset(file, fd, rows)
             memory = mmap.mmap(fd, offset + 8 * rows, access=mmap.ACCESS_READ)
         finally:
             os.close(fd)
@@ -244,7 +244,7 @@ class Store:
 
     def _put_back(self, replay: Replay) -> None:
         """Rows as the journal has them; in the file, only then clean; or in a private mapping."""
-        undo.put_back(self.array, replay, self._fd if self.mode == "r+" else -1)
+        recovery.put_back(self.array, replay, self._fd if self.mode == "r+" else -1)
         if self.mode != "r+":
             self.array.flags.writeable = self.mode == "c"
             return
@@ -294,7 +294,7 @@ class Store:
             self._forget_steps()
             return
         with self._turn():
-            replay = undo.judge(self.path, self.manifest, self._interval.journal.frames)
+            replay = recovery.judge(self.path, self.manifest, self._interval.journal.frames)
             rows = self.manifest.rows
             try:
                 self._put_back(replay)
@@ -371,7 +371,7 @@ class Store:
                 if interval is not None:
                     interval.touched.commit(self.manifest.rows)  # if Ctrl-C kept the end from it
                     interval.journal.begin(self.manifest.generation, int(self._salt, 16))
-                dirty = {"state": "dirty", "salt": self._salt, "boot": undo.boot_id()}
+                dirty = {"state": "dirty", "salt": self._salt, "boot": recovery.boot_id()}
                 self._set(self.manifest.with_changes(**dirty))
             if interval is not None:
                 interval.record(self.array, self._pages, rows, self._threads)
@@ -479,7 +479,7 @@ class Store:
     def _remove_useless(self) -> None:
         """Nobody needs what these hold, so they may stay as well."""
         useless = [undo_path(self.path, number) for number in range(2)]
-        useless += [] if self.manifest.seal else [self.path / seal.FILE]
+        useless += [] if self.manifest.seal else [self.path / checksums.FILE]
         for file in useless if self._pid == os.getpid() else ():
             with contextlib.suppress(OSError):
                 file.unlink()

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import _core, files, grouping
-from pyembed.arrays import F32, IdArray
-from pyembed.changes import Changes
-from pyembed.journal import Journal
-from pyembed.manifest import Manifest
-from pyembed.threads import for_work
-from pyembed.touched import Touched
+from pyembed import _core, grouping
+from pyembed._checks import F32, IdArray
+from pyembed._threads import for_work
+from pyembed.storage import fs
+from pyembed.storage.change_log import Changes
+from pyembed.storage.dirty_rows import Touched
+from pyembed.storage.journal import Journal
+from pyembed.storage.manifest import Manifest
 
 I64 = NDArray[np.int64]
 MAX_ASKED = 64  # batches that wait to be written ahead; a step sees to what is older itself
@@ -109,7 +110,7 @@ class Interval:
         """
         if self.journal.bytes_written - self._behind >= BEHIND_BYTES:
             self._behind = self.journal.bytes_written
-            if files.write_back_is_near():
+            if fs.write_back_is_near():
                 self._helper.submit(self.journal.start_write_back)
 
     def ask(self, ids: IdArray, record: Callable[[Interval], None], owner: object) -> None:

@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
+from pyembed import _threads
 from pyembed import init as initialisers
-from pyembed import making, manifest, order, threads
-from pyembed.arrays import F32, require_count
+from pyembed._checks import F32, require_count
 from pyembed.errors import FormatError, PyembedError
 from pyembed.formats import VectorSource, open_vectors
 from pyembed.init import Initializer
-from pyembed.layout import fresh_rows, row_columns
-from pyembed.vocab import Vocab
+from pyembed.storage import create, id_map, manifest
+from pyembed.storage.columns import fresh_rows, row_columns
+from pyembed.words.vocab import Vocab
 
 
 def from_initializer(
@@ -54,7 +55,7 @@ def from_initializer(
     counts : integers of shape (rows,), optional
         How often each id occurs. The most frequent id gets row 0, and so on, and the table keeps
         the map: look ids up with `Table.rows_of`. A fresh value belongs to its row, so another
-        order gives an id another one. See `pyembed.order` for where counts come from.
+        order gives an id another one. See `pyembed.storage.id_map` for where counts come from.
     num_threads : int, optional
     progress : bool or None
         Show a bar; None shows it when stderr is a terminal.
@@ -67,12 +68,12 @@ def from_initializer(
     rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
     finish = None
     if counts is not None:
-        finish = partial(order.save, id_map=order.by_frequency(counts, rows))
-    workers = threads.resolve(num_threads)
+        finish = partial(id_map.save, id_map=id_map.by_frequency(counts, rows))
+    workers = _threads.resolve(num_threads)
     chunks = fresh_rows(columns, 0, rows, init or initialisers.zeros(), seed, workers)
     row_bytes = 4 * sum(columns.values())
     with _bar(progress, rows * row_bytes) as bar:
-        making.create(Path(path), columns, _counted(chunks, bar), rows, finish)
+        create.create(Path(path), columns, _counted(chunks, bar), rows, finish)
 
 
 def from_vectors(
@@ -117,7 +118,7 @@ def from_vectors(
 
     with _bar(progress, source.bytes_total) as bar:
         rows = _vector_rows(source, sum(columns.values()), tokens, bar)
-        making.create(Path(path), columns, rows, source.declared_rows, save_vocab)
+        create.create(Path(path), columns, rows, source.declared_rows, save_vocab)
 
 
 def _vector_rows(

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pyembed import _core, files, making, order, vocab
-from pyembed.arrays import F32
+from pyembed import _core
+from pyembed._checks import F32
 from pyembed.errors import ArgumentError, FormatError
-from pyembed.layout import CHUNK_FLOATS, require_rule, state_widths
-from pyembed.manifest import check_columns
+from pyembed.storage import create, fs, id_map
+from pyembed.storage.columns import CHUNK_FLOATS, require_rule, state_widths
+from pyembed.storage.manifest import check_columns
 from pyembed.table import Table
+from pyembed.words import vocab
 
 
 def convert(
@@ -81,7 +83,7 @@ def convert(
             desc="convert",
             disable=None if progress is None else not progress,
         ) as bar:
-            making.create(
+            create.create(
                 target,
                 columns,
                 copied_rows(source if bare else source / "rows.npy", table, columns, bar),
@@ -135,7 +137,7 @@ def copied_rows(
     read, made = np.empty((step, stride), np.float32), np.zeros((step, new_stride), np.float32)
     moves = [(_span(old, name), _span(new, name)) for name in new if name in old]
     with file.open("rb", buffering=0) as opened:
-        _, _, offset = files.read_npy_header(file, opened.fileno())
+        _, _, offset = fs.read_npy_header(file, opened.fileno())
         opened.seek(offset)
         for first in range(0, table.rows, step):
             n = min(step, table.rows - first)
@@ -162,8 +164,8 @@ def _span(columns: Mapping[str, int], name: str) -> slice:
 
 def copy_files(source: Path, folder: Path) -> None:
     """What lies beside the rows and does not depend on their columns."""
-    for name in (order.FILE, *vocab.FILES):
+    for name in (id_map.FILE, *vocab.FILES):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
             with (folder / name).open("rb") as copied:
-                files.sync(copied.fileno())
+                fs.sync(copied.fileno())

@@ -32,15 +32,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pyembed import files, making, seal
-from pyembed.arrays import F32, require_count
-from pyembed.changes import Since, commit_of
-from pyembed.convert import copied_rows, copy_files, open_committed
+from pyembed._checks import F32, require_count
 from pyembed.errors import ArgumentError, FormatError, TableError
-from pyembed.layout import CHUNK_FLOATS
-from pyembed.manifest import Delta, decode_delta, encode_delta
-from pyembed.store import Store
+from pyembed.storage import checksums, create, fs
+from pyembed.storage.change_log import Since, commit_of
+from pyembed.storage.columns import CHUNK_FLOATS
+from pyembed.storage.manifest import Delta, decode_delta, encode_delta
+from pyembed.storage.store import Store
 from pyembed.table import Table
+from pyembed.tools.convert import copied_rows, copy_files, open_committed
 
 FILE = "delta.json"
 
@@ -137,14 +137,16 @@ def _copy(t: Table, target: Path, progress: bool | None) -> None:
     def finish(folder: Path) -> None:
         copy_files(source, folder)
         if state.seal:  # damage is not sealed anew
-            found = np.load(folder / seal.FILE)
-            seal.compare(source / "rows.npy", found, seal.load(source, state.seal), state.stride)
+            found = np.load(folder / checksums.FILE)
+            checksums.compare(
+                source / "rows.npy", found, checksums.load(source, state.seal), state.stride
+            )
 
     with _bar("export", t.nbytes, "B", progress) as bar:
         rows = copied_rows(source / "rows.npy", t, state.columns, bar)
         same = ("meta", "optimizer", "generation", "commit")
         carried = {name: getattr(state, name) for name in same}
-        making.create(target, state.columns, rows, state.rows, finish, state.durability, carried)
+        create.create(target, state.columns, rows, state.rows, finish, state.durability, carried)
 
 
 # --- deltas ---------------------------------------------------------------------------------------
@@ -153,12 +155,12 @@ def _copy(t: Table, target: Path, progress: bool | None) -> None:
 def _write_delta(t: Table, target: Path, since: int, progress: bool | None) -> None:
     state = t.committed
     found = Since(Path(str(t.path)), state, since)
-    with _bar("export", state.rows, "row", progress) as bar, making.appearing(target) as folder:
+    with _bar("export", state.rows, "row", progress) as bar, create.appearing(target) as folder:
         rows = _rows_at(t, found, bar)
-        count, name = making.write_rows(folder, state.stride, rows, None)
+        count, name = create.write_rows(folder, state.stride, rows, None)
         found.save(folder)
         delta = Delta(since, count, name, state)
-        files.replace_file(folder / FILE, [encode_delta(delta)])
+        fs.replace_file(folder / FILE, [encode_delta(delta)])
 
 
 def _pieces(found: Since, stride: int) -> Iterator[I64]:
@@ -258,11 +260,11 @@ def _require_next(folder: Path, delta: Delta, copy: Store) -> Since:
         )
     file = folder / "rows.npy"
     with file.open("rb") as opened:
-        shape = files.read_npy_header(file, opened.fileno())
-    if shape != (delta.count, to.stride, files.HEADER_BYTES):
+        shape = fs.read_npy_header(file, opened.fileno())
+    if shape != (delta.count, to.stride, fs.HEADER_BYTES):
         raise FormatError(f"{file}: {shape[0]} rows of {shape[1]} floats; expected {delta.count}")
-    sums = [each for some in seal.read(file) for each in some]
-    seal.compare(file, sums, seal.load(folder, delta.seal), to.stride)
+    sums = [each for some in checksums.read(file) for each in some]
+    checksums.compare(file, sums, checksums.load(folder, delta.seal), to.stride)
     try:
         count = sum(rows.size for rows in found.rows())
     except ArgumentError as error:
@@ -275,7 +277,7 @@ def _require_next(folder: Path, delta: Delta, copy: Store) -> Since:
 def _put(folder: Path, delta: Delta, found: Since, copy: Store, bar: tqdm[Any]) -> None:
     to, old = delta.table, copy.manifest.rows
     with (folder / "rows.npy").open("rb") as file:
-        file.seek(files.HEADER_BYTES)
+        file.seek(fs.HEADER_BYTES)
         for rows in _pieces(found, to.stride):
             rows = rows[: np.searchsorted(rows, old)]
             if not rows.size:
@@ -284,7 +286,7 @@ def _put(folder: Path, delta: Delta, found: Since, copy: Store, bar: tqdm[Any]) 
             copy.array[rows] = _floats(file, rows.size, to.stride)
             bar.update(rows.size)
         if to.rows > old:  # the last rows of the delta
-            file.seek(files.HEADER_BYTES + 4 * to.stride * (delta.count - (to.rows - old)))
+            file.seek(fs.HEADER_BYTES + 4 * to.stride * (delta.count - (to.rows - old)))
             step = max(1, CHUNK_FLOATS // to.stride)
             left = [min(step, to.rows - first) for first in range(old, to.rows, step)]
             copy.append(map(partial(_floats, file, stride=to.stride), left), to.rows - old)

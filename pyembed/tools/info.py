@@ -7,7 +7,7 @@ import platform
 
 import numpy as np
 
-from pyembed import _core, threads
+from pyembed import _core, _threads
 
 
 def show_config() -> dict[str, str]:
@@ -22,7 +22,7 @@ def show_config() -> dict[str, str]:
         "pyembed": __version__,
         "simd": f"{_core.simd_level()} (available: {', '.join(_core.simd_levels())})",
         "openmp": _core.openmp(),
-        "threads": str(threads.default_num_threads()),
+        "threads": str(_threads.default_num_threads()),
         "page size": f"{mmap.PAGESIZE} bytes",
         "python": platform.python_version(),
         "numpy": np.__version__,

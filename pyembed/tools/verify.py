@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from pyembed import seal
+from pyembed.storage import checksums
 from pyembed.table import Table
 
 CHUNK_FLOATS = 4 << 20  # looked at at a time
@@ -72,13 +72,13 @@ def _check_seal(table: Table, progress: bool | None) -> int | None:
     name = table.committed.seal
     if table.path is None or not name or table.state == "dirty":
         return None
-    expected, file, found = seal.load(table.path, name), table.path / "rows.npy", list[int]()
+    expected, file, found = checksums.load(table.path, name), table.path / "rows.npy", list[int]()
     disable = None if progress is None else not progress
     with tqdm(total=expected.size, desc="reading", unit="MiB", disable=disable) as bar:
-        for sums in seal.read(file):
+        for sums in checksums.read(file):
             found += sums
             bar.update(len(sums))
-    seal.compare(file, found, expected, sum(table.columns.values()))
+    checksums.compare(file, found, expected, sum(table.columns.values()))
     return len(found)
 
 

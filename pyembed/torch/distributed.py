@@ -23,9 +23,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.nn.parallel import DistributedDataParallel
 
-from pyembed.arrays import F32
-from pyembed.bags import Bags
+from pyembed._checks import F32
 from pyembed.errors import ArgumentError
+from pyembed.layers.bags import Bags
 
 CHUNK_BYTES = 1 << 26  # of rows that rank 0 sends at once
 

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyembed import embedding, embedding_bag, residency
-from pyembed.arrays import F32
+from pyembed._checks import F32
 from pyembed.errors import ArgumentError, DTypeError
-from pyembed.optimizer import Optimizer
+from pyembed.layers import embedding, embedding_bag
+from pyembed.optim.optimizer import Optimizer
+from pyembed.storage import page_cache
 from pyembed.table import Table
 from pyembed.torch import ops
 from pyembed.torch import placement as placing
@@ -305,7 +306,7 @@ class Layer(nn.Module):
         if not self.in_state_dict:
             return
         weight, path = self.table.weight, self.table.path
-        if path is not None and weight.size * 4 > STATE_SHARE * residency.memory_bytes():
+        if path is not None and weight.size * 4 > STATE_SHARE * page_cache.memory_bytes():
             raise ArgumentError(
                 f"{prefix}weight is {weight.size * 4} bytes in {path}, too many for a copy; the "
                 "table is its own checkpoint: set layer.in_state_dict = False, and commit it"

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pyembed import embedding
-from pyembed.arrays import F32
+from pyembed._checks import F32
 from pyembed.errors import ArgumentError
+from pyembed.layers import embedding
 from pyembed.torch import distributed
 
 # Numbers begin anywhere, so that a graph which was saved by another process names no layer here.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyembed.errors import ArgumentError
-from pyembed.many import require_clip_norm, step_many
+from pyembed.optim.step import require_clip_norm, step_many
 from pyembed.torch.layers import Layer
 
 

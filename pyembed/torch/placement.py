@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyembed import residency
 from pyembed.errors import ArgumentError, DTypeError, ReadOnlyError
+from pyembed.storage import page_cache
 from pyembed.table import Table
 
 PLACEMENTS = ("table", "device", "auto")
@@ -56,7 +56,7 @@ def decide(placement: str, table: Table, device: torch.device) -> str:
 def free_bytes(device: torch.device) -> int:
     """What is free on the device; for the CPU, all that this process may use."""
     if device.type == "cpu":
-        return residency.memory_bytes()
+        return page_cache.memory_bytes()
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     accelerator = getattr(torch, "accelerator", None)

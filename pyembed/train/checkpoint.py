@@ -34,7 +34,7 @@ from pyembed.errors import ArgumentError, CorpusError, DirtyError, FormatError
 from pyembed.table import Table
 from pyembed.train.runs import Place, Runs
 from pyembed.train.subword import I64
-from pyembed.vocab import Vocab
+from pyembed.words.vocab import Vocab
 
 TEXT = "text"  # the text as rows, see `corpus.rewrite_as_rows`
 

@@ -31,8 +31,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from pyembed import files as disk
 from pyembed.errors import ArgumentError, CorpusError
+from pyembed.storage import fs as disk
 
 StrPath = str | os.PathLike[str]
 EncodingErrors = Literal["strict", "replace"]

@@ -18,7 +18,7 @@ from pyembed.errors import ArgumentError, FormatError
 from pyembed.table import Table
 from pyembed.train.corpus import StrPath
 from pyembed.train.subword import F32, I64, Ngrams, Parts
-from pyembed.vocab import Vocab
+from pyembed.words.vocab import Vocab
 
 _TINY = np.finfo(np.float32).tiny
 _BLOCK = 1 << 11  # words composed at a time

@@ -44,7 +44,7 @@ from pyembed.train.checkpoint import (
 )
 from pyembed.train.runs import Place, Runs, keep_probability, read_runs
 from pyembed.train.subword import F32, I64, Ngrams, Parts
-from pyembed.vocab import Vocab
+from pyembed.words.vocab import Vocab
 
 SHARED = 32  # negatives of a run
 LAST_LR = 0.1  # the learning rate falls linearly to this part of itself

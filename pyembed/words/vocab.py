@@ -24,8 +24,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
-from pyembed import files
 from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError
+from pyembed.storage import fs
 
 _TEXT = "vocab.txt"
 _COUNTS = "vocab.counts.npy"
@@ -50,7 +50,7 @@ class Vocab:
 
     Examples
     --------
-    >>> from pyembed.vocab import Vocab
+    >>> from pyembed.words.vocab import Vocab
     >>> vocab = Vocab(["the", "of", "and"], counts=[9, 5, 4])
     >>> vocab["of"], vocab.token(2), "or" in vocab, len(vocab)
     (1, 'and', False, 3)
@@ -132,10 +132,10 @@ class Vocab:
             for name, data in contents.items():
                 _write_synced(temporary[name], data)
             (path / _COUNTS).unlink(missing_ok=True)
-            files.sync_folder(path)
+            fs.sync_folder(path)
             for name in contents:
                 temporary[name].replace(path / name)
-                files.sync_folder(path)
+                fs.sync_folder(path)
         except BaseException:
             for leftover in temporary.values():
                 leftover.unlink(missing_ok=True)
@@ -265,4 +265,4 @@ def _write_synced(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
-        files.sync(file.fileno())
+        fs.sync(file.fileno())

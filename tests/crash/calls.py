@@ -14,7 +14,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from pyembed import _core, interval
+from pyembed import _core
+from pyembed.storage import transaction
 
 WRITES = ("write", "pwrite", "pwritev")
 CHANGES = (
@@ -32,7 +33,7 @@ READS = ("pread", "preadv")
 KERNELS = ("update", "scatter_add", "add_groups", "renorm")
 REAL: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in (*CHANGES, *READS)}
 REAL_KERNELS: dict[str, Callable[..., Any]] = {name: getattr(_core, name) for name in KERNELS}
-REAL_HELPER: Any = interval.ThreadPoolExecutor
+REAL_HELPER: Any = transaction.ThreadPoolExecutor
 
 
 class Helper:
@@ -70,7 +71,7 @@ class Calls:
             setattr(os, name, self._wrap(name, real))
         for name, real in REAL_KERNELS.items():
             setattr(_core, name, self._wrap("kernel", real))
-        interval.ThreadPoolExecutor = Helper  # type: ignore
+        transaction.ThreadPoolExecutor = Helper  # type: ignore
 
     @staticmethod
     def uninstall() -> None:
@@ -78,7 +79,7 @@ class Calls:
             setattr(os, name, real)
         for name, real in REAL_KERNELS.items():
             setattr(_core, name, real)
-        interval.ThreadPoolExecutor = REAL_HELPER  # type: ignore
+        transaction.ThreadPoolExecutor = REAL_HELPER  # type: ignore
 
     def _wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **more: Any) -> Any:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from crash import mutants, program, worker
-from crash.calls import Calls, Fault
-from crash.program import Plan, digest
 from pyembed import Table
 from pyembed.errors import PyembedError
-from pyembed.journal import FIELDS, MAGIC, UNIT, undo_path
+from pyembed.storage.journal import FIELDS, MAGIC, UNIT, undo_path
+from tests.crash import mutants, program, worker
+from tests.crash.calls import Calls, Fault
+from tests.crash.program import Plan, digest
 
 DEATHS = ("kill before", "kill after")
 FAILURES = (

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from crash import disk, mutants, program, worker
-from crash.cells import Counts, How, collect, dirty_tables, names_of_calls
-from crash.program import Plan
-from pyembed import undo
 from pyembed.errors import DirtyError, PyembedError
+from pyembed.storage import recovery
+from tests.crash import disk, mutants, program, worker
+from tests.crash.cells import Counts, How, collect, dirty_tables, names_of_calls
+from tests.crash.program import Plan
 
 
 def _cut_everywhere(
@@ -21,7 +21,7 @@ def _cut_everywhere(
 ) -> list[list[str]]:
     """[case, problem] for each prefix of the events in each mode."""
     other = Path("/proc/self")  # any other start of the machine
-    undo.BOOT_ID = other / "sessionid"
+    recovery.BOOT_ID = other / "sessionid"
     now = disk.Disk(recorder.root, start)
     now.said = list(said)
     found = []

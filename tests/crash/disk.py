@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from crash.calls import Calls
+from tests.crash.calls import Calls
 
 SECTOR = 512
 MODES = ("none", "all", "half", "torn")

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from crash import mutants, program, worker
-from crash.calls import Calls, Fault
-from crash.cells import DEATHS, Counts, How
-from crash.program import Plan, digest
 from pyembed import Table
-from pyembed.export import apply, export
+from pyembed.tools.export import apply, export
+from tests.crash import mutants, program, worker
+from tests.crash.calls import Calls, Fault
+from tests.crash.cells import DEATHS, Counts, How
+from tests.crash.program import Plan, digest
 
 ACTIONS = (*DEATHS, "EIO", "ENOSPC", "interrupt after")
 EARLIER = 3  # the generation that copies are of

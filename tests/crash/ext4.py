@@ -30,13 +30,13 @@ from typing import Any
 
 import numpy as np
 
-from crash import disk, logdisk, mounts, mutants, program, worker
-from crash.calls import REAL, Calls, die
-from crash.cells import Counts, How, collect, names_of_calls
-from crash.cuts import judge_cut, short
-from crash.logdisk import BLOCK, Event, sparse
-from crash.program import Log, Plan
-from pyembed import undo
+from pyembed.storage import recovery
+from tests.crash import disk, logdisk, mounts, mutants, program, worker
+from tests.crash.calls import REAL, Calls, die
+from tests.crash.cells import Counts, How, collect, names_of_calls
+from tests.crash.cuts import judge_cut, short
+from tests.crash.logdisk import BLOCK, Event, sparse
+from tests.crash.program import Log, Plan
 
 FIRST = 2 * BLOCK  # bytes: the superblock and the list of groups
 # How blocks of ext4's journal begin: a commit record, and the journal's own superblock.
@@ -251,7 +251,7 @@ def _look(loop: mounts.Loop, top: Path, plan: Plan, mutant: str, said: list[Any]
 
     def child() -> str:
         mutants.apply(mutant)
-        undo.BOOT_ID = Path("/proc/self/sessionid")  # any other start of the machine
+        recovery.BOOT_ID = Path("/proc/self/sessionid")  # any other start of the machine
         return judge_cut(top / "t.pyembed", plan, said)
 
     loop.forget()

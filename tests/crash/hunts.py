@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from crash import cells, cuts, exports, ext4
-from crash.cells import DEATHS, Counts, How
-from crash.program import Plan
+from tests.crash import cells, cuts, exports, ext4
+from tests.crash.cells import DEATHS, Counts, How
+from tests.crash.program import Plan
 
 
 def plans(durability: str, first: int, count: int, stubborn: bool = False) -> list[Plan]:

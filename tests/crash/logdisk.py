@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from crash import mounts
+from tests.crash import mounts
 
 BLOCK = 4096
 Event = tuple[Any, ...]

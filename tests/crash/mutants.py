@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pyembed import changes, files, journal, making, store, undo
-from pyembed.changes import Changes
-from pyembed.journal import Journal, Replay
-from pyembed.store import CLEAN, Store
-from pyembed.touched import Touched
+from pyembed.storage import change_log, create, fs, journal, recovery, store
+from pyembed.storage.change_log import Changes
+from pyembed.storage.dirty_rows import Touched
+from pyembed.storage.journal import Journal, Replay
+from pyembed.storage.store import CLEAN, Store
 
 
 def rows_change_before_they_are_recorded() -> None:
@@ -91,7 +91,7 @@ def marked_ahead_over_a_commit() -> None:
 def manifest_before_the_rows() -> None:
     def finish(self: Store, state: Any) -> None:
         self._set(state)
-        files.sync(self._fd)
+        fs.sync(self._fd)
         self._salt = store.secrets.token_hex(8)
 
     Store._finish_interval = finish  # type: ignore[method-assign]
@@ -189,15 +189,15 @@ def sums_not_compared() -> None:
 
 
 def boot_not_compared() -> None:
-    undo.boot_id = lambda: "the same"
+    recovery.boot_id = lambda: "the same"
 
 
 def manifest_written_in_place() -> None:
     def write(path: Any, parts: Any) -> None:
-        fd = files.os.open(path, files.os.O_WRONLY | files.os.O_CREAT | files.os.O_TRUNC, 0o666)
-        files.write_all(fd, b"".join(parts))
-        files.sync(fd)
-        files.os.close(fd)
+        fd = fs.os.open(path, fs.os.O_WRONLY | fs.os.O_CREAT | fs.os.O_TRUNC, 0o666)
+        fs.write_all(fd, b"".join(parts))
+        fs.sync(fd)
+        fs.os.close(fd)
 
     store.replace_file = write
 
@@ -207,17 +207,17 @@ def manifest_not_synced() -> None:
     real = store.replace_file
 
     def write(path: Any, data: bytes) -> None:
-        sync, files.sync = files.sync, lambda fd: stat.S_ISDIR(os.fstat(fd).st_mode) and sync(fd)
+        sync, fs.sync = fs.sync, lambda fd: stat.S_ISDIR(os.fstat(fd).st_mode) and sync(fd)
         try:
             real(path, data)
         finally:
-            files.sync = sync
+            fs.sync = sync
 
     store.replace_file = write
 
 
 def folder_not_synced() -> None:
-    files.sync_folder = lambda path: None
+    fs.sync_folder = lambda path: None
 
 
 def failed_sync_forgotten() -> None:
@@ -236,7 +236,7 @@ def log_of_the_interval_before() -> None:
 
 
 def gap_in_the_log_ignored() -> None:
-    changes._chain = lambda records, last: list(records)
+    change_log._chain = lambda records, last: list(records)
 
 
 def copy_appears_in_parts() -> None:
@@ -245,7 +245,7 @@ def copy_appears_in_parts() -> None:
         path.mkdir()
         yield path
 
-    making.appearing = appearing
+    create.appearing = appearing
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from pyembed import Table, init
-from pyembed.changes import Since
 from pyembed.errors import ArgumentError
 from pyembed.optim import Adagrad, Adam, Optimizer
+from pyembed.storage.change_log import Since
 
 RULES: dict[str, Callable[..., Optimizer]] = {"adagrad": Adagrad, "adam": Adam}
 STARTS = init.uniform(-1.0, 1.0)

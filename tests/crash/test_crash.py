@@ -10,18 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from crash import hunts, mutants, torture
+from tests.crash import hunts, mutants, torture
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(*options: str) -> str:
     """In a process of its own: it forks, and there must be no threads then."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "crash.torture", "--short", *options],
-        cwd=TESTS,
-        env={**os.environ, "PYTHONPATH": path, "PYEMBED_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.crash.torture", "--short", *options],
+        cwd=ROOT,
+        env={**os.environ, "PYEMBED_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

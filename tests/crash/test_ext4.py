@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from crash import hunts, torture
-from crash.test_crash import run
+from tests.crash import hunts, torture
+from tests.crash.test_crash import run
 
 FEW = ("journal not synced", "rows not synced", "folder not synced")
 

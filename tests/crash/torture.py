@@ -1,8 +1,8 @@
 """The command: every sweep, in full or thinned out, and every mutant; a table of counts.
 
-python -m crash.torture            all of it, a quarter of an hour      (make torture)
-python -m crash.torture --short    a thin slice of each, for the tests
-python -m crash.torture --write    and put the counts into docs/durability.md
+python -m tests.crash.torture            all of it, a quarter of an hour      (make torture)
+python -m tests.crash.torture --short    a thin slice of each, for the tests
+python -m tests.crash.torture --write    and put the counts into docs/durability.md
 
 Each sweep runs in a process of its own, as many at once as there are processors.
 """
@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     os.environ["PYEMBED_NUM_THREADS"] = "1"  # before pyembed is asked: a fork must find no threads
 
-from crash import cells, cuts, exports, ext4, hunts, worker
-from crash.cells import DEATHS, ROOT, Counts, How
-from crash.hunts import plans
+from tests.crash import cells, cuts, exports, ext4, hunts, worker
+from tests.crash.cells import DEATHS, ROOT, Counts, How
+from tests.crash.hunts import plans
 
 PAGE = Path(__file__).parents[2] / "docs" / "durability.md"
 BEGIN, END = "<!-- counts: begin -->", "<!-- counts: end -->"

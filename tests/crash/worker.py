@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crash import mutants, program
-from crash.calls import Calls
-from crash.program import Log, Plan
 from pyembed.errors import DirtyError, PyembedError
+from tests.crash import mutants, program
+from tests.crash.calls import Calls
+from tests.crash.program import Log, Plan
 
 NAME = "pyembed-crash-"  # of folders and control groups; then the number of the process
 GROUPS = Path("/sys/fs/cgroup")

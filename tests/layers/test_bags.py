@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import DIMS
 
-from pyembed import EmbeddingBag, SparseGrad, Table, _core, functional, optim, reference
-from pyembed.bags import Bags
+from pyembed import EmbeddingBag, SparseGrad, Table, _core, functional, optim
 from pyembed.errors import ArgumentError, DTypeError, IdError
+from pyembed.layers.bags import Bags
+from tests.reference import kernels
+from tests.strategies import DIMS
 
 MODES = ["sum", "mean", "max"]
 
@@ -64,9 +65,7 @@ def test_reduce_bags(
         which if mode == "max" else None,
         workers,
     )
-    expected, winners = reference.reduce_bags(
-        case.table, case.ids, case.starts, weights, mode, skip
-    )
+    expected, winners = kernels.reduce_bags(case.table, case.ids, case.starts, weights, mode, skip)
     assert out.tobytes() == expected.tobytes()
     if mode == "max":
         assert np.array_equal(which, winners)
@@ -80,7 +79,7 @@ def test_bag_dots(case: Case, pad: bool, simd: str, workers: int) -> None:
     ids = case.ids.astype(np.int64)
     out = np.full(ids.size, np.nan, np.float32)
     _core.bag_dots(_core.Column(case.table), ids, bag_of, case.grad, skip, out, workers)
-    assert np.array_equal(out, reference.bag_dots(case.table, ids, bag_of, case.grad, skip))
+    assert np.array_equal(out, kernels.bag_dots(case.table, ids, bag_of, case.grad, skip))
 
 
 @given(case=cases(), weighted=st.booleans(), scale=st.booleans())
@@ -88,10 +87,10 @@ def test_sums_over_bags(case: Case, weighted: bool, scale: bool, simd: str, work
     """Gradients are summed straight from the bags, as if there were one row for each id."""
     bag_of = np.repeat(np.arange(case.starts.size - 1), np.diff(case.starts))
     coef = case.weights if weighted else None
-    groups = reference.group(case.ids, len(case.table))
+    groups = kernels.group(case.ids, len(case.table))
     out = np.full((groups[0].size, case.grad.shape[1]), np.nan, np.float32)
     _core.sum_groups(*groups, case.grad, out, scale, workers, bag_of, coef)
-    expected = reference.sum_groups(*groups, case.grad, scale, bag_of, coef)
+    expected = kernels.sum_groups(*groups, case.grad, scale, bag_of, coef)
     assert np.array_equal(out, expected)
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Batch, batches
 
 import pyembed
-from pyembed import Embedding, SparseGrad, Table, reference
+from pyembed import Embedding, SparseGrad, Table
 from pyembed.errors import ArgumentError, DTypeError, IdError
+from tests.reference import kernels
+from tests.strategies import Batch, batches
 
 
 def test_fresh_weight_is_standard_normal() -> None:
@@ -30,7 +31,7 @@ def test_forward(batch: Batch) -> None:
     """Rows come as a fresh array of ids.shape + (dim,)."""
     e = Embedding.from_pretrained(batch.table())
     rows = e(batch.ids)
-    assert np.array_equal(rows, reference.gather(batch.table(), batch.ids))
+    assert np.array_equal(rows, kernels.gather(batch.table(), batch.ids))
     rows[...] = 9
     assert np.array_equal(e.weight, batch.table())
 
@@ -40,8 +41,8 @@ def test_backward(batch: Batch, scale: bool, pad: bool) -> None:
     """Dense and sparse gradients are the same sums, in batch order, without the padding row."""
     padding = int(batch.ids.flat[0]) if pad and batch.ids.size else None
     grad = batch.grad()
-    groups = reference.group(batch.ids, batch.rows)
-    sums = reference.sum_groups(*groups, grad.reshape(-1, batch.dim), scale)
+    groups = kernels.group(batch.ids, batch.rows)
+    sums = kernels.sum_groups(*groups, grad.reshape(-1, batch.dim), scale)
     keep = groups[0] != (-1 if padding is None else padding)
     settings = {"padding_idx": padding, "scale_grad_by_freq": scale}
     sparse = Embedding.from_pretrained(batch.table(), sparse=True, **settings)

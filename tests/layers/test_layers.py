@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyembed import Embedding, EmbeddingBag, Table, files, functional
+from pyembed import Embedding, EmbeddingBag, Table, functional
 from pyembed.errors import ArgumentError, IdError, LockedError
+from pyembed.storage import fs
 
 LAYERS: list[Any] = [Embedding, EmbeddingBag]
 
@@ -212,8 +213,8 @@ def test_ids_beyond_two_billion(tmp_path: Path) -> None:
     """Rows past 2^31, and bytes past 2^33, are where they should be (a sparse file of 12 GB)."""
     file, rows = tmp_path / "large.npy", 3 * 2**30
     with file.open("wb") as f:
-        f.write(files.npy_header(rows, 1))
-        f.truncate(files.HEADER_BYTES + 4 * rows)
+        f.write(fs.npy_header(rows, 1))
+        f.truncate(fs.HEADER_BYTES + 4 * rows)
     if file.stat().st_blocks * 512 > 2**30:
         pytest.skip("the file system has no sparse files")
     with Table.open(file) as t:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Batch, batches
 
-from pyembed import Embedding, SparseGrad, Table, _core, init, optim, reference, schedules
+from pyembed import Embedding, SparseGrad, Table, _core, init, optim, schedules
 from pyembed.errors import ArgumentError, DTypeError, IdError, NonFiniteError
+from tests.reference import kernels
+from tests.strategies import Batch, batches
 
 Make = Callable[..., optim.Optimizer]
 # By the name under which a table is made for them.
@@ -78,13 +79,13 @@ def test_step_against_reference(make: Make, batch: Batch, scale: bool, pad: bool
     o = make(e, lr=0.1)
     names = ("weight", *e.table.columns)[1:]
     expected = tuple(e.table.column(name).copy() for name in names)
-    groups = reference.group(batch.ids, batch.rows)
-    sums = reference.sum_groups(*groups, batch.grad().reshape(-1, batch.dim), scale)
+    groups = kernels.group(batch.ids, batch.rows)
+    sums = kernels.sum_groups(*groups, batch.grad().reshape(-1, batch.dim), scale)
     skip = -1 if padding is None else padding
     for _ in range(2):
         o.step(batch.ids, batch.grad())
         hyper, extras = o._step_values(o.steps, 1.0)
-        reference.update(expected, groups[0], sums, o.rule, hyper, skip, extras)
+        kernels.update(expected, groups[0], sums, o.rule, hyper, skip, extras)
     for name, column in zip(names, expected, strict=True):
         assert np.array_equal(e.table.column(name), column)
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Batch, batches
-from test_optim import RULES, Make, every_rule
 
 from pyembed import Embedding, EmbeddingBag, SparseGrad, Table, init, optim, schedules
 from pyembed.errors import ArgumentError, NonFiniteError
-from pyembed.optimizer import MAX_LAZY_STEPS
+from pyembed.optim.optimizer import MAX_LAZY_STEPS
+from tests.optim.test_optim import RULES, Make, every_rule
+from tests.strategies import Batch, batches
 
 ONES = np.ones((1, 2), np.float32)
 

@@ -10,23 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Batch, batches
-from test_optim import RULES
 
-from pyembed import (
-    Embedding,
-    EmbeddingBag,
-    SparseGrad,
-    Table,
-    _core,
-    grouping,
-    init,
-    optim,
-    reference,
-)
+from pyembed import Embedding, EmbeddingBag, SparseGrad, Table, _core, grouping, init, optim
 from pyembed.errors import ArgumentError, ClosedError, IdError, NonFiniteError, ReadOnlyError
 from pyembed.optim import step_many
-from pyembed.optimizer import MAX_LAZY_STEPS
+from pyembed.optim.optimizer import MAX_LAZY_STEPS
+from tests.optim.test_optim import RULES
+from tests.reference import kernels
+from tests.strategies import Batch, batches
 
 Step = tuple[optim.Optimizer, Any, Any]
 ONES = np.ones((1, 2), np.float32)
@@ -37,7 +28,7 @@ def test_group_many(several: list[Batch], workers: int) -> None:
     """Many batches are grouped as each by itself."""
     pairs = [(batch.ids, batch.rows) for batch in several]
     found = _core.group_many(pairs, workers)
-    for got, expected in zip(found, reference.group_many(pairs), strict=True):
+    for got, expected in zip(found, kernels.group_many(pairs), strict=True):
         for one, other in zip(got, expected, strict=True):
             assert np.array_equal(one, other)
 
@@ -52,13 +43,13 @@ def test_update_many(several: list[Batch], simd: str, workers: int) -> None:
         got.append(rows[: batch.rows].copy())
         expected.append(got[-1].copy())
         grad = batch.grad().reshape(-1, batch.dim)
-        groups = reference.group(batch.ids, batch.rows)
+        groups = kernels.group(batch.ids, batch.rows)
         column = _core.Column(got[-1])
         steps.append(((column,), *groups, grad, "sgd", hyper, -1, False, None, None, None))
-        total = reference.sum_groups(*groups, grad)
+        total = kernels.sum_groups(*groups, grad)
         sums.append(((expected[-1],), groups[0], total, "sgd", hyper))
     assert _core.update_many(steps, workers) == [0] * len(several)
-    reference.update_many(sums)
+    kernels.update_many(sums)
     for one, other in zip(got, expected, strict=True):
         assert one.tobytes() == other.tobytes()
 
@@ -258,10 +249,10 @@ def clipped_by_hand(steps: list[Step], twins: list[optim.Optimizer], most: float
     """Single steps with sums that were scaled here, by the reference's norms."""
     sums, total = [], 0.0
     for o, ids, grad in steps:
-        groups = reference.group(ids, o.table.rows)
-        sums.append((groups[0], reference.sum_groups(*groups, grad)))
+        groups = kernels.group(ids, o.table.rows)
+        sums.append((groups[0], kernels.sum_groups(*groups, grad)))
         skip = o.nonfinite == "skip_row"
-        total += reference.global_norm(*sums[-1], o._skip_row, skip) ** 2
+        total += kernels.global_norm(*sums[-1], o._skip_row, skip) ** 2
     scale = np.float32(min(1.0, most / (math.sqrt(total) + 1e-6)))
     for twin, (rows, values) in zip(twins, sums, strict=True):
         twin.step(SparseGrad(rows, scale * values))

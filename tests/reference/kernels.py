@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import reference_rules as rules
+from tests.reference import rules as rules
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyembed import Table, _core, changes, files, store
-from pyembed.changes import Since
+from pyembed import Table, _core
 from pyembed.errors import ArgumentError
-from pyembed.manifest import Manifest
+from pyembed.storage import change_log, fs, store
+from pyembed.storage.change_log import Since
+from pyembed.storage.manifest import Manifest
 
 ROWS = 40
 
@@ -25,7 +26,7 @@ ROWS = 40
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of commits in seconds: what the machine's death leaves is tested elsewhere."""
-    monkeypatch.setattr(files, "sync", lambda fd: None)
+    monkeypatch.setattr(fs, "sync", lambda fd: None)
     monkeypatch.setattr(store, "sync", lambda fd: None)
 
 
@@ -71,8 +72,8 @@ def test_since_every_generation(steps: list[list[int]], most: int, exact: int) -
     """Of every commit it is known what changed since: exactly for the last ones; for older ones,
     whose records were merged, with rows too many at most."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(changes, "MOST", most)
-        patch.setattr(changes, "EXACT", exact)
+        patch.setattr(change_log, "MOST", most)
+        patch.setattr(change_log, "EXACT", exact)
         path = Path(name) / "t"
         weights = history(path, steps)
         for generation, old in enumerate(weights):
@@ -93,9 +94,9 @@ def test_the_log_stays_small(path: Path) -> None:
             change(t, [step])
             t.commit()
     fd = os.open(path / "changes", os.O_RDONLY)
-    records = changes._read(fd)
+    records = change_log._read(fd)
     os.close(fd)
-    assert len(records) <= changes.MOST
+    assert len(records) <= change_log.MOST
     assert [record.commits[0][0] for record in records[-16:]] == list(range(384, 400))
     for generation in (0, 1, 200, 384, 399, 400):
         found = since(path, generation)
@@ -107,7 +108,7 @@ def test_the_log_stays_small(path: Path) -> None:
 
 def test_old_commits_are_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is older than so many commits is not known any more, and takes no room."""
-    monkeypatch.setattr(changes, "KEPT", 100)
+    monkeypatch.setattr(change_log, "KEPT", 100)
     with Table.create(path, 4, 1) as t:
         for _ in range(400):
             t.commit(meta={})
@@ -129,8 +130,8 @@ def test_any_rows(rows: list[int]) -> None:
         ]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            data = list(changes.encode(parts, 2**28, [(3, 1), (4, 2)]))
-            files.replace_file(folder / "changes", data)
+            data = list(change_log.encode(parts, 2**28, [(3, 1), (4, 2)]))
+            fs.replace_file(folder / "changes", data)
             assert sum(map(len, data)) < 37 * (1 + len(parts)) + 32 + min(6 * len(numbers), 4_000)
             state = Manifest(2**28, {"weight": 1}, generation=4, commit=f"{2:016x}")
             found = [row for part in Since(folder, state, 3).rows() for row in part.tolist()]
@@ -169,11 +170,11 @@ def test_every_damaged_byte(path: Path) -> None:
 
 def test_the_check_of_damage_can_fail(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutant: where sums are not compared, a damaged byte makes an answer wrong."""
-    monkeypatch.setattr(changes._core, "crc32c", lambda data: 0)
+    monkeypatch.setattr(change_log._core, "crc32c", lambda data: 0)
     weights = history(path, [[1], [2]])
     log = path / "changes"
     data = bytearray(log.read_bytes())
-    data[changes.UNIT] ^= 0x02  # which rows of the first eight
+    data[change_log.UNIT] ^= 0x02  # which rows of the first eight
     log.write_bytes(bytes(data))
     with pytest.raises(AssertionError):
         list(answers(path, weights))
@@ -182,17 +183,17 @@ def test_the_check_of_damage_can_fail(path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "entry",
     [
-        changes._entry(b"ROWS", 1, b"\xff\xff\xff\x00\x01"),
-        changes._entry(b"ROWS", 1, b"\x00\x00\x00\x00\x01", number=2**40),
-        changes._entry(b"BITS", 2**21 + 1, bytes(2**21 + 1)),
-        changes._entry(b"ROWS", 0, b""),
-        changes._entry(b"DONE", 0, b""),
-        changes._entry(b"MORE", 1, b"12345"),
+        change_log._entry(b"ROWS", 1, b"\xff\xff\xff\x00\x01"),
+        change_log._entry(b"ROWS", 1, b"\x00\x00\x00\x00\x01", number=2**40),
+        change_log._entry(b"BITS", 2**21 + 1, bytes(2**21 + 1)),
+        change_log._entry(b"ROWS", 0, b""),
+        change_log._entry(b"DONE", 0, b""),
+        change_log._entry(b"MORE", 1, b"12345"),
     ],
 )
 def test_right_sums_of_odd_content(tmp_path: Path, entry: bytes) -> None:
     """A part whose sums are right and whose content makes no sense is refused."""
-    done = _end(entry[: changes.UNIT])
+    done = _end(entry[: change_log.UNIT])
     (tmp_path / "changes").write_bytes(entry + done)
     state = Manifest(ROWS, {"weight": 1}, generation=4, commit=f"{2:016x}")
     with pytest.raises(ArgumentError, match="export the whole table"):
@@ -201,12 +202,12 @@ def test_right_sums_of_odd_content(tmp_path: Path, entry: bytes) -> None:
 
 def _end(headers: bytes) -> bytes:
     ends = np.array([(3, 1), (4, 2)], "<u8").tobytes()
-    return changes._entry(b"DONE", 2, ends, 0, ROWS, _core.crc32c(headers))
+    return change_log._entry(b"DONE", 2, ends, 0, ROWS, _core.crc32c(headers))
 
 
 KILLED = (
     "import os, signal, sys, numpy, pyembed\n"
-    "from pyembed.store import Store\n"
+    "from pyembed.storage.store import Store\n"
     "t = pyembed.Table.open(sys.argv[1])\n"
     "with t.writing([5]) as weight:\n"
     "    weight[5] = 9\n"
@@ -267,7 +268,7 @@ def test_a_log_that_cannot_be_written(path: Path, monkeypatch: pytest.MonkeyPatc
     history(path, [[1]])
     with Table.open(path) as t:
         with monkeypatch.context() as patch:
-            patch.setattr(changes, "write_at", fail)
+            patch.setattr(change_log, "write_at", fail)
             change(t, [2])
             t.commit()
         change(t, [3])

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyembed import Table, _core, build, files, init, seal
+from pyembed import Table, _core, build, init
 from pyembed.cli import main
-from pyembed.convert import convert
 from pyembed.errors import FormatError, LockedError
-from pyembed.verify import verify
+from pyembed.storage import checksums, fs
+from pyembed.tools.convert import convert
+from pyembed.tools.verify import verify
 
 MIB = 1 << 20
 
@@ -69,7 +70,7 @@ def test_many_damaged_blocks(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> N
         verify(sealed)
     for block in (4, 6, 8):
         flip(sealed / "rows.npy", block * MIB)
-    monkeypatch.setattr(seal, "NAMED", 2)
+    monkeypatch.setattr(checksums, "NAMED", 2)
     with pytest.raises(FormatError, match="and 3 places more; restore"):
         verify(sealed)
 
@@ -123,7 +124,7 @@ def test_the_command_says_what_it_checked(sealed: Path, capsys: pytest.CaptureFi
 
 def test_short_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer's pieces and the reader's give the same sums, whatever their sizes."""
-    monkeypatch.setattr(files, "PIECE_BYTES", 2 * MIB)
+    monkeypatch.setattr(fs, "PIECE_BYTES", 2 * MIB)
     Table.create(tmp_path / "t", 40_000, 33, init=init.normal()).close()
-    monkeypatch.setattr(seal, "READ_BYTES", MIB)
+    monkeypatch.setattr(checksums, "READ_BYTES", MIB)
     assert verify(tmp_path / "t").checked_blocks == 6

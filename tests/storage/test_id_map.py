@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from strategies import bad_ids
 
-from pyembed import Table, build, files, init, making, optim, order
+from pyembed import Table, build, init, optim
 from pyembed.cli import main
 from pyembed.errors import ArgumentError, ClosedError, DTypeError, FormatError, IdError
+from pyembed.storage import create, fs, id_map
+from tests.strategies import bad_ids
 
 COUNTS = [3, 9, 0, 3, 1]
 ID_MAP = [1, 0, 4, 2, 3]
@@ -46,10 +47,10 @@ def ordered(path: Path) -> Path:
 )
 def test_by_frequency(counts: NDArray[np.int64]) -> None:
     """Each row once, counts descend along the rows, and equal counts keep the order of the ids."""
-    id_map = order.by_frequency(counts)
-    assert id_map.dtype == np.int64
-    assert sorted(id_map) == list(range(len(counts)))
-    id_of_row = np.argsort(id_map)
+    rows = id_map.by_frequency(counts)
+    assert rows.dtype == np.int64
+    assert sorted(rows) == list(range(len(counts)))
+    id_of_row = np.argsort(rows)
     along = [(-int(counts[i]), int(i)) for i in id_of_row]
     assert along == sorted(along)
 
@@ -70,7 +71,7 @@ def test_by_frequency(counts: NDArray[np.int64]) -> None:
 def test_bad_counts(counts: object, rows: int | None, error: type[Exception], message: str) -> None:
     """What is no count of each id is refused, with the element and what is allowed."""
     with pytest.raises(error, match=message):
-        order.by_frequency(counts, rows)  # type: ignore[arg-type]
+        id_map.by_frequency(counts, rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
@@ -79,7 +80,7 @@ def test_counts_from_files(tmp_path: Path, dtype: str) -> None:
     np.save(tmp_path / "counts.npy", np.array(COUNTS, dtype))
     (tmp_path / "counts.txt").write_bytes(b"3\n9\r\n0\n 3\n1")
     for name in ("counts.npy", "counts.txt"):
-        counts = order.read_counts(tmp_path / name)
+        counts = id_map.read_counts(tmp_path / name)
         assert (counts.dtype, counts.tolist()) == (np.int64, COUNTS)
 
 
@@ -109,19 +110,19 @@ def test_bad_counts_files(tmp_path: Path, content: bytes | NDArray[np.int64], me
         with file.open("wb") as opened:
             np.save(opened, content)
     with pytest.raises(FormatError, match=r"counts.*" + message):
-        order.read_counts(file)
+        id_map.read_counts(file)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("rows", [3, 100])
 def test_count_ids(tmp_path: Path, dtype: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids of any integer dtype and shape, in pieces of any length, are counted as if at once."""
-    monkeypatch.setattr(order, "CHUNK_IDS", 7)
+    monkeypatch.setattr(id_map, "CHUNK_IDS", 7)
     ids = np.random.default_rng(0).integers(0, rows, (9, 13)).astype(dtype)
     for name, array in (("c", ids), ("f", np.asfortranarray(ids)), ("scalar", ids[0, 0])):
         np.save(tmp_path / f"{name}.npy", array)
         expected = np.bincount(np.asarray(array, np.int64).ravel(), minlength=rows)
-        assert order.count_ids(tmp_path / f"{name}.npy", rows).tolist() == expected.tolist()
+        assert id_map.count_ids(tmp_path / f"{name}.npy", rows).tolist() == expected.tolist()
 
 
 def test_count_ids_in_fixed_memory(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_count_ids_in_fixed_memory(tmp_path: Path) -> None:
     np.lib.format.open_memmap(tmp_path / "ids.npy", "w+", np.int64, (8 << 20,))
     tracemalloc.start()
     try:
-        counts = order.count_ids(tmp_path / "ids.npy", 1000)
+        counts = id_map.count_ids(tmp_path / "ids.npy", 1000)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -140,12 +141,12 @@ def test_count_ids_in_fixed_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [-1, 10, 2**63 - 1, -(2**63)])
 def test_count_ids_outside(tmp_path: Path, bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first id without a row is named with its place in the whole stream."""
-    monkeypatch.setattr(order, "CHUNK_IDS", 7)
+    monkeypatch.setattr(id_map, "CHUNK_IDS", 7)
     ids = np.zeros(50, np.int64)
     ids[[31, 32]] = bad
     np.save(tmp_path / "ids.npy", ids)
     with pytest.raises(IdError, match=rf"ids\[31\] = {bad} is outside 0\.\.9$"):
-        order.count_ids(tmp_path / "ids.npy", 10)
+        id_map.count_ids(tmp_path / "ids.npy", 10)
 
 
 def test_bad_id_streams(tmp_path: Path) -> None:
@@ -154,14 +155,14 @@ def test_bad_id_streams(tmp_path: Path) -> None:
     for array in (np.zeros(3), np.array([None, "x"], object), np.zeros(0, np.int64)):
         np.save(file, array, allow_pickle=True)
         with pytest.raises(FormatError, match=r"ids\.npy.*(array of integers|no ids)"):
-            order.count_ids(file, 5)
+            id_map.count_ids(file, 5)
     np.save(file, np.arange(5))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(FormatError, match="cut short"):
-        order.count_ids(file, 5)
+        id_map.count_ids(file, 5)
     file.write_text("0\n1\n")
     with pytest.raises(FormatError, match=r"not an \.npy file"):
-        order.count_ids(file, 5)
+        id_map.count_ids(file, 5)
 
 
 # --- the map beside a table -------------------------------------------------------------------
@@ -266,8 +267,8 @@ def test_interrupted_build_leaves_nothing(path: Path, monkeypatch: pytest.Monkey
                 raise OSError(errno.EIO, "injected")
             os.fsync(fd)
 
-        monkeypatch.setattr(files, "sync", failing)
-        monkeypatch.setattr(making, "sync", failing)
+        monkeypatch.setattr(fs, "sync", failing)
+        monkeypatch.setattr(create, "sync", failing)
         try:
             build.from_initializer(path, 5, 2, counts=COUNTS)
             survived = fail_at

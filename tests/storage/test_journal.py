@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyembed import _core, journal
+from pyembed import _core
 from pyembed.errors import ArgumentError, FormatError
-from pyembed.journal import Journal, Replay, undo_path
-from pyembed.touched import Touched
+from pyembed.storage import journal
+from pyembed.storage.dirty_rows import Touched
+from pyembed.storage.journal import Journal, Replay, undo_path
 
 SALT, GENERATION, STRIDE, ROWS = 0x0123456789ABCDEF, 4, 3, 1000
 Frames = list[tuple[list[int], bytes]]

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyembed import journal
 from pyembed.errors import ArgumentError, TableError
-from pyembed.journal import Journal, Replay, undo_path
-from pyembed.touched import Touched
+from pyembed.storage import journal
+from pyembed.storage.dirty_rows import Touched
+from pyembed.storage.journal import Journal, Replay, undo_path
 
 SALT, GENERATION, STRIDE, ROWS = 0x0123456789ABCDEF, 4, 3, 1000
 Frames = list[tuple[list[int], bytes]]

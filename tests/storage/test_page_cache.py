@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyembed import EmbeddingBag, Table, _core, init, optim, residency
+from pyembed import EmbeddingBag, Table, _core, init, optim
 from pyembed.errors import ArgumentError, DTypeError, IdError
+from pyembed.storage import page_cache
 
 ROWS, DIM = 40_000, 64  # 10 MB of weights, 2500 pages
 
@@ -188,8 +189,8 @@ def test_bad_memory_limit(cold: Path, value: object) -> None:
 def test_share_of_memory() -> None:
     """A float is a share of what this process may use, which is never more than the machine has."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert residency.limit_bytes(0.5) == residency.memory_bytes() // 2
-    assert 0 < residency.memory_bytes() <= machine
+    assert page_cache.limit_bytes(0.5) == page_cache.memory_bytes() // 2
+    assert 0 < page_cache.memory_bytes() <= machine
 
 
 def helpers() -> int:

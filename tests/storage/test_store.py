@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pyembed
-from pyembed import Table, making, manifest
+from pyembed import Table
 from pyembed.errors import (
     ArgumentError,
     DirtyError,
@@ -28,7 +28,8 @@ from pyembed.errors import (
     ReadOnlyError,
     TableError,
 )
-from pyembed.manifest import Manifest
+from pyembed.storage import create, manifest
+from pyembed.storage.manifest import Manifest
 
 ONES = np.ones((1, 2), np.float32)
 
@@ -415,7 +416,7 @@ def test_interrupted_creation_leaves_nothing(path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        making.create(path, {"weight": 2}, chunks(), 10)
+        create.create(path, {"weight": 2}, chunks(), 10)
     assert list(path.parent.iterdir()) == []
 
 
@@ -469,7 +470,7 @@ def test_full_disk_while_streaming(small_disk: Path) -> None:
     """Rows whose number is not known beforehand meet a full disk with the same kind of error."""
     chunks = (np.zeros((100, 100), np.float32) for _ in range(100))
     with pytest.raises(TableError, match="make room"):
-        making.create(small_disk / "t", {"weight": 100}, chunks, None)
+        create.create(small_disk / "t", {"weight": 100}, chunks, None)
     assert list(small_disk.iterdir()) == []
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyembed import Table, files, store
+from pyembed import Table
 from pyembed.errors import ArgumentError, FormatError, ReadOnlyError, TableError
+from pyembed.storage import fs, store
 
 ONES = np.ones((1, 2), np.float32)
 
@@ -34,7 +35,7 @@ def test_failed_append_leaves_the_table(
     t = Table.open(table)
     before = t.weight.copy()
     monkeypatch.setattr(store, "sync", failing)
-    monkeypatch.setattr(files, "sync", failing)
+    monkeypatch.setattr(fs, "sync", failing)
     with pytest.raises(OSError, match="injected"):
         t.append(3)
     monkeypatch.undo()

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyembed import Table, files, init, journal, lookahead, optim
+from pyembed import Table, init, lookahead, optim
 from pyembed.errors import TableError
-from pyembed.interval import MAX_ASKED
+from pyembed.storage import fs, journal
+from pyembed.storage.transaction import MAX_ASKED
 
 ROWS, DIM = 400, 4
 
@@ -97,7 +98,7 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(on_helper())
         os.fsync(fd)
 
-    for module in (files, journal):
+    for module in (fs, journal):
         monkeypatch.setattr(module, "sync", sync)
     return found
 
@@ -310,7 +311,7 @@ def test_a_forgotten_table(path: Path, drop: str) -> None:
     make(path).close()
     code = (
         "import gc, os, time, threading, warnings, numpy, pyembed\n"
-        "from pyembed import journal\n"
+        "from pyembed.storage import journal\n"
         "warnings.simplefilter('ignore')\n"
         f"t = pyembed.Table.open({str(path)!r})\n"
         "t.scatter_add([1], numpy.full((1, 4), 50, numpy.float32))\n"
@@ -339,7 +340,7 @@ def test_fork_while_the_helper_works(path: Path) -> None:
     make(path).close()
     code = (
         "import os, sys, threading, numpy, pyembed\n"
-        "from pyembed import journal\n"
+        "from pyembed.storage import journal\n"
         f"t = pyembed.Table.open({str(path)!r})\n"
         "t.scatter_add([1], numpy.ones((1, 4), numpy.float32))\n"
         "begun, go_on, sync = threading.Event(), threading.Event(), journal.sync\n"

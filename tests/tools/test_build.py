@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import pyembed
-from pyembed import Table, build, files, init
+from pyembed import Table, build, init
 from pyembed.errors import FormatError
-from pyembed.vocab import Vocab
+from pyembed.storage import fs
+from pyembed.words.vocab import Vocab
 
 
 def test_from_initializer_is_create(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_peak_memory_does_not_grow(tmp_path: Path) -> None:
 
 def test_large_tables_are_written_whole(tmp_path: Path) -> None:
     """Pieces that are written past the page cache, several at a time, end where they belong."""
-    rows, dim = 3 * files.PIECE_BYTES // (4 * 37), 37
+    rows, dim = 3 * fs.PIECE_BYTES // (4 * 37), 37
     build.from_initializer(tmp_path / "t", rows, dim, init.normal(), seed=8)
     with Table.open(tmp_path / "t", "r") as t:
         assert np.array_equal(t.weight, Table.memory(rows, dim, init=init.normal(), seed=8).weight)

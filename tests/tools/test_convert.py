@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyembed import Table, Vocab, build, files, init, optim
+from pyembed import Table, Vocab, build, init, optim
 from pyembed.cli import main
-from pyembed.convert import convert
 from pyembed.errors import ArgumentError, LockedError
+from pyembed.storage import fs
+from pyembed.tools.convert import convert
 
 
 @pytest.fixture
@@ -118,8 +119,8 @@ def test_a_failed_copy_leaves_nothing(
     def fail(fd: int) -> None:
         raise OSError(5, "input/output error")
 
-    monkeypatch.setattr(files, "sync", fail)
-    monkeypatch.setattr("pyembed.making.sync", fail)
+    monkeypatch.setattr(fs, "sync", fail)
+    monkeypatch.setattr("pyembed.storage.create.sync", fail)
     with pytest.raises(OSError, match="input/output"):
         convert(trained, tmp_path / "new", optimizer="adam")
     assert [file.name for file in tmp_path.iterdir()] == [trained.name]

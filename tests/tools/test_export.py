@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyembed import Table, Vocab, build, files, init, optim, store
+from pyembed import Table, Vocab, build, init, optim
 from pyembed.cli import main
 from pyembed.errors import ArgumentError, FormatError, LockedError, TableError
-from pyembed.export import apply, export
-from pyembed.store import Store
-from pyembed.verify import verify
+from pyembed.storage import fs, store
+from pyembed.storage.store import Store
+from pyembed.tools.export import apply, export
+from pyembed.tools.verify import verify
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ ACTIONS = st.lists(
 def test_a_copy_that_is_brought_forward(actions: list[tuple[str, list[int]]]) -> None:
     """Whatever happens between exports, a copy that gets the deltas is the table, bit for bit."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "sync", lambda fd: None)  # nobody dies here
+        patch.setattr(fs, "sync", lambda fd: None)  # nobody dies here
         patch.setattr(store, "sync", lambda fd: None)
         folder = Path(name)
         t = Table.create(folder / "t", 20, 3, "adagrad", init=init.normal())

@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch_layers import (
+
+from pyembed import Table, optim
+from pyembed.errors import (
+    ArgumentError,
+    LockedError,
+)
+from tests.torch.models import (
     DIM,
     LAYERS,
     OPTIMIZERS,
@@ -29,12 +35,6 @@ from torch_layers import (
     rows_of,
     theirs,
     weights,
-)
-
-from pyembed import Table, optim
-from pyembed.errors import (
-    ArgumentError,
-    LockedError,
 )
 
 torch = pytest.importorskip("torch")
@@ -412,7 +412,7 @@ def test_rows_on_a_gpu(layer: str) -> None:
 def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python of docs/torch-compatibility.md runs as it stands."""
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[1] / "docs" / "torch-compatibility.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "torch-compatibility.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     names: dict[str, object] = {}
     for block in blocks:

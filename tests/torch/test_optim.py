@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch_layers import (
+
+from pyembed import Table, optim, schedules
+from pyembed.errors import ArgumentError, ClosedError, NonFiniteError, ReadOnlyError
+from tests.torch.models import (
     DIM,
     OPTIMIZERS,
     ROWS,
@@ -28,9 +31,6 @@ from torch_layers import (
     theirs,
     weights,
 )
-
-from pyembed import Table, optim, schedules
-from pyembed.errors import ArgumentError, ClosedError, NonFiniteError, ReadOnlyError
 
 torch = pytest.importorskip("torch")
 

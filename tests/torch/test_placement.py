@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch_layers import DIM, LAYERS, ROWS, SGD, batches, loss_of, on_disk, theirs, weights
 
 from pyembed import Table
 from pyembed.errors import ArgumentError, ClosedError, DTypeError, ReadOnlyError
+from tests.torch.models import DIM, LAYERS, ROWS, SGD, batches, loss_of, on_disk, theirs, weights
 
 torch = pytest.importorskip("torch")
 

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch_layers import (
+
+import pyembed
+from pyembed import Table
+from pyembed.errors import ArgumentError, LockedError, TableError
+from tests.torch.models import (
     DIM,
     LAYERS,
     ROWS,
@@ -22,10 +26,6 @@ from torch_layers import (
     theirs,
     weights,
 )
-
-import pyembed
-from pyembed import Table
-from pyembed.errors import ArgumentError, LockedError, TableError
 
 torch = pytest.importorskip("torch")
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch_layers import DIM, ROWS, on_disk, ours, rows_of, weights
 
 from pyembed import Table, optim
 from pyembed.errors import ArgumentError, LockedError
+from tests.torch.models import DIM, ROWS, on_disk, ours, rows_of, weights
 
 torch = pytest.importorskip("torch")
 

@@ -9,17 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch_layers import (
-    DIM,
-    LAYERS,
-    ROWS,
-    SGD,
-    batches,
-    on_disk,
-    ours,
-    rows_of,
-    weights,
-)
 
 from pyembed import Table, optim
 from pyembed.errors import (
@@ -29,6 +18,17 @@ from pyembed.errors import (
     IdError,
     NonFiniteError,
     ReadOnlyError,
+)
+from tests.torch.models import (
+    DIM,
+    LAYERS,
+    ROWS,
+    SGD,
+    batches,
+    on_disk,
+    ours,
+    rows_of,
+    weights,
 )
 
 torch = pytest.importorskip("torch")

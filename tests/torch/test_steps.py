@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch_layers import (
+
+from pyembed import optim
+from pyembed.errors import ArgumentError, ClosedError, NonFiniteError
+from tests.torch.models import (
     DIM,
     LAYERS,
     OPTIMIZERS,
@@ -29,9 +32,6 @@ from torch_layers import (
     theirs,
     weights,
 )
-
-from pyembed import optim
-from pyembed.errors import ArgumentError, ClosedError, NonFiniteError
 
 torch = pytest.importorskip("torch")
 

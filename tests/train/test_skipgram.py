@@ -17,7 +17,7 @@ from pyembed.train.neighbours import Model, similar
 from pyembed.train.plot import k_means, plane, plot_words, spread_labels
 from pyembed.train.runs import RUN, keep_probability, read_runs
 from pyembed.train.skipgram import train_skipgram
-from pyembed.vocab import Vocab
+from pyembed.words.vocab import Vocab
 
 TOPICS = (
     ["apple", "pear", "plum", "grape", "melon", "cherry", "peach", "lemon"],

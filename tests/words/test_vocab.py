@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
 from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError
-from pyembed.vocab import Vocab
+from pyembed.words.vocab import Vocab
 
 INT64 = np.iinfo(np.int64)
 TOKEN = st.binary(max_size=6).map(lambda token: token.replace(b"\n", b""))

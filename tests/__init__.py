@@ -1,0 +1,1 @@
+"""The specification of pyembed: one folder for each room of the package."""
