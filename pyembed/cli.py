@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import Table, __version__, init, show_config
+from pyembed import __version__, init
 from pyembed.errors import ArgumentError, FormatError, PyembedError
 from pyembed.storage import id_map
+from pyembed.table import Table
 from pyembed.tools import build, convert, export
+from pyembed.tools.info import show_config
 from pyembed.tools.verify import verify
 from pyembed.train.neighbours import Model
 from pyembed.train.skipgram import train_skipgram
