@@ -1,51 +1,109 @@
-"""How many threads a call uses: what ``num_threads=None`` means, and when a batch is too small.
+"""The number of threads of a call: what ``num_threads=None`` means, and when one thread is enough.
 
-Policy lives here alone; below this file a number of threads is an argument. Nothing starts at
-import: the first parallel kernel starts the pool.
+Only this module decides; below it the number of threads is an argument. Nothing starts at import:
+the first parallel kernel starts the pool.
 
-OpenMP does not survive `os.fork` with libgomp: a child that inherits a started pool hangs in its
-first parallel region. So the pool is given back before a fork, and the child uses one thread.
+libgomp's pool does not survive `os.fork`: a child that inherits a started pool hangs in its first
+parallel region. Therefore the pool is released before a fork, and the child uses one thread.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from pathlib import Path
+from collections.abc import Mapping
 
-from pyembed import _core
+from pyembed import _cgroup, _core
 from pyembed.errors import ArgumentError
 
 # Below this many floats a parallel region costs more than it saves: waking a spinning pool takes
 # about 2 µs, and one core moves 32768 floats from its caches in about 5 µs (EPYC 9005).
 SERIAL_FLOATS = 32768
 
-# Far above any machine's gain; libgomp ends the process when it cannot start a thread.
+# More than any machine can use; libgomp ends the process when it cannot start a thread.
 MAX_THREADS = 1024
 
-_default: int | None = None
 _forked = False
 
 
 def default_num_threads() -> int:
-    """The number of threads for ``num_threads=None``.
+    """The number of threads for ``num_threads=None``: `choose`, once per process.
 
-    The first that is set of ``PYEMBED_NUM_THREADS`` and ``OMP_NUM_THREADS``; else the processors
-    that this process may run on, limited by the quota of its control group. Read once.
+    Returns
+    -------
+    int
+        1 in a child process that was forked.
 
     Raises
     ------
     ArgumentError
-        If a variable is set to something that is not a positive integer.
+        If an environment variable is not a positive integer.
     """
-    global _default
-    if _default is None:
-        _default = _from_environment() or _processors()
-    return 1 if _forked else _default
+    return 1 if _forked else _default()
+
+
+@functools.cache
+def _default() -> int:
+    return choose(os.environ)
+
+
+def choose(environment: Mapping[str, str]) -> int:
+    """Choose the default number of threads.
+
+    ``PYEMBED_NUM_THREADS`` decides if it is set, else ``OMP_NUM_THREADS``, else the processors
+    that this process may run on, limited by the CPU quota of its control groups.
+
+    Parameters
+    ----------
+    environment : mapping of str to str
+        The environment variables.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ArgumentError
+        If a variable is not a positive integer.
+
+    Examples
+    --------
+    >>> choose({"OMP_NUM_THREADS": "4,2"})
+    4
+    """
+    for name in ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = environment.get(name, "").split(",")[0].strip()  # OMP_NUM_THREADS may list levels
+        if value:
+            if not (value.isascii() and value.isdigit() and 1 <= int(value) <= MAX_THREADS):
+                raise ArgumentError(f"{name} = {value!r}; allowed: 1..{MAX_THREADS}; or unset it")
+            return int(value)
+    if hasattr(os, "sched_getaffinity"):
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    return max(1, min(processors, _cgroup.cpu_quota() or processors))
 
 
 def resolve(num_threads: int | None) -> int:
     """Turn a ``num_threads`` argument into a positive number.
 
+    Parameters
+    ----------
+    num_threads : int or None
+        None stands for `default_num_threads`.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ArgumentError
+        If it is not in 1..1024.
+
+    Examples
+    --------
     >>> resolve(3)
     3
     >>> resolve(0)
@@ -65,43 +123,23 @@ def resolve(num_threads: int | None) -> int:
 
 
 def for_work(floats: int, num_threads: int) -> int:
-    """The threads worth using for a batch that touches this many floats."""
+    """The number of threads worth using for a batch that touches this many floats.
+
+    Parameters
+    ----------
+    floats : int
+        The number of float32 values that the call reads or writes.
+    num_threads : int
+        The most threads that the caller allows.
+
+    Returns
+    -------
+    int
+        1, or `num_threads`.
+    """
     if floats < SERIAL_FLOATS or _forked:
         return 1
     return num_threads
-
-
-def _from_environment() -> int | None:
-    for name in ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS"):
-        value = os.environ.get(name, "").split(",")[0].strip()  # OMP_NUM_THREADS may list levels
-        if value:
-            if not (value.isascii() and value.isdigit() and 1 <= int(value) <= MAX_THREADS):
-                raise ArgumentError(f"{name} = {value!r}; allowed: 1..{MAX_THREADS}; or unset it")
-            return int(value)
-    return None
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        affinity = len(os.sched_getaffinity(0))
-    else:
-        affinity = os.cpu_count() or 1
-    return max(1, min(affinity, _cgroup_quota() or affinity))
-
-
-def _cgroup_quota() -> int | None:
-    """Processors of the control group's quota (v2, then v1), rounded up; None if unlimited."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if quota in ("max", "-1"):
-        return None
-    return -(-int(quota) // int(period))
 
 
 def _in_child() -> None:

@@ -28,36 +28,29 @@ ROOT = Path(__file__).parents[1]
         ({"PYEMBED_NUM_THREADS": "", "OMP_NUM_THREADS": "4"}, 4),
     ],
 )
-def test_environment(
-    variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment(variables: dict[str, str], expected: int) -> None:
     """PYEMBED_NUM_THREADS goes before OMP_NUM_THREADS."""
-    for name in ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_threads, "_default", None)
-    assert _threads.default_num_threads() == expected
-    assert _threads.resolve(2) == 2
+    assert _threads.choose(variables) == expected
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])
-def test_bad_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable that is no positive integer is an error, not a guess."""
-    monkeypatch.setenv("PYEMBED_NUM_THREADS", value)
-    monkeypatch.setattr(_threads, "_default", None)
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²", "1025"])
+def test_bad_environment(value: str) -> None:
+    """A variable that is not a positive integer is an error, not a guess."""
     with pytest.raises(ArgumentError, match=f"PYEMBED_NUM_THREADS = '{value}'"):
-        _threads.default_num_threads()
+        _threads.choose({"PYEMBED_NUM_THREADS": value})
 
 
-def test_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without variables the processors that the process may use decide."""
-    for name in ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(_threads, "_default", None)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    monkeypatch.setattr(_threads, "_cgroup_quota", lambda: 2)
-    assert _threads.default_num_threads() == 2
+def test_affinity() -> None:
+    """Without variables, the processors that the process may run on decide."""
+    code = (
+        "import os; from pyembed import _threads\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "assert _threads.default_num_threads() == 1\n"
+        "assert _threads.resolve(None) == 1 and _threads.resolve(2) == 2"
+    )
+    variables = ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in variables}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_import_starts_nothing() -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pyembed import _threads
 from pyembed import init as initialisers
 from pyembed._checks import F32, require_count
+from pyembed._progress import progress_bar
 from pyembed.errors import FormatError, PyembedError
 from pyembed.formats import VectorSource, open_vectors
 from pyembed.init import Initializer
@@ -72,7 +73,7 @@ def from_initializer(
     workers = _threads.resolve(num_threads)
     chunks = fresh_rows(columns, 0, rows, init or initialisers.zeros(), seed, workers)
     row_bytes = 4 * sum(columns.values())
-    with _bar(progress, rows * row_bytes) as bar:
+    with progress_bar("build", rows * row_bytes, "B", progress) as bar:
         create.create(Path(path), columns, _counted(chunks, bar), rows, finish)
 
 
@@ -116,7 +117,7 @@ def from_vectors(
         except PyembedError as error:
             raise FormatError(f"{source.path}: {error}") from None
 
-    with _bar(progress, source.bytes_total) as bar:
+    with progress_bar("build", source.bytes_total, "B", progress) as bar:
         rows = _vector_rows(source, sum(columns.values()), tokens, bar)
         create.create(Path(path), columns, rows, source.declared_rows, save_vocab)
 
@@ -130,11 +131,6 @@ def _vector_rows(
         rows[:, : source.dim] = values
         yield rows
         bar.update(source.bytes_read - bar.n)
-
-
-def _bar(progress: bool | None, total: int) -> tqdm[Any]:
-    hidden = None if progress is None else not progress
-    return tqdm(total=total, unit="B", unit_scale=True, desc="build", disable=hidden)
 
 
 def _counted(chunks: Iterator[F32], bar: tqdm[Any]) -> Iterator[F32]:

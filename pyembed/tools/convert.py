@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pyembed import _core
 from pyembed._checks import F32
+from pyembed._progress import progress_bar
 from pyembed.errors import ArgumentError, FormatError
 from pyembed.storage import create, fs, id_map
 from pyembed.storage.columns import CHUNK_FLOATS, require_rule, state_widths
@@ -76,13 +77,7 @@ def convert(
             for rule, state in table.optimizer.items()
             if rule in _core.RULES and columns.keys() >= _core.RULES[rule][1].keys()
         }
-        with tqdm(
-            total=table.nbytes,
-            unit="B",
-            unit_scale=True,
-            desc="convert",
-            disable=None if progress is None else not progress,
-        ) as bar:
+        with progress_bar("convert", table.nbytes, "B", progress) as bar:
             create.create(
                 target,
                 columns,

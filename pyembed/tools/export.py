@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pyembed._checks import F32, require_count
+from pyembed._progress import progress_bar
 from pyembed.errors import ArgumentError, FormatError, TableError
 from pyembed.storage import checksums, create, fs
 from pyembed.storage.change_log import Since, commit_of
@@ -126,11 +127,6 @@ def _require_folder(table: Table) -> Table:
     return table
 
 
-def _bar(what: str, total: int, unit: str, progress: bool | None) -> tqdm[Any]:
-    hidden = None if progress is None else not progress
-    return tqdm(total=total, unit=unit, unit_scale=True, desc=what, disable=hidden)
-
-
 def _copy(t: Table, target: Path, progress: bool | None) -> None:
     state, source = t.committed, Path(str(t.path))
 
@@ -142,7 +138,7 @@ def _copy(t: Table, target: Path, progress: bool | None) -> None:
                 source / "rows.npy", found, checksums.load(source, state.seal), state.stride
             )
 
-    with _bar("export", t.nbytes, "B", progress) as bar:
+    with progress_bar("export", t.nbytes, "B", progress) as bar:
         rows = copied_rows(source / "rows.npy", t, state.columns, bar)
         same = ("meta", "optimizer", "generation", "commit")
         carried = {name: getattr(state, name) for name in same}
@@ -155,7 +151,10 @@ def _copy(t: Table, target: Path, progress: bool | None) -> None:
 def _write_delta(t: Table, target: Path, since: int, progress: bool | None) -> None:
     state = t.committed
     found = Since(Path(str(t.path)), state, since)
-    with _bar("export", state.rows, "row", progress) as bar, create.appearing(target) as folder:
+    with (
+        progress_bar("export", state.rows, "row", progress) as bar,
+        create.appearing(target) as folder,
+    ):
         rows = _rows_at(t, found, bar)
         count, name = create.write_rows(folder, state.stride, rows, None)
         found.save(folder)
@@ -229,7 +228,7 @@ def apply(
             return False
         found = _require_next(folder, said, copy)
         try:
-            with _bar("apply", said.count, "row", progress) as bar:
+            with progress_bar("apply", said.count, "row", progress) as bar:
                 _put(folder, said, found, copy, bar)
         except BaseException:
             if copy.keeps_journal:

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
+from pyembed._progress import progress_bar
 from pyembed.storage import checksums
 from pyembed.table import Table
 
@@ -73,8 +73,7 @@ def _check_seal(table: Table, progress: bool | None) -> int | None:
     if table.path is None or not name or table.state == "dirty":
         return None
     expected, file, found = checksums.load(table.path, name), table.path / "rows.npy", list[int]()
-    disable = None if progress is None else not progress
-    with tqdm(total=expected.size, desc="reading", unit="MiB", disable=disable) as bar:
+    with progress_bar("verify", expected.size, "block", progress) as bar:
         for sums in checksums.read(file):
             found += sums
             bar.update(len(sums))
@@ -85,9 +84,8 @@ def _check_seal(table: Table, progress: bool | None) -> int | None:
 def _nonfinite(columns: list[np.ndarray], progress: bool | None) -> int:
     rows = columns[0].shape[0]
     step = max(1, CHUNK_FLOATS // sum(column.shape[1] for column in columns))
-    disable = None if progress is None else not progress
     found = 0
-    with tqdm(total=rows, desc="looking", unit="row", unit_scale=True, disable=disable) as bar:
+    with progress_bar("verify", rows, "row", progress) as bar:
         for first in range(0, rows, step):
             sound = np.ones(min(step, rows - first), np.bool_)
             for column in columns:

@@ -29,8 +29,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
+from pyembed._progress import progress_bar
 from pyembed.errors import ArgumentError, CorpusError
 from pyembed.storage import fs as disk
 
@@ -245,15 +245,9 @@ def encode_corpus(
     ids["\n"]  # the first id: LINE_END
     counts = np.zeros(1, np.int64)
     line_end = np.array([LINE_END], np.int32)
-    bar = tqdm(
-        files,
-        "reading",
-        unit="file",
-        disable=None if progress is None else not progress,
-        leave=False,
-    )
+    bar = progress_bar("reading", len(files), "file", progress)
     with Path(output).open("wb") as out, bar:
-        for path in bar:
+        for path in files:
             for text in read_pieces(path, encoding_errors):
                 tokens = tokenize(text)
                 block = np.fromiter(map(ids.__getitem__, tokens), np.int32, len(tokens))
@@ -261,6 +255,7 @@ def encode_corpus(
                 block.tofile(out)
             line_end.tofile(out)
             counts[LINE_END] += 1
+            bar.update()
     words = int(counts[LINE_END + 1 :].sum())
     if words == 0:
         raise CorpusError(f"no word in {len(files)} file(s), of which {files[0]} is the first")

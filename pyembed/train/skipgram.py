@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from pyembed import grouping, init, optim
+from pyembed._progress import progress_bar
 from pyembed.errors import ArgumentError, CorpusError
 from pyembed.table import Table
 from pyembed.train import corpus as text
@@ -252,14 +252,7 @@ def _train(
     keep = keep_probability(counts, s.sample)
     noise = np.cumsum(counts**0.75)
     noise /= noise[-1]  # ends at 1, which no draw reaches
-    bar = tqdm(
-        total=total,
-        initial=at.words,
-        desc="training",
-        unit="word",
-        unit_scale=True,
-        disable=None if progress is None else not progress,
-    )
+    bar = progress_bar("training", total, "word", progress, initial=at.words)
     before, there = at.words, table.stats()
     start = looked = time.perf_counter()
     with bar:

@@ -1,0 +1,39 @@
+"""Progress bars on stderr: one place decides when a bar is drawn and what it looks like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(
+    description: str, total: int, unit: str, progress: bool | None, *, initial: int = 0
+) -> tqdm[Any]:
+    """A bar that the caller updates, and closes as a context manager.
+
+    Parameters
+    ----------
+    description : str
+        The text in front of the bar.
+    total : int
+        The number of units at the end.
+    unit : str
+        The name of a unit, such as ``"B"`` or ``"row"``.
+    progress : bool or None
+        Whether the bar is drawn; None draws it if stderr is a terminal.
+    initial : int
+        The number of units that were done before.
+
+    Returns
+    -------
+    tqdm
+    """
+    return tqdm(
+        desc=description,
+        total=total,
+        initial=initial,
+        unit=unit,
+        unit_scale=True,
+        disable=None if progress is None else not progress,
+    )
