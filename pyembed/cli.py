@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import __version__, init
+from pyembed import init
 from pyembed.errors import ArgumentError, FormatError, PyembedError
 from pyembed.storage import id_map
 from pyembed.table import Table
 from pyembed.tools import build, convert, export
-from pyembed.tools.info import show_config
+from pyembed.tools.info import VERSION, show_config
 from pyembed.tools.verify import verify
 from pyembed.train.neighbours import Model
 from pyembed.train.skipgram import train_skipgram
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pyembed", description="Embedding tables that are larger than memory, on a CPU."
     )
-    parser.add_argument("--version", action="version", version=f"pyembed {__version__}")
+    parser.add_argument("--version", action="version", version=f"pyembed {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
     _add_convert(commands)

@@ -9,6 +9,8 @@ import numpy as np
 
 from pyembed import _core, _threads
 
+VERSION = "0.1.0"
+
 
 def show_config() -> dict[str, str]:
     """SIMD level, OpenMP runtime, threads, page size and versions.
@@ -16,10 +18,8 @@ def show_config() -> dict[str, str]:
     >>> sorted(show_config())
     ['numpy', 'openmp', 'page size', 'platform', 'pyembed', 'python', 'simd', 'threads']
     """
-    from pyembed import __version__
-
     return {
-        "pyembed": __version__,
+        "pyembed": VERSION,
         "simd": f"{_core.simd_level()} (available: {', '.join(_core.simd_levels())})",
         "openmp": _core.openmp(),
         "threads": str(_threads.default_num_threads()),
