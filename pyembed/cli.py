@@ -8,11 +8,10 @@ Exit status: 0 done, 1 failed or interrupted, 2 wrong arguments.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from pyembed.tools import build, convert, export
 from pyembed.tools.info import VERSION, show_config
 from pyembed.tools.verify import verify
 from pyembed.train.neighbours import Model
-from pyembed.train.skipgram import train_skipgram
+from pyembed.train.skipgram import SkipgramSettings, train_skipgram
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,7 +249,7 @@ def _recover(a: argparse.Namespace) -> None:
     _show(facts, a.json)
 
 
-# Options of `train skipgram`: what each sets in `train_skipgram`, whose defaults they share.
+# The help of the options of `train skipgram`: one for each field of `SkipgramSettings`.
 SKIPGRAM_OPTIONS: dict[str, str] = {
     "dim": "floats of a vector",
     "window": "most words between a word and its context",
@@ -272,11 +271,10 @@ def _add_train(commands: Any) -> None:
     s = models.add_parser("skipgram", help="word vectors from text: skip-gram, negative sampling")
     s.add_argument("corpus", nargs="+", help="files, or folders that are searched for text")
     s.add_argument("-o", "--output", required=True, help="folder to make; must not exist")
-    parameters = inspect.signature(train_skipgram).parameters
-    for name, meaning in SKIPGRAM_OPTIONS.items():
-        default = parameters[name].default
-        option = "--" + name.replace("_", "-")
-        s.add_argument(option, type=type(default), default=default, help=f"{meaning} ({default})")
+    for field in fields(SkipgramSettings):
+        option, default = "--" + field.name.replace("_", "-"), field.default
+        meaning = f"{SKIPGRAM_OPTIONS[field.name]} ({default})"
+        s.add_argument(option, type=type(default), default=default, help=meaning)
     s.add_argument("--suffix", action="append", help="of the files to read in a folder; repeatable")
     s.add_argument("--exclude", action="append", default=[], help="pattern of names not to read")
     s.add_argument("--encoding-errors", choices=["strict", "replace"], default="strict")

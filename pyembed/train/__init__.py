@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from pyembed.train.neighbours import Model, similar
 from pyembed.train.plot import plot_words
-from pyembed.train.skipgram import SkipgramResult, train_skipgram
+from pyembed.train.skipgram import SkipgramResult, SkipgramSettings, train_skipgram
 
-__all__ = ["Model", "SkipgramResult", "plot_words", "similar", "train_skipgram"]
+__all__ = ["Model", "SkipgramResult", "SkipgramSettings", "plot_words", "similar", "train_skipgram"]

@@ -79,18 +79,51 @@ class SkipgramResult:
 
 
 @dataclass(frozen=True)
-class _Settings:
-    dim: int
-    window: int
-    negative: int
-    min_count: int
-    epochs: int
-    lr: float
-    sample: float
-    minn: int
-    maxn: int
-    buckets: int
-    seed: int
+class SkipgramSettings:
+    """The hyper-parameters of the skip-gram model.
+
+    Parameters
+    ----------
+    dim : int
+        The floats of a vector.
+    window : int
+        The largest distance between a word and its context, in words; each word draws its own
+        from 1 .. window.
+    negative : int
+        False pairs for each true one, drawn by count ** 0.75.
+    min_count : int
+        Words that occur less often are dropped.
+    epochs : int
+        Passes over the text.
+    lr : float
+        Adagrad's learning rate at the start; it falls linearly to a tenth.
+    sample : float
+        A word of frequency f is kept with probability ``sqrt(sample / f) + sample / f``; 0 keeps
+        every word.
+    minn, maxn : int
+        The lengths of the shortest and of the longest character n-gram.
+    buckets : int
+        Rows that the n-grams share; 0 trains without n-grams.
+    seed : int
+        The seed of everything random.
+
+    Raises
+    ------
+    ArgumentError
+        If a setting is not allowed.
+    """
+
+    dim: int = 100
+    window: int = 5
+    negative: int = 5
+    min_count: int = 5
+    epochs: int = 5
+    lr: float = 0.04
+    sample: float = 1e-2
+    minn: int = 3
+    maxn: int = 6
+    buckets: int = 2_000_000
+    seed: int = 1
 
     def __post_init__(self) -> None:
         for name in ("dim", "window", "negative", "min_count", "epochs"):
@@ -109,17 +142,6 @@ def train_skipgram(
     corpus_paths: Sequence[text.StrPath],
     output: text.StrPath,
     *,
-    dim: int = 100,
-    window: int = 5,
-    negative: int = 5,
-    min_count: int = 5,
-    epochs: int = 5,
-    lr: float = 0.04,
-    sample: float = 1e-2,
-    minn: int = 3,
-    maxn: int = 6,
-    buckets: int = 2_000_000,
-    seed: int = 1,
     suffixes: Sequence[str] = text.SUFFIXES,
     exclude: Sequence[str] = (),
     encoding_errors: text.EncodingErrors = "strict",
@@ -127,51 +149,28 @@ def train_skipgram(
     resume: bool = False,
     num_threads: int | None = None,
     progress: bool | None = None,
+    **settings: Any,
 ) -> SkipgramResult:
     """Train word vectors on text and write them as a table.
 
     The same arguments and text give the same bits on the same machine and numpy, whether the
-    training was stopped and resumed in between or not.
+    training was interrupted and resumed or not.
 
     Parameters
     ----------
-    corpus_paths : sequence of path-like
-        UTF-8 files, or folders that are searched; see `pyembed.train.corpus`.
+    corpus_paths, suffixes, exclude : sequence of path-like, and of str
+        The texts, see `pyembed.train.corpus.find_files`.
     output : path-like
-        The folder to make; must not exist, the folder above it must.
-    dim : int
-        Floats of a vector.
-    window : int
-        Most words between a word and its context; each word draws a reach of 1 .. window.
-    negative : int
-        False pairs for each true one, drawn by count ** 0.75.
-    min_count : int
-        Words that occur less often are dropped.
-    epochs : int
-        Passes over the text.
-    lr : float
-        Adagrad's learning rate at the start; it falls linearly to a tenth.
-    sample : float
-        A word of frequency f is kept with probability ``sqrt(sample / f) + sample / f``; 0 keeps
-        every word.
-    minn, maxn : int
-        Lengths of the character n-grams.
-    buckets : int
-        Rows that the n-grams share; 0 trains without n-grams.
-    seed : int
-        Of everything random.
-    suffixes, exclude : sequence of str
-        Which files of a folder are read, and patterns of names or paths that are not.
+        The folder to make; it must not exist, and its parent must.
     encoding_errors : {"strict", "replace"}
-        What to do with bytes that are not UTF-8.
-    checkpoint_every : int, optional
-        Keep a checkpoint every so many batches of 4096 words, in ``OUTPUT.partial``, which then
-        outlives this process; it is removed otherwise.
-    resume : bool
-        Go on from the last checkpoint. A text that was read to its end is not read again.
-    num_threads : int, optional
-    progress : bool, optional
-        Show bars on stderr; by default when it is a terminal.
+        Whether bytes that are not UTF-8 are an error, or are read as U+FFFD.
+    checkpoint_every, resume : int, optional, and bool
+        Keep a checkpoint every so many batches of 4096 words; continue from the last one. See
+        `pyembed.train.checkpoint`.
+    num_threads, progress : int or bool, optional
+        See `Table.create`. Bars are drawn on stderr; by default if it is a terminal.
+    **settings : int or float
+        The fields of `SkipgramSettings`.
 
     Returns
     -------
@@ -179,35 +178,20 @@ def train_skipgram(
 
     Raises
     ------
-    ArgumentError
-        A setting that is not allowed, an output that exists, a vocabulary of less than two words;
-        nothing to resume, or a training with other settings.
-    CorpusError
-        A text that cannot be found, read or decoded, or that has no pair of words.
-    LockedError
-        Another process resumes the same training.
-    DirtyError, FormatError
-        What is to be resumed is damaged.
+    ArgumentError, CorpusError, LockedError, DirtyError, FormatError
+        See `SkipgramSettings`, `find_files` and `pyembed.train.checkpoint.table_in_training`.
     """
-    settings = _Settings(
-        dim, window, negative, min_count, epochs, lr, sample, minn, maxn, buckets, seed
-    )
-    given = {
-        "paths": text.name_paths(corpus_paths),
-        "suffixes": list(suffixes),
-        "exclude": list(exclude),
-        "encoding_errors": encoding_errors,
-    }
-    kept = {"model": "skipgram", **asdict(settings), **given}
-    output = Path(output)
+    chosen, output = SkipgramSettings(**settings), Path(output)
+    texts = {"suffixes": list(suffixes), "exclude": list(exclude)}
+    kept = {"model": "skipgram", **asdict(chosen), "paths": text.name_paths(corpus_paths), **texts}
+    kept["encoding_errors"] = encoding_errors
     with table_in_training(output, kept, checkpoint_every, resume, num_threads) as table:
         if not table.meta:
             files = text.find_files(corpus_paths, suffixes, exclude)
             _read_text(table, kept, files, encoding_errors, progress)
         if not table.rows:
-            _make_rows(table, settings)
-        rate = _train(table, settings, checkpoint_every, progress)
-        meta = table.meta
+            _make_rows(table, chosen)
+        rate, meta = _train(table, chosen, checkpoint_every, progress), table.meta
     loss = meta["progress"]["loss"]
     return SkipgramResult(output, meta["vocabulary"], meta["words"], rate, loss)
 
@@ -234,7 +218,7 @@ def _read_text(
     table.commit(meta={**settings, **found})
 
 
-def _make_rows(table: Table, s: _Settings) -> None:
+def _make_rows(table: Table, s: SkipgramSettings) -> None:
     """Input vectors at random, output vectors zero."""
     words, low = table.meta["vocabulary"], 1 / s.dim
     table.append(words + s.buckets, init.uniform(-low, low), s.seed)
@@ -243,7 +227,7 @@ def _make_rows(table: Table, s: _Settings) -> None:
 
 
 def _train(
-    table: Table, s: _Settings, checkpoint_every: int | None, progress: bool | None
+    table: Table, s: SkipgramSettings, checkpoint_every: int | None, progress: bool | None
 ) -> float:
     """Train from the last commit to the end, and commit; gives words a second."""
     (words, counts), meta = load_vocabulary(table), table.meta
