@@ -9,18 +9,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("*.md"))]
+BLOCK = re.compile(r"```python\n(.*?)```", re.S)
+CODE = [
+    page
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    if BLOCK.search(page.read_text())
+]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/optimizers.md"])
-def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python of the README and of the documents for users runs as it stands, top to bottom."""
+@pytest.mark.parametrize("page", CODE, ids=lambda p: p.name)
+def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python of the README and of every page for users runs as it stands, top to bottom."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-    assert blocks
+    blocks = BLOCK.findall(page.read_text())
+    if "torch" in page.name:
+        pytest.importorskip("torch")
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, page, "exec"), names)
-    assert (tmp_path / "items.pyembed" / "rows.npy").exists()
+        exec(compile(block, str(page), "exec"), names)
 
 
 @pytest.mark.parametrize("page", sorted(set(PAGES)), ids=lambda p: str(p.relative_to(ROOT)))
