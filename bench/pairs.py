@@ -56,7 +56,7 @@ class Worker:
     def __init__(self, checkout: Checkout, name: str, root: Path) -> None:
         self.name = name
         self.child = subprocess.Popen(
-            [checkout.python, "-P", "-m", "bench.pair_cases", name],
+            [checkout.python, "-m", "bench.pair_cases", name],
             cwd=root,
             env=os.environ | {"PYTHONPATH": str(root)},
             stdin=subprocess.PIPE,

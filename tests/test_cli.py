@@ -14,6 +14,7 @@ import pytest
 
 from pyembed import Table
 from pyembed.cli import main
+from tests.helpers.child import kill_writer
 
 
 def test_build_and_info(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,15 +35,14 @@ def test_build_and_info(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["resident_bytes"] is None or 0 <= facts["resident_bytes"] <= 4096 + 64_000 + 4096
 
 
+def add_infinity(table: Table) -> None:
+    """Make the first row infinite."""
+    table.scatter_add([0], np.full((1, 2), np.inf, np.float32))
+
+
 def test_verify_and_recover(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """verify changes nothing and says what is wrong; recover brings back the last commit."""
-    kill = (
-        "import os, signal, numpy, pyembed\n"
-        f"t = pyembed.Table.open({str(table)!r})\n"
-        "t.scatter_add([0], numpy.full((1, 2), numpy.inf, numpy.float32))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    subprocess.run([sys.executable, "-c", kill], check=False)
+    kill_writer(table, add_infinity)
     before = {file.name: file.read_bytes() for file in table.iterdir()}
     assert main(["verify", str(table), "--finite", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -54,7 +54,7 @@ def test_verify_and_recover(table: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "generation" in capsys.readouterr().out
     with Table.open(table, "r") as t:
         assert (t.state, t.gather(0).tolist()) == ("clean", [0, 1])
-    subprocess.run([sys.executable, "-c", kill], check=False)
+    kill_writer(table, add_infinity)
     assert main(["recover", str(table), "--salvage"]) == 0
     assert main(["verify", str(table)]) == 0
     assert main(["verify", str(table), "--finite", "-q"]) == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pyembed
 from pyembed import Embedding, Table, init, lookahead, optim
 from pyembed.errors import ArgumentError, ClosedError, DTypeError, IdError
+from tests.helpers import child
 
 
 def helpers() -> int:
@@ -131,19 +129,18 @@ def test_bad_arguments() -> None:
         lookahead([], np.zeros((1, 1)))  # type: ignore[arg-type]
 
 
+def take_one_batch_of_a_blocked_source() -> None:
+    """Leave a loop whose source waits for far longer than a test."""
+
+    def source() -> Iterator[list[int]]:
+        yield [0]
+        time.sleep(1000)
+
+    for _ in lookahead(source(), Table.memory(1, 1)):
+        break
+    print("end", flush=True)
+
+
 def test_a_source_that_blocks_does_not_keep_the_process() -> None:
     """A process whose source never gives its next batch ends all the same."""
-    code = (
-        "import time, pyembed\n"
-        "def source():\n"
-        "    yield [0]\n"
-        "    time.sleep(1000)\n"
-        "for batch in pyembed.lookahead(source(), pyembed.Table.memory(1, 1)):\n"
-        "    break\n"
-        "import os; print('end', flush=True)\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (run.returncode, run.stdout) == (0, "end\n")
-    assert pyembed.lookahead.__doc__
+    assert child.run(take_one_batch_of_a_blocked_source).stdout == "end\n"

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from pyembed import Table, _core, _threads, init, optim
+from pyembed import Table, _core, _threads, init, optim, show_config
 from pyembed.errors import ArgumentError
+from tests.helpers import child
+from tests.helpers.child import ROOT
 
-ROOT = Path(__file__).parents[1]
+Ids = NDArray[np.int64]
 
 
 @pytest.mark.parametrize(
@@ -53,44 +56,37 @@ def test_affinity() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
+def look_for_threads_and_frameworks() -> None:
+    """Assert that this process has one thread, and none of the optional dependencies."""
+    assert len(list(Path("/proc/self/task").iterdir())) == 1
+    assert not {"torch", "matplotlib", "safetensors"} & set(sys.modules)
+
+
 def test_import_starts_nothing() -> None:
     """Importing pyembed starts no thread and imports no framework."""
-    code = (
-        "import os, sys, pyembed\n"
-        "assert len(os.listdir('/proc/self/task')) == 1, os.listdir('/proc/self/task')\n"
-        "assert not {'torch', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
-    )
     # numpy's own BLAS starts threads unless it is told not to
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    child.run(look_for_threads_and_frameworks, env={"OPENBLAS_NUM_THREADS": "1"})
+
+
+def print_simd_level() -> None:
+    """Print the level that this process uses."""
+    print(show_config()["simd"])
 
 
 def test_unknown_simd_level_in_the_environment() -> None:
     """PYEMBED_SIMD with an unknown level is an error at import, never a silent fallback."""
-    run = subprocess.run(
-        [sys.executable, "-c", "import pyembed"],
-        env=os.environ | {"PYEMBED_SIMD": "v9"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1
+    run = child.run(print_simd_level, env={"PYEMBED_SIMD": "v9"}, status=1)
     assert "PYEMBED_SIMD" in run.stderr
     assert "baseline" in run.stderr
 
 
 def test_simd_level_from_the_environment() -> None:
     """PYEMBED_SIMD chooses the level."""
-    run = subprocess.run(
-        [sys.executable, "-c", "import pyembed; print(pyembed.show_config()['simd'])"],
-        env=os.environ | {"PYEMBED_SIMD": "baseline"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = child.run(print_simd_level, env={"PYEMBED_SIMD": "baseline"})
     assert run.stdout.startswith("baseline")
 
 
-def _lookup_in_child(table: Table, ids: np.ndarray, queue: multiprocessing.Queue) -> None:
+def _lookup_in_child(table: Table, ids: Ids, queue: multiprocessing.Queue[float]) -> None:
     queue.put(table.gather(ids).sum())
 
 
@@ -101,11 +97,11 @@ def test_fork_after_parallel_work() -> None:
     expected = table.gather(ids).sum()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_lookup_in_child, args=(table, ids, queue))
-    child.start()
+    forked = context.Process(target=_lookup_in_child, args=(table, ids, queue))
+    forked.start()
     assert queue.get(timeout=30) == expected
-    child.join(30)
-    assert child.exitcode == 0
+    forked.join(30)
+    assert forked.exitcode == 0
     assert table.gather(ids).sum() == expected  # the parent goes on
 
 
@@ -124,39 +120,25 @@ def test_many_gathers_at_once() -> None:
     assert failures == [0] * 4
 
 
-# Integer-valued floats: every order of additions gives the same exact total.
-LOST_UPDATES = """
-import threading, numpy as np
-from pyembed import Table
-table = Table.memory(3, 256, num_threads=2)
-ids = np.random.default_rng(0).integers(0, 3, 4000)
-ones = np.ones((4000, 256), np.float32)
-def add():
-    for _ in range(10):
-        table.scatter_add(ids, ones)
-callers = [threading.Thread(target=add) for _ in range(4)]
-[c.start() for c in callers]
-[c.join() for c in callers]
-lost = np.bincount(ids)[:, None] * 40.0 - table.weight
-print("lost", int(lost.sum()))
-"""
+def print_lost_additions() -> None:
+    """Add from four threads to three rows, and print by how much the sum is too small."""
+    table = Table.memory(3, 256, num_threads=2)
+    ids = np.random.default_rng(0).integers(0, 3, 4000)
+    # Integer-valued floats: every order of additions gives the same exact total.
+    ones = np.ones((4000, 256), np.float32)
 
+    def add() -> None:
+        for _ in range(10):
+            table.scatter_add(ids, ones)
 
-def lost_updates(environment: dict[str, str]) -> int:
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", LOST_UPDATES],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd="/",
-    )
-    return int(run.stdout.split()[1])
+    _run_all([threading.Thread(target=add) for _ in range(4)])
+    lost = np.bincount(ids)[:, None] * 40.0 - table.weight
+    print(int(lost.sum()))
 
 
 def test_no_addition_is_lost() -> None:
     """scatter_add from four callers of two threads each on three rows loses no addition."""
-    assert lost_updates({"PYTHONPATH": str(ROOT)}) == 0
+    assert int(child.run(print_lost_additions).stdout) == 0
 
 
 def test_the_suite_notices_a_missing_lock(tmp_path: Path) -> None:
@@ -172,7 +154,8 @@ def test_the_suite_notices_a_missing_lock(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )
-    assert max(lost_updates({"PYTHONPATH": str(mutant)}) for _ in range(10)) > 0
+    runs = (child.run(print_lost_additions, env={"PYTHONPATH": str(mutant)}) for _ in range(10))
+    assert any(int(run.stdout) > 0 for run in runs)
 
 
 def test_steps_take_turns() -> None:

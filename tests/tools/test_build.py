@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from pyembed import Table, build, init
 from pyembed.errors import FormatError
 from pyembed.storage import fs
 from pyembed.words.vocab import Vocab
+from tests.helpers import child
 
 
 def test_from_initializer_is_create(tmp_path: Path) -> None:
@@ -62,17 +61,17 @@ def test_bad_text_leaves_nothing(tmp_path: Path, text: str) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["v.txt"]
 
 
+def build_and_print_peak(path: Path) -> None:
+    """Build a large table and print the peak of this process's memory in KiB."""
+    build.from_initializer(path, 1_250_000, 64, init.normal(), optimizer="adagrad")
+    # Not ru_maxrss, which begins at the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text().split()
+    print(status[status.index("VmHWM:") + 1])
+
+
 def test_peak_memory_does_not_grow(tmp_path: Path) -> None:
     """A table of 640 MB is built in less than 300 MB."""
-    code = (
-        "import re, pathlib\n"
-        "from pyembed import build, init\n"
-        f"build.from_initializer({str(tmp_path / 't')!r}, 1_250_000, 64, init.normal(),"
-        " optimizer='adagrad')\n"
-        # Not ru_maxrss, which begins at the peak of the process that started this one.
-        "print(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = child.run(build_and_print_peak, tmp_path / "t")
     assert (tmp_path / "t" / "rows.npy").stat().st_size == 4096 + 1_250_000 * 512
     assert int(run.stdout) < 300_000
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from pyembed.cli import main
 from pyembed.errors import ArgumentError, LockedError
 from pyembed.storage import fs
 from pyembed.tools.convert import convert
+from tests.helpers.child import kill_writer
 
 
 @pytest.fixture
@@ -127,14 +125,15 @@ def test_a_failed_copy_leaves_nothing(
     assert (trained / "rows.npy").read_bytes() == before
 
 
+def step_every_row(table: Table) -> None:
+    """Take a step that changes every row."""
+    optim.SGD(table, lr=1).step(range(9), np.ones((9, 2), np.float32))
+
+
 def test_a_table_whose_writer_died(path: Path, tmp_path: Path) -> None:
     """What is converted is the last commit, not what the dead writer has left in the file."""
     Table.create(path, 9, 2).close()
-    code = (
-        "import os, sys, numpy as np, pyembed; t = pyembed.Table.open(sys.argv[1]);"
-        "pyembed.optim.SGD(t, lr=1).step(range(9), np.ones((9, 2), np.float32)); os._exit(1)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=False, env=os.environ.copy())
+    kill_writer(path, step_every_row)
     assert json.loads((path / "manifest.json").read_text())["state"] == "dirty"
     convert(path, tmp_path / "new", optimizer="adam")
     with Table.open(tmp_path / "new", "r") as t:

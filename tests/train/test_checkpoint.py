@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from pyembed import Table, optim
 from pyembed.cli import main
 from pyembed.errors import ArgumentError, CorpusError, DirtyError, FormatError, LockedError
 from pyembed.train import Model, checkpoint, corpus, runs, skipgram, train_skipgram
+from tests.helpers import child
 
 WORDS = [f"word{i}" for i in range(40)]
 
@@ -194,13 +195,13 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         resume = ["--resume"] if manifest.exists() else []
         last = generation() + int(rng.integers(1, 10)) if kills < 6 else 1 << 30
         arguments = [sys.executable, "-m", "pyembed", *command, str(output), *resume]
-        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as child:
-            while child.poll() is None and generation() < last:
+        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as training:
+            while training.poll() is None and generation() < last:
                 time.sleep(0.001)
             time.sleep(float(rng.uniform(0, 0.01)))
-            child.kill()
-        kills += child.returncode != 0
-        assert child.returncode in (0, -signal.SIGKILL)
+            training.kill()
+        kills += training.returncode != 0
+        assert training.returncode in (0, -signal.SIGKILL)
     assert kills > 0
     assert result_in(output) == result_in(tmp_path / "whole")
 
@@ -405,20 +406,22 @@ def test_folder_that_is_no_training(trainer: Trainer) -> None:
     assert content(trainer.partial) == files
 
 
+def train_until_the_first_step(text: Path, output: Path) -> None:
+    """Train without checkpoints, and die after the first step."""
+    whole = skipgram._Model.step
+
+    def step(*arguments: Any) -> NoReturn:
+        whole(*arguments)
+        child.die()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skipgram._Model, "step", step)
+        skipgram.train_skipgram([text], output, dim=8, epochs=2, lr=0.1, buckets=60, seed=3)
+
+
 def test_killed_without_checkpoints(trainer: Trainer) -> None:
     """What a killed training without checkpoints leaves is refused, with what to do."""
-    kill = (
-        "import os, signal\n"
-        "from pyembed.train import skipgram\n"
-        "whole = skipgram._Model.step\n"
-        "def step(*a):\n"
-        "    whole(*a)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "skipgram._Model.step = step\n"
-        f"skipgram.train_skipgram([{str(trainer.text)!r}], {str(trainer.output)!r}, dim=8,\n"
-        "    epochs=2, lr=0.1, buckets=60, seed=3)\n"
-    )
-    subprocess.run([sys.executable, "-c", kill], check=False)
+    child.run(train_until_the_first_step, trainer.text, trainer.output, status=-signal.SIGKILL)
     with pytest.raises(DirtyError, match=r"no journal: no checkpoint is left; remove it.*partial"):
         trainer(resume=True)
     shutil.rmtree(trainer.partial)
