@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +13,10 @@ from hypothesis import strategies as st
 
 from pyembed import Embedding, SparseGrad, Table, _core, init, optim, schedules
 from pyembed.errors import ArgumentError, DTypeError, IdError, NonFiniteError
+from tests.optim.rules import RULES, Make, every_rule
 from tests.reference import kernels
 from tests.strategies import Batch, batches
 
-Make = Callable[..., optim.Optimizer]
-# By the name under which a table is made for them.
-RULES: dict[str, Make] = {
-    "sgd": optim.SGD,
-    "momentum": partial(optim.SGD, momentum=0.9, dampening=0.3),
-    "nesterov": partial(optim.SGD, momentum=0.9, nesterov=True),
-    "adagrad": optim.Adagrad,
-    "rowwise_adagrad": optim.RowwiseAdagrad,
-    "rmsprop": optim.RMSprop,
-    "adam": optim.Adam,
-    "adamw": optim.AdamW,
-    "rowwise_adam": optim.PartialRowwiseAdam,
-    "lamb": partial(optim.LAMB, weight_decay=0.1),
-    "lars": partial(optim.LARS, weight_decay=0.1),
-    "ftrl": partial(optim.FTRL, l1=0.01, l2=0.1),
-}
-every_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES)
 ONES = np.ones((1, 2), np.float32)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyembed import Embedding, EmbeddingBag, SparseGrad, Table, init, optim, schedules
 from pyembed.errors import ArgumentError, NonFiniteError
 from pyembed.optim.optimizer import MAX_LAZY_STEPS
-from tests.optim.test_optim import RULES, Make, every_rule
+from tests.optim.rules import RULES, Make, every_rule
 from tests.strategies import Batch, batches
 
 ONES = np.ones((1, 2), np.float32)

@@ -15,7 +15,7 @@ from pyembed import Embedding, EmbeddingBag, SparseGrad, Table, _core, grouping,
 from pyembed.errors import ArgumentError, ClosedError, IdError, NonFiniteError, ReadOnlyError
 from pyembed.optim import step_many
 from pyembed.optim.optimizer import MAX_LAZY_STEPS
-from tests.optim.test_optim import RULES
+from tests.optim.rules import RULES
 from tests.reference import kernels
 from tests.strategies import Batch, batches
 
