@@ -29,9 +29,18 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile(block, str(page), "exec"), names)
 
 
+def headings(page: Path) -> set[str]:
+    """The fragments that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", sorted(set(PAGES)), ids=lambda p: str(p.relative_to(ROOT)))
 def test_links(page: Path) -> None:
-    """Every relative link and picture is there."""
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    """Every relative link leads to a file, and its fragment to a heading of that file."""
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if "://" not in target:
-            assert (page.parent / target).exists(), target
+            name, _, fragment = target.partition("#")
+            linked = page.parent / name if name else page
+            assert linked.exists(), target
+            assert not fragment or fragment in headings(linked), target
