@@ -1,5 +1,5 @@
-# demo · test · torture · bench · lint · debug: each makes the virtual environment that it needs, from a clean clone.
-#   make test WITH="torch==2.13.0 gensim"     also installs these, so that the tests against them run
+# demo · test · torture · bench · lint · debug: each creates the virtual environment that it needs, from a clean clone.
+#   make test WITH="torch==2.13.0 gensim"     also installs these packages, so that the tests against them run
 #   make bench NAME=gather                    see bench/README.md
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +17,7 @@ demo: build
 test: build
 	$(PY) -m pytest
 
-# Every sweep of the crash suite in full, a quarter of an hour on two processors; its counts go into docs/durability.md.
+# Run every sweep of the crash suite in full, and write the counts into docs/durability.md: 15 minutes on two processors.
 torture: build
 	$(PY) -m tests.crash.torture --write
 
@@ -30,7 +30,7 @@ lint: build
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy && $(PY) -m mypy.stubtest --ignore-missing-stub pyembed._core
 
-# Bounds checks, the address sanitizer and the undefined-behaviour sanitizer over the kernels' conformance suite.
+# Run the kernels' conformance suite with bounds checks, the address sanitizer and the undefined-behaviour sanitizer.
 debug: build
 	PYEMBED_DEBUG=1 CFLAGS=-fsanitize=address,undefined LDFLAGS=-fsanitize=address,undefined \
 	  $(PY) setup.py -q build --build-base build/debug --build-lib build/debug/lib

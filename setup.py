@@ -1,4 +1,4 @@
-"""Builds the one extension module, pyembed._core. Metadata and tool settings are in pyproject.toml.
+"""Build the one extension module, pyembed._core. Metadata and tool settings are in pyproject.toml.
 
 PYEMBED_NO_OPENMP=1   build without OpenMP (everything runs on one thread)
 PYEMBED_DEBUG=1       bounds checks, C assertions, -O1 -g: for sanitizers and debuggers
@@ -20,8 +20,8 @@ from setuptools.command.build_ext import build_ext
 DEBUG = os.environ.get("PYEMBED_DEBUG") == "1"
 OPENMP = os.environ.get("PYEMBED_NO_OPENMP") != "1"
 
-# No contraction of a*b+c: every SIMD level must give the same bits. Never -ffast-math, and never
-# -march=native: what is built here must run on other machines.
+# No contraction of a*b+c, and never -ffast-math: every SIMD level must give the same bits. Never
+# -march=native: the build must run on other machines.
 NUMERICS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 OPTIMISE = ["-O1", "-g", "-fno-omit-frame-pointer"] if DEBUG else ["-O3", "-DNDEBUG"]
 OPENMP_FLAGS = {"darwin": (["-Xpreprocessor", "-fopenmp"], ["-lomp"])}.get(
@@ -46,7 +46,7 @@ The compiler said:
 
 
 class BuildCore(build_ext):
-    """Asks the compiler that will really be used whether it can do OpenMP, then builds."""
+    """Probe the compiler that the build uses for OpenMP, then build."""
 
     def build_extensions(self) -> None:
         compile_flags, link_flags = OPENMP_FLAGS if OPENMP else ([], [])
