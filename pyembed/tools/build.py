@@ -1,8 +1,8 @@
-"""Make a table from a source of any size in fixed memory: an initialiser, or a file of vectors.
+"""Make a table of any size in fixed memory, from an initialiser or from a file of vectors.
 
 Rows are made in chunks of a few megabytes and written, not mapped, so the memory used does not
-depend on the size of the table (a vocabulary and an id map aside, which are kept until they are
-written). The table appears under its name complete or not at all.
+depend on the size of the table. Only a vocabulary and an id map are kept in memory until they are
+written. The table appears under its name complete or not at all.
 """
 
 from __future__ import annotations
@@ -46,34 +46,54 @@ def from_initializer(
     Parameters
     ----------
     path : path-like
-        A folder that must not exist.
+        The folder to make; it must not exist.
     rows, dim : int
+        The number of rows, and the floats of each row's weight.
     init : Initializer, optional
-        Fills the weight; zeros if not given.
+        Fills the weight; zeros by default.
     optimizer : str, optional
-        Whose state the rows shall carry, see `Table.create`; it starts as zeros.
+        Reserve columns of zeros for this optimizer's state, see `Table.create`.
     seed : int
-    counts : integers of shape (rows,), optional
+        The seed of `init`.
+    counts : array of integers, shape (rows,), optional
         How often each id occurs. The most frequent id gets row 0, and so on, and the table keeps
-        the map: look ids up with `Table.rows_of`. A fresh value belongs to its row, so another
-        order gives an id another one. See `pyembed.storage.id_map` for where counts come from.
+        the id map: look ids up with `Table.rows_of`. A fresh value belongs to its row, so with
+        other counts an id starts from another value. `pyembed.id_map` counts ids.
     num_threads : int, optional
+        See `Table.create`.
     progress : bool or None
-        Show a bar; None shows it when stderr is a terminal.
+        Whether a bar is drawn on stderr; None draws it if stderr is a terminal.
 
     Raises
     ------
-    FileExistsError, TableError, ArgumentError, DTypeError
+    FileExistsError
+        If something has this name already.
+    TableError
+        If the disk is full.
+    ArgumentError, DTypeError
+        If a size, `optimizer`, `counts` or `num_threads` is not allowed.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from pyembed import Table, init
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> file = pathlib.Path(folder.name, "items.pyembed")
+    >>> from_initializer(file, 1000, 16, init.normal(std=0.1), optimizer="adagrad")
+    >>> with Table.open(file, "r") as table:
+    ...     table.rows, table.columns
+    (1000, {'weight': 16, 'sum': 16})
+    >>> folder.cleanup()
     """
     columns = row_columns(dim, optimizer, None)
     rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
     finish = None
     if counts is not None:
         finish = partial(id_map.save, id_map=id_map.by_frequency(counts, rows))
-    workers = _threads.resolve(num_threads)
-    chunks = fresh_rows(columns, 0, rows, init or initialisers.zeros(), seed, workers)
-    row_bytes = 4 * sum(columns.values())
-    with progress_bar("build", rows * row_bytes, "B", progress) as bar:
+    num_threads = _threads.resolve(num_threads)
+    chunks = fresh_rows(columns, 0, rows, init or initialisers.zeros(), seed, num_threads)
+    nbytes = 4 * rows * sum(columns.values())
+    with progress_bar("build", nbytes, "B", progress) as bar:
         create.create(Path(path), columns, _counted(chunks, bar), rows, finish)
 
 
@@ -85,27 +105,33 @@ def from_vectors(
     optimizer: str | None = None,
     progress: bool | None = False,
 ) -> None:
-    """Make a table, with its vocabulary, from a file of word2vec or GloVe vectors.
+    """Make a table and its vocabulary from a file of word2vec or GloVe vectors.
 
-    Rows keep the order of the file, which most tools write by frequency already.
+    Rows keep the order of the file, which most tools sort by frequency.
 
     Parameters
     ----------
     path : path-like
-        A folder that must not exist.
+        The folder to make; it must not exist.
     vectors : path-like
-        See `pyembed.formats.open_vectors`.
+        The file of vectors, see `pyembed.formats.open_vectors`.
     format : {"auto", "word2vec", "word2vec-binary", "glove"}
+        The format of `vectors`; "auto" decides from its content.
     optimizer : str, optional
-        Whose state the rows shall carry, see `Table.create`; it starts as zeros.
+        Reserve columns of zeros for this optimizer's state, see `Table.create`.
     progress : bool or None
-        Show a bar; None shows it when stderr is a terminal.
+        Whether a bar is drawn on stderr; None draws it if stderr is a terminal.
 
     Raises
     ------
     FormatError
-        Naming the line or byte that is not what the format says.
-    FileExistsError, TableError, ArgumentError
+        If the file is not what its format says; the message names the line or byte.
+    FileExistsError
+        If something has the name `path` already.
+    TableError
+        If the disk is full.
+    ArgumentError
+        If `format` or `optimizer` is not allowed.
     """
     source = open_vectors(vectors, format)
     columns = row_columns(source.dim, optimizer, None)
@@ -125,6 +151,7 @@ def from_vectors(
 def _vector_rows(
     source: VectorSource, stride: int, tokens: list[str], bar: tqdm[Any]
 ) -> Iterator[F32]:
+    """Yield chunks of whole rows, and append the token of each row to `tokens`."""
     for names, values in source:
         tokens += [name.decode("utf-8", "surrogateescape") for name in names]
         rows = np.zeros((len(names), stride), np.float32)

@@ -1,8 +1,8 @@
 """Make a table from another: the same rows, with columns added or dropped, in fixed memory.
 
-Rows are read from the file and written, not mapped, a few megabytes at a time. What belongs to the
-table comes along: vocabulary, id map, meta, and the steps of the optimizers whose state is kept.
-The new table appears under its name complete or not at all; the old one stays as it is.
+Rows are read from the file and written, not mapped, a few megabytes at a time. The vocabulary, the
+id map, the meta, and the steps of the optimizers whose state is kept come along. The new table
+appears under its name complete or not at all; the old table stays as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +45,39 @@ def convert(
     path : path-like
         A table, or a bare .npy of float32 rows.
     output : path-like
-        A folder that must not exist.
+        The folder to make; it must not exist.
     optimizer : str, optional
-        The rule whose state the rows shall carry; what they carry of it already is kept. See
-        `Table.create`.
+        Reserve columns for this optimizer's state, see `Table.create`; columns of it that the
+        table has already are kept.
     add : mapping of str to int, optional
         More columns and their widths. All new columns are zero.
-    drop : names of columns, optional
-        All but ``weight`` can be dropped.
+    drop : iterable of str
+        Names of columns to leave out; all but ``weight`` can be dropped.
     progress : bool or None
-        Show a bar; None shows it when stderr is a terminal.
+        Whether a bar is drawn on stderr; None draws it if stderr is a terminal.
 
     Raises
     ------
-    FileExistsError, TableError, ArgumentError, FormatError, LockedError
+    FileExistsError
+        If something has the name `output` already.
+    ArgumentError
+        If a column cannot be added or dropped, or `optimizer` is unknown.
+    LockedError
+        If a writer has the table open.
+    TableError, FormatError
+        If the table cannot be opened, is cut short, or the disk is full.
 
     Examples
     --------
     >>> import pathlib, tempfile
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> Table.create(folder / "a", rows=3, dim=2).close()
-    >>> convert(folder / "a", folder / "b", optimizer="rowwise_adagrad")
-    >>> with Table.open(folder / "b") as t:
-    ...     t.columns
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> old, new = pathlib.Path(folder.name, "old"), pathlib.Path(folder.name, "new")
+    >>> Table.create(old, rows=3, dim=2).close()
+    >>> convert(old, new, optimizer="rowwise_adagrad")
+    >>> with Table.open(new) as table:
+    ...     table.columns
     {'weight': 2, 'row_sum': 1}
+    >>> folder.cleanup()
     """
     with open_committed(path) as table:
         columns = _new_columns(table, optimizer, add or {}, drop)
@@ -90,7 +101,7 @@ def convert(
 
 
 def open_committed(path: str | os.PathLike[str]) -> Table:
-    """Open a table to read its file: where a writer died, its last commit is brought back first."""
+    """Open a table to read its file; if its last writer died, recover the last commit first."""
     table = Table.open(path, "r")
     if table.state == "dirty":
         table.close()
@@ -102,7 +113,7 @@ def open_committed(path: str | os.PathLike[str]) -> Table:
 def _new_columns(
     table: Table, optimizer: str | None, add: Mapping[str, int], drop: Iterable[str]
 ) -> dict[str, int]:
-    """The columns of the new table: the old ones in their order, then the new."""
+    """The columns of the new table: the old ones in their order, then the new ones."""
     columns = table.columns
     for name in drop:
         if name not in columns or name == "weight":
@@ -117,7 +128,7 @@ def _new_columns(
             )
     for name, width in add.items():
         if name in columns:
-            raise ArgumentError(f"column {name!r} is there already; drop it to get a new one")
+            raise ArgumentError(f"column {name!r} exists already; drop it to get a new one")
         columns[name] = width
     return check_columns(columns)
 
@@ -125,40 +136,44 @@ def _new_columns(
 def copied_rows(
     file: Path, table: Table, columns: Mapping[str, int], bar: tqdm[Any]
 ) -> Iterator[F32]:
-    """Chunks of the new rows. The buffers are reused."""
-    old, new = table.columns, dict(columns)
-    stride, new_stride = sum(old.values()), sum(new.values())
+    """Yield chunks of the new rows, of the kept columns and zeros; the buffer is reused."""
+    old, new = _spans(table.columns), _spans(columns)
+    stride, new_stride = sum(table.columns.values()), sum(columns.values())
     step = max(1, CHUNK_FLOATS // max(stride, new_stride))
     read, made = np.empty((step, stride), np.float32), np.zeros((step, new_stride), np.float32)
-    moves = [(_span(old, name), _span(new, name)) for name in new if name in old]
-    with file.open("rb", buffering=0) as opened:
+    with file.open("rb") as opened:
         _, _, offset = fs.read_npy_header(file, opened.fileno())
         opened.seek(offset)
         for first in range(0, table.rows, step):
             n = min(step, table.rows - first)
-            left = read[:n].data.cast("B")
-            while left:
-                got = opened.readinto(left)
-                if not got:
-                    raise FormatError(f"{file}: it ends in row {first + n - 1}; was it cut short?")
-                left = left[got:]
-            for here, there in moves:
-                made[:n, there] = read[:n, here]
+            fill_rows(opened, read[:n])
+            for name in old.keys() & new.keys():
+                made[:n, new[name]] = read[:n, old[name]]
             yield made[:n]
-            bar.update(n * stride * 4)
+            bar.update(read[:n].nbytes)
 
 
-def _span(columns: Mapping[str, int], name: str) -> slice:
-    at = 0
-    for each, width in columns.items():
-        if each == name:
-            return slice(at, at + width)
-        at += width
-    raise KeyError(name)
+def fill_rows(file: BufferedReader, rows: F32) -> F32:
+    """Read an array of rows from a file, and return it.
+
+    Raises
+    ------
+    FormatError
+        If the file ends too early.
+    """
+    if file.readinto(rows.data) != rows.nbytes:
+        raise FormatError(f"{file.name}: it ends too early; was it cut short?")
+    return rows
+
+
+def _spans(columns: Mapping[str, int]) -> dict[str, slice]:
+    """The place of each column in a row."""
+    ends = accumulate(columns.values())
+    return {name: slice(end - columns[name], end) for name, end in zip(columns, ends, strict=True)}
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """What lies beside the rows and does not depend on their columns."""
+    """Copy the id map and the vocabulary, which do not depend on columns, and sync them."""
     for name in (id_map.FILE, *vocab.FILES):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)

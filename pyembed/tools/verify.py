@@ -1,5 +1,7 @@
-"""Is a table what its manifest says? Structure, and checksums, without changing anything; values if
-asked."""
+"""Check that a table is what its manifest says, without changing it.
+
+Structure and checksums are checked always, values on request.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +10,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pyembed._checks import F32
 from pyembed._progress import progress_bar
 from pyembed.storage import checksums
 from pyembed.table import Table
 
-CHUNK_FLOATS = 4 << 20  # looked at at a time
+CHUNK_FLOATS = 4 << 20  # checked for NaN and infinity at a time
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What `verify` found.
+class Verified:
+    """The result of `verify`.
 
     Attributes
     ----------
     rows, generation : int
-        Of the last commit.
+        The size and the number of the last commit.
     state : {"clean", "dirty"}
-        As the manifest says. A dirty table was opened as its last commit, from its journal.
+        The state in the manifest. A dirty table was read as its last commit, from its journal.
     checked_blocks : int or None
-        Of 1 MiB of the rows, that have the bytes that were sealed. None if rows changed since the
-        table was written, and so have no checksum; or if the table is dirty.
+        How many blocks of 1 MiB of the rows have the right checksum. None if there are no
+        checksums, because rows changed since the table was written or the table is dirty.
     nonfinite_rows : int or None
-        Rows with a NaN or an infinity in any column; None if nobody looked.
+        Rows with a NaN or an infinity in any column; None if `finite` was not asked for.
     """
 
     rows: int
@@ -41,34 +44,43 @@ class Verdict:
 
 def verify(
     path: str | os.PathLike[str], finite: bool = False, progress: bool | None = False
-) -> Verdict:
+) -> Verified:
     """Check a table without changing it.
 
-    Header, sizes, manifest and its checksum, the id map's length; of a table whose writer died,
-    that its journal brings it back to the last commit. Rows that did not change since the table was
-    written are read whole, and compared with the checksums that were taken then.
+    Checked are the header of the rows, all sizes, the manifest and its checksum, and the length of
+    the id map; of a table whose writer died, that its journal leads back to the last commit. If no
+    rows changed since the table was written, all rows are read and compared with their checksums.
 
     Parameters
     ----------
     path : path-like
+        A table, or a bare .npy of float32 rows.
     finite : bool
-        Also look at every row for NaN and infinity.
-    progress : bool, optional
-        A bar on stderr; None shows it on a terminal.
+        Whether to look for NaN and infinity in every row, too.
+    progress : bool or None
+        Whether a bar is drawn on stderr; None draws it if stderr is a terminal.
+
+    Returns
+    -------
+    Verified
 
     Raises
     ------
-    FormatError, DirtyError, LockedError
-        If the table is not sound. Of damaged rows it says which.
+    FormatError
+        If the table is damaged; the message names damaged rows.
+    DirtyError
+        If the last writer ended without a commit, and there is no journal to go back.
+    LockedError
+        If a writer has the table open.
     """
     with Table.open(path, "r") as table:
         columns = [table.column(name) for name in table.columns]
-        blocks = _check_seal(table, progress)
-        bad = _nonfinite(columns, progress) if finite else None
-        return Verdict(table.rows, table.generation, table.state, blocks, bad)
+        blocks = _check_blocks(table, progress)
+        nonfinite = _nonfinite(columns, progress) if finite else None
+        return Verified(table.rows, table.generation, table.state, blocks, nonfinite)
 
 
-def _check_seal(table: Table, progress: bool | None) -> int | None:
+def _check_blocks(table: Table, progress: bool | None) -> int | None:
     name = table.committed.seal
     if table.path is None or not name or table.state == "dirty":
         return None
@@ -81,15 +93,15 @@ def _check_seal(table: Table, progress: bool | None) -> int | None:
     return len(found)
 
 
-def _nonfinite(columns: list[np.ndarray], progress: bool | None) -> int:
+def _nonfinite(columns: list[F32], progress: bool | None) -> int:
     rows = columns[0].shape[0]
     step = max(1, CHUNK_FLOATS // sum(column.shape[1] for column in columns))
     found = 0
     with progress_bar("verify", rows, "row", progress) as bar:
         for first in range(0, rows, step):
-            sound = np.ones(min(step, rows - first), np.bool_)
+            finite = np.ones(min(step, rows - first), np.bool_)
             for column in columns:
-                sound &= np.isfinite(column[first : first + step]).all(axis=1)
-            found += int((~sound).sum())
-            bar.update(sound.size)
+                finite &= np.isfinite(column[first : first + step]).all(axis=1)
+            found += int((~finite).sum())
+            bar.update(finite.size)
     return found

@@ -65,7 +65,7 @@ def test_the_command_that_an_error_names(path: Path, capsys: pytest.CaptureFixtu
 
 def test_many_chunks_and_a_bare_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are copied in chunks, of which the last is shorter; a .npy becomes a table."""
-    monkeypatch.setattr("pyembed.convert.CHUNK_FLOATS", 100)
+    monkeypatch.setattr("pyembed.tools.convert.CHUNK_FLOATS", 100)
     rows = np.random.default_rng(1).standard_normal((997, 7), np.float32)
     np.save(tmp_path / "a.npy", rows)
     convert(tmp_path / "a.npy", tmp_path / "t", optimizer="adam")
@@ -80,7 +80,7 @@ def test_many_chunks_and_a_bare_array(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ({"drop": ["weight"]}, "'weight' cannot be dropped; allowed: sum"),
         ({"drop": ["nosuch"]}, "cannot be dropped"),
-        ({"add": {"sum": 3}}, "is there already"),
+        ({"add": {"sum": 3}}, "exists already"),
         ({"add": {"a b": 3}}, "column name 'a b'"),
         ({"add": {"a": 0}}, "width 0"),
         ({"optimizer": "sdg"}, "allowed: sgd"),
