@@ -27,7 +27,7 @@ HYPER = _core.HYPER | {
     "l2": 0.03,
 }
 # What a step may do beside its rule, each by itself and all that go together.
-EXTRAS = [
+EXTRAS: list[dict[str, float]] = [
     {"clip_value": 0.5},
     {"clip_scale": 0.25},
     {"l2": 0.1},

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_results_do_not_change(path: Path) -> None:
 def test_ids_of_a_batch() -> None:
     """`ids` says where a batch has its ids; a layer stands for its table."""
     layer = Embedding(10, 2, seed=0)
-    batches = [{"ids": [1, 2], "label": 0}, {"ids": [3], "label": 1}]
+    batches: list[dict[str, Any]] = [{"ids": [1, 2], "label": 0}, {"ids": [3], "label": 1}]
     out = list(lookahead(batches, layer, ids=lambda batch: batch["ids"]))
     assert [batch["label"] for batch in out] == [0, 1]
     with pytest.raises(DTypeError):

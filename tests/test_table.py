@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_no_ids(make: Maker) -> None:
         (np.empty(0, np.float32), DTypeError, "ids are float32"),
     ],
 )
-def test_bad_ids(make: Maker, ids: object, error: type[Exception], message: str) -> None:
+def test_bad_ids(make: Maker, ids: Any, error: type[Exception], message: str) -> None:
     """Bad ids are one typed error in every call, and leave the table as it was."""
     with make(4, 2, init=pyembed.init.normal()) as t:
         before, values = t.weight.copy(), np.ones((*np.shape(ids), 2), np.float32)
@@ -121,7 +122,7 @@ def test_bad_ids(make: Maker, ids: object, error: type[Exception], message: str)
         (np.ones((2, 3), ">f4"), DTypeError, "values is >f4"),
     ],
 )
-def test_bad_values(make: Maker, values: object, error: type[Exception], message: str) -> None:
+def test_bad_values(make: Maker, values: Any, error: type[Exception], message: str) -> None:
     """Values of another dtype or shape are refused, not converted or broadcast."""
     with make(4, 3) as t:
         with pytest.raises(error, match=message):
@@ -166,7 +167,7 @@ def test_out_inside_the_table() -> None:
         ({"rows": 1, "dim": 2, "num_threads": 0}, "num_threads = 0"),
     ],
 )
-def test_bad_arguments(make: Maker, path: Path, arguments: dict, message: str) -> None:
+def test_bad_arguments(make: Maker, path: Path, arguments: dict[str, Any], message: str) -> None:
     """Arguments out of range name what is allowed, and nothing is made."""
     with pytest.raises(ArgumentError, match=message):
         make(**arguments)
@@ -273,10 +274,11 @@ def test_values_that_are_the_table() -> None:
     """Values or ids that share memory with what is changed are refused: use a copy."""
     rows = np.array([[1], [2]], np.float32)
     t = Table.from_array(rows)
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: t.scatter_add([1, 0], t.weight),
         lambda: pyembed.optim.SGD(t).step([1, 0], t.weight),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(ArgumentError, match=r"use (values|grad)\.copy"):
             call()
     assert rows.tolist() == [[1], [2]]

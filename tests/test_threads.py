@@ -163,9 +163,12 @@ def test_steps_take_turns() -> None:
     table = Table.memory(50, 64, num_threads=2)
     o = optim.SGD(table, lr=1.0)
     ids, grad = np.arange(50), np.full((50, 64), -1, np.float32)
-    _run_all(
-        [threading.Thread(target=lambda: [o.step(ids, grad) for _ in range(50)]) for _ in range(4)]
-    )
+
+    def steps() -> None:
+        for _ in range(50):
+            o.step(ids, grad)
+
+    _run_all([threading.Thread(target=steps) for _ in range(4)])
     assert (table.weight == 200).all()
 
 

@@ -81,7 +81,9 @@ def sum_groups(
     return out
 
 
-def add_groups(column: F32, rows: I64, sums: F32, alpha: float, skip_row: int = -1) -> None:
+def add_groups(
+    column: F32, rows: I64, sums: F32, alpha: float | np.float32, skip_row: int = -1
+) -> None:
     """column[rows[u]] += alpha * sums[u]"""
     for row, total in zip(rows, sums, strict=True):
         if row != skip_row:

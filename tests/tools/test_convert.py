@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def test_columns_are_added_and_dropped(trained: Path, tmp_path: Path) -> None:
             assert np.array_equal(t.column(name), old.column(name))
         assert not np.concatenate([t.column(name) for name in list(t.columns)[2:]], 1).any()
         assert (t.meta, t.optimizer) == ({"epoch": 2}, {"adagrad": {"steps": 10}})
+        assert t.id_map is not None and old.id_map is not None
         assert np.array_equal(t.id_map, old.id_map)
         assert optim.Adagrad(t).steps == 10
         optim.PartialRowwiseAdam(t).step([0], np.ones((1, 3), np.float32))
@@ -86,7 +88,9 @@ def test_many_chunks_and_a_bare_array(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"optimizer": "sdg"}, "allowed: sgd"),
     ],
 )
-def test_bad_columns(trained: Path, tmp_path: Path, arguments: dict, message: str) -> None:
+def test_bad_columns(
+    trained: Path, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
     """Columns that cannot be are refused, and nothing appears."""
     with pytest.raises(ArgumentError, match=message):
         convert(trained, tmp_path / "new", **arguments)

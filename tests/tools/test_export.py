@@ -78,6 +78,7 @@ def test_a_copy_of_a_table_with_an_id_map(path: Path, tmp_path: Path) -> None:
     assert apply(tmp_path / "delta", tmp_path / "copy")
     assert same(path, tmp_path / "copy")
     with Table.open(path, "r") as a, Table.open(tmp_path / "copy", "r") as b:
+        assert a.id_map is not None and b.id_map is not None
         assert np.array_equal(a.id_map, b.id_map)
 
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,7 +49,9 @@ class Trainer:
 
     def __call__(self, **changes: Any) -> dict[str, bytes]:
         """Train, and give the model's files."""
-        options = {"corpus_paths": [self.text], "output": self.output} | self.settings | changes
+        options: dict[str, Any] = (
+            {"corpus_paths": [self.text], "output": self.output} | self.settings | changes
+        )
         result = train_skipgram(progress=False, **options)
         assert not self.partial.exists()
         return result_in(result.path)
@@ -145,7 +147,7 @@ def one_stream(patch: pytest.MonkeyPatch) -> None:
 
 def rate_begins_anew(patch: pytest.MonkeyPatch) -> None:
     """The words that the learning rate depends on are counted from zero."""
-    made = skipgram.Progress
+    made = checkpoint.Progress
     patch.setattr(skipgram, "Progress", lambda **at: made(**(at | {"words": 0})))
 
 
@@ -430,7 +432,8 @@ def test_killed_without_checkpoints(trainer: Trainer) -> None:
 
 def test_two_trainings_at_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a training runs, neither a second nor a resumed one gets at its folder."""
-    whole, seen = trainer.whole(), []
+    whole = trainer.whole()
+    seen: list[Collection[str]] = []
     step = skipgram._Model.step
 
     def twice(*arguments: Any) -> float:
