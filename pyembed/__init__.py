@@ -28,10 +28,9 @@ from pyembed.optim import schedules
 from pyembed.storage import id_map
 from pyembed.table import Table
 from pyembed.tools import build, convert, export
-from pyembed.tools.info import VERSION, show_config
+from pyembed.tools.info import VERSION as __version__  # noqa: F401
+from pyembed.tools.info import show_config
 from pyembed.words.vocab import Vocab
-
-__version__ = VERSION
 
 __all__ = [
     "Embedding",

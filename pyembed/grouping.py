@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from pyembed import _core, _threads
 from pyembed._checks import F32, IdArray, as_ids, as_values
 
+__all__ = ["Groups", "SparseGrad", "dense_gradient", "group", "sum_duplicates"]
+
 I64 = NDArray[np.int64]
 
 

@@ -1,8 +1,9 @@
 """Readers of vector files: strict, streaming, in fixed memory.
 
-`open_vectors` looks at the content, never at the name, and gives a `VectorSource` that iterates in
-chunks. A file that is not exactly what its format says is a `pyembed.errors.FormatError` with the
-line or byte; it is never repaired on the way.
+`open_vectors` decides by the content of a file, never by its name, and returns a `VectorSource`
+that iterates in chunks. A file that is not exactly what its format says raises a `FormatError`
+that names the line or byte; nothing is repaired. The room imports `errors` alone. Read `_source`
+first, then `glove` and `word2vec`.
 """
 
 from __future__ import annotations

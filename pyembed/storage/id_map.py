@@ -29,6 +29,8 @@ from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError, Pyem
 from pyembed.storage import fs
 from pyembed.storage.manifest import MAX_ROWS
 
+__all__ = ["by_frequency", "count_ids", "read_counts"]
+
 FILE = "id_map.npy"
 MAX_COUNT = np.iinfo(np.int64).max
 CHUNK_IDS = 1 << 20  # ids read at a time, at least: 8 MB

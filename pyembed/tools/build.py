@@ -56,9 +56,8 @@ def from_initializer(
     seed : int
         The seed of `init`.
     counts : array of integers, shape (rows,), optional
-        How often each id occurs. The most frequent id gets row 0, and so on, and the table keeps
-        the id map: look ids up with `Table.rows_of`. A fresh value belongs to its row, so with
-        other counts an id starts from another value. `pyembed.id_map` counts ids.
+        How often each id occurs, see `pyembed.id_map`. The most frequent id gets row 0, and so
+        on; look ids up with `Table.rows_of`. A fresh value belongs to its row, not to its id.
     num_threads : int, optional
         See `Table.create`.
     progress : bool or None
@@ -66,30 +65,25 @@ def from_initializer(
 
     Raises
     ------
-    FileExistsError
-        If something has this name already.
-    TableError
-        If the disk is full.
+    FileExistsError, TableError
+        If something has this name already, or the disk is full.
     ArgumentError, DTypeError
         If a size, `optimizer`, `counts` or `num_threads` is not allowed.
 
     Examples
     --------
-    >>> import pathlib, tempfile
+    >>> import tempfile
     >>> from pyembed import Table, init
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> file = pathlib.Path(folder.name, "items.pyembed")
-    >>> from_initializer(file, 1000, 16, init.normal(std=0.1), optimizer="adagrad")
-    >>> with Table.open(file, "r") as table:
-    ...     table.rows, table.columns
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     from_initializer(f"{folder}/a", 1000, 16, init.normal(), optimizer="adagrad")
+    ...     with Table.open(f"{folder}/a", "r") as table:
+    ...         table.rows, table.columns
     (1000, {'weight': 16, 'sum': 16})
-    >>> folder.cleanup()
     """
     columns = row_columns(dim, optimizer, None)
     rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
-    finish = None
-    if counts is not None:
-        finish = partial(id_map.save, id_map=id_map.by_frequency(counts, rows))
+    new_map = None if counts is None else id_map.by_frequency(counts, rows)
+    finish = None if new_map is None else partial(id_map.save, id_map=new_map)
     num_threads = _threads.resolve(num_threads)
     chunks = fresh_rows(columns, 0, rows, init or initialisers.zeros(), seed, num_threads)
     nbytes = 4 * rows * sum(columns.values())

@@ -28,6 +28,8 @@ from pyembed.storage.manifest import check_columns
 from pyembed.table import Table
 from pyembed.words import vocab
 
+__all__ = ["convert"]
+
 
 def convert(
     path: str | os.PathLike[str],
@@ -58,46 +60,41 @@ def convert(
 
     Raises
     ------
-    FileExistsError
-        If something has the name `output` already.
     ArgumentError
         If a column cannot be added or dropped, or `optimizer` is unknown.
-    LockedError
-        If a writer has the table open.
-    TableError, FormatError
-        If the table cannot be opened, is cut short, or the disk is full.
+    FileExistsError, LockedError, TableError, FormatError
+        If something has the name `output` already, if the table cannot be opened or is cut short,
+        or if the disk is full.
 
     Examples
     --------
-    >>> import pathlib, tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> old, new = pathlib.Path(folder.name, "old"), pathlib.Path(folder.name, "new")
-    >>> Table.create(old, rows=3, dim=2).close()
-    >>> convert(old, new, optimizer="rowwise_adagrad")
-    >>> with Table.open(new) as table:
-    ...     table.columns
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Table.create(f"{folder}/old", rows=3, dim=2).close()
+    ...     convert(f"{folder}/old", f"{folder}/new", optimizer="rowwise_adagrad")
+    ...     with Table.open(f"{folder}/new") as table:
+    ...         table.columns
     {'weight': 2, 'row_sum': 1}
-    >>> folder.cleanup()
     """
     with open_committed(path) as table:
         columns = _new_columns(table, optimizer, add or {}, drop)
-        source, target = Path(path), Path(output)
-        bare = not source.is_dir()
-        kept = {
-            rule: state
-            for rule, state in table.optimizer.items()
-            if rule in _core.RULES and columns.keys() >= _core.RULES[rule][1].keys()
-        }
+        source, bare = Path(path), not Path(path).is_dir()
         with progress_bar("convert", table.nbytes, "B", progress) as bar:
             create.create(
-                target,
+                Path(output),
                 columns,
                 copied_rows(source if bare else source / "rows.npy", table, columns, bar),
                 table.rows,
                 None if bare else lambda folder: copy_files(source, folder),
                 "process" if bare else table.durability,
-                {"meta": table.meta, "optimizer": kept},
+                {"meta": table.meta, "optimizer": _kept_state(table, columns)},
             )
+
+
+def _kept_state(table: Table, columns: Mapping[str, int]) -> dict[str, Any]:
+    """The steps of the optimizers whose columns are all in the new table."""
+    rules = {name: rule for name, rule in _core.RULES.items() if columns.keys() >= rule[1].keys()}
+    return {name: state for name, state in table.optimizer.items() if name in rules}
 
 
 def open_committed(path: str | os.PathLike[str]) -> Table:

@@ -1,8 +1,9 @@
-"""Models trained on tables: word vectors from text.
+"""Models that train on tables: word vectors from text.
 
-`train_skipgram` makes a model, `similar` asks it, `plot_words` draws it. Importing pyembed does not
-import this; the parts are `corpus`, `subword`, `runs`, `checkpoint`, `skipgram`, `neighbours` and
-`plot`.
+`train_skipgram` makes a model, `similar` finds the nearest words in it, `plot_words` draws it.
+`import pyembed` does not import this room. The room may import the public modules of pyembed. Read
+`corpus` (text to rows), `runs` (rows to batches), `subword` (words as sums of n-grams), then
+`skipgram`, `checkpoint`, and last `neighbours` and `plot`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
 """Words: the vocabulary that gives each token its row.
 
-It may import `storage` and what is below.
+The room may import `storage` and what is below it.
 """
