@@ -1,6 +1,9 @@
-"""pyembed for torch: layers of torch.nn over a `Table`, for autograd, torch.compile and nn.Module.
+"""Layers of torch.nn over a `Table`: for autograd, torch.compile and torch's training loops.
 
-The only folder that imports torch (2.4 or newer); nothing else in pyembed imports it.
+Only this room imports torch (2.4 or newer), and nothing else in pyembed imports this room. It may
+import everything below it: layers, optimizers, tables. Reading order: `device_copy` (rows copied to
+a device and back), `distributed` (processes that step together), `rows` (where the rows of a layer
+live), `ops` (what autograd and compilers call), `layers` (the modules), `optim` (the optimizer).
 """
 
 from pyembed.torch.layers import Embedding, EmbeddingBag

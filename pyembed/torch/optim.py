@@ -1,6 +1,6 @@
-"""The tables of a model as an optimizer of torch: a step is the sum of what backward gave.
+"""The tables of a model as one optimizer of torch: a step applies the sum of all backwards.
 
-Backward of their layers then accumulates. It refuses parameters that are not those of such layers.
+The layers then accumulate gradients in backward instead of stepping.
 """
 
 from __future__ import annotations
@@ -13,35 +13,34 @@ from torch import Tensor, nn
 
 from pyembed.errors import ArgumentError
 from pyembed.optim.step import require_clip_norm, step_many
-from pyembed.torch.layers import Layer
+from pyembed.torch.layers import learning_tables
 
 
 class Optimizer(torch.optim.Optimizer):
-    """The optimizer, in torch's sense, of the layers with `optimizer=` of a model.
+    """Step the tables of a model as torch steps parameters.
 
-    From now on backward of these layers accumulates, and `step` updates each table once, by the
-    layer's own rule, with the sum: so several lookups in one forward and several backwards are one
-    step, as in torch. Without it each of them is a step of its own, and nothing is kept.
+    From now on, backward of the model's layers with `optimizer=` accumulates, and `step` updates
+    each table once, by the rule of its layer, with the sum. So several lookups in one forward and
+    several backwards are one step, as in torch. Without an `Optimizer` each of them is a step.
 
-    Each layer is a group of `param_groups`, in the order of ``model.modules()``; ``group["lr"]`` is
-    its learning rate, which `step` gives to ``layer.optimizer``, and torch's schedulers change.
-    Dense parameters go to an optimizer of torch, which finds nothing to do in these layers. What is
-    pending is no part of `state_dict`, nor of a copy of a layer, which belongs to no Optimizer.
+    Each table is a group of `param_groups`, in the order of ``model.modules()``. ``group["lr"]`` is
+    its learning rate: schedulers of torch change it, and `step` gives it to ``layer.optimizer``.
+    Dense parameters belong to an optimizer of torch, which finds nothing to update in these layers.
+    Pending gradients are not part of `state_dict`. A copy of a layer belongs to no `Optimizer`.
 
     Parameters
     ----------
     model : torch.nn.Module
-        With one layer with `optimizer=` or more, whose learning rates are numbers.
+        Contains at least one layer with `optimizer=`; the learning rates are numbers.
     clip_norm : float, optional
-        What is pending for all tables together is scaled in a step so that its 2-norm is at most
-        this, see `pyembed.optim.step_many`. Dense parameters have torch's clip_grad_norm_, and a
-        norm of their own.
+        Scale the pending gradients of all tables together so that their 2-norm is at most this, see
+        `pyembed.optim.step_many`. Dense parameters have clip_grad_norm_ of torch, a separate norm.
 
     Raises
     ------
     ArgumentError
-        If there is no such layer, or its learning rate is a schedule of its own; if beside
-        `clip_norm` its optimizer has one of its own.
+        If there is no such layer, if a learning rate is a schedule, or if an optimizer has a
+        `clip_norm` while `clip_norm` is given.
 
     Examples
     --------
@@ -61,36 +60,46 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, clip_norm: float | None = None) -> None:
-        layers = [each for each in model.modules() if isinstance(each, Layer)]
-        self._layers: list[Any] = [each for each in layers if each.optimizer is not None]
-        if not self._layers:
+        tables = list(learning_tables(model))
+        if not tables:
             raise ArgumentError("the model has no layer of pyembed.torch with optimizer=")
         groups: list[dict[str, Any]] = []
-        for layer in self._layers:
-            if layer.optimizer._schedule is not None:
+        for rows, anchor in tables:
+            if rows.optimizer._schedule is not None:
                 raise ArgumentError(
-                    f"{layer.optimizer!r} has a schedule of its own; allowed: a number as lr, "
-                    "which torch's scheduler then changes"
+                    f"{rows.optimizer!r} has a schedule of its own; allowed: a number as lr, "
+                    "which a scheduler of torch then changes"
                 )
-            groups.append({"params": [layer._anchor], "lr": layer.optimizer.lr})
-        self._clip_norm = require_clip_norm(clip_norm, [each.optimizer for each in self._layers])
+            groups.append({"params": [anchor], "lr": rows.optimizer.lr})
+        self._tables = [rows for rows, _ in tables]
+        self._clip_norm = require_clip_norm(clip_norm, [each.optimizer for each in self._tables])
         super().__init__(groups, {})
-        self._own()
+        self._accumulate()
 
-    def _own(self) -> None:
-        for layer in self._layers:
-            layer._accumulates = True
+    def _accumulate(self) -> None:
+        for rows in self._tables:
+            rows.accumulates = True
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_layers": self._layers, "_clip_norm": self._clip_norm}
+        own = {"_tables": self._tables, "_clip_norm": self._clip_norm}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._own()
+        self._accumulate()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse parameters: they would not learn."""
+        """Refuse parameters that have elements, because this optimizer would not train them.
+
+        Parameters
+        ----------
+        param_group : dict
+            As in torch.
+
+        Raises
+        ------
+        ArgumentError
+        """
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         if any(parameter.numel() for parameter in given):
@@ -98,39 +107,55 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group | {"params": given})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop what is pending. `model.zero_grad()` does not: a table has no `.grad`."""
+        """Drop the pending gradients. ``model.zero_grad()`` does not reach tables.
+
+        Parameters
+        ----------
+        set_to_none : bool
+            Without effect on tables.
+        """
         super().zero_grad(set_to_none)
-        for layer in self._layers:
-            layer.optimizer.discard()
+        for rows in self._tables:
+            rows.optimizer.discard()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update each table with what is pending, which is then gone; returns `closure`'s loss.
+        """Update each table with its pending gradients, and drop them.
 
-        A table for which nothing is pending takes no step. All others take theirs, or none does.
+        A table without pending gradients takes no step. Either all others take theirs, or none.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Called first, with gradients enabled, as in torch.
+
+        Returns
+        -------
+        loss
+            Result of `closure`, or None.
 
         Raises
         ------
         ArgumentError, ClosedError, NonFiniteError, ReadOnlyError, TableError
-            Before a row of any table is written. What was pending still is, and the layers have
-            the learning rates of before.
+            Before a row of any table is written. Pending gradients and the learning rates of the
+            layers are then unchanged.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         turns: dict[Any, tuple[Any, Any]] = {}  # layers may share an optimizer, which steps once
-        for layer, group in zip(self._layers, self.param_groups, strict=False):
-            if layer.optimizer._pending:
-                turns.setdefault(layer.optimizer, (layer, group["lr"]))
-        rates = {optimizer: optimizer.lr for optimizer in turns}
+        for rows, group in zip(self._tables, self.param_groups, strict=False):
+            if rows.optimizer._pending:
+                turns.setdefault(rows.optimizer, (rows, group["lr"]))
+        before = {optimizer: optimizer.lr for optimizer in turns}
         try:
             for optimizer, (_, rate) in turns.items():
                 optimizer.lr = float(rate)
             step_many([(optimizer, None, None) for optimizer in turns], self._clip_norm)
         except Exception:
-            for optimizer, rate in rates.items():
+            for optimizer, rate in before.items():
                 optimizer.lr = rate
             raise
-        for layer, _ in turns.values():
-            layer._changes += 1
+        for rows, _ in turns.values():
+            rows.version += 1
         return loss

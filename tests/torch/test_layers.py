@@ -40,7 +40,7 @@ from tests.torch.models import (
 torch = pytest.importorskip("torch")
 
 import pyembed.torch as pt  # noqa: E402 -- only where there is torch
-from pyembed.torch import layers, ops  # noqa: E402
+from pyembed.torch import ops, rows  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
 
@@ -225,7 +225,7 @@ def test_state_of_a_large_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """A file is in the state while a copy fits; else the error names what to do, and that works."""
     layer = pt.Embedding(ROWS, DIM, path=on_disk(path), optimizer=SGD)
     assert torch.equal(layer.state_dict()["weight"], weights())
-    monkeypatch.setattr(layers, "STATE_SHARE", 1e-12)
+    monkeypatch.setattr(rows, "STATE_SHARE", 1e-12)
     with pytest.raises(ArgumentError, match="in_state_dict = False"):
         layer.state_dict()
     layer.in_state_dict = False
@@ -390,7 +390,9 @@ def test_ops_are_what_they_say(layer: str, optimizer: Any) -> None:
     checks += ["test_aot_dispatch_dynamic"] if optimizer is None else []
     module, ids = ours(layer, optimizer=optimizer), batches()[0]
     anchor = module.weight if optimizer is None else module._anchor
-    torch.library.opcheck(ops.rows, (anchor, ids, None, None, module._number), test_utils=checks)
+    torch.library.opcheck(
+        ops.look_up, (anchor, ids, None, None, module._rows.number), test_utils=checks
+    )
 
 
 # --- a GPU, the document -------------------------------------------------------------------------

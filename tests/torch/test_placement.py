@@ -19,7 +19,7 @@ from tests.torch.models import DIM, LAYERS, ROWS, SGD, batches, loss_of, on_disk
 torch = pytest.importorskip("torch")
 
 import pyembed.torch as pt  # noqa: E402 -- only where there is torch
-from pyembed.torch import placement as placing  # noqa: E402
+from pyembed.torch import device_copy  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
 
@@ -83,7 +83,7 @@ def test_only_rows_that_differ_are_written(
     chunk_bytes: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A commit journals the rows whose bits changed and no others, in chunks of any size."""
-    monkeypatch.setattr(placing, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(device_copy, "CHUNK_BYTES", chunk_bytes)
     layer = placed(on_disk(path), padding_idx=0)
     announced: list[int] = []
     real = layer.table._announce_change
@@ -192,7 +192,7 @@ def test_auto(layer: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_disk(path)
     size, found = 4 * ROWS * DIM, {}
     for free, expected in ((2 * size, "device"), (2 * size - 1, "table")):
-        monkeypatch.setattr(placing, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(device_copy, "free_bytes", lambda device, free=free: free)
         made = getattr(pt, layer).from_pretrained(path, placement="auto")
         assert made.placement == expected
         assert ("placement='device'" in repr(made)) == (expected == "device")
@@ -200,7 +200,7 @@ def test_auto(layer: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made.table.close()
     torch.testing.assert_close(found["device"], found["table"], rtol=1e-6, atol=1e-6)  # mean
     monkeypatch.undo()
-    assert placing.free_bytes(torch.device("cpu")) > 0
+    assert device_copy.free_bytes(torch.device("cpu")) > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

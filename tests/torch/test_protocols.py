@@ -272,9 +272,9 @@ def test_the_ops_of_training(layer: str, weighted: bool) -> None:
     psw = torch.ones(3, 5) if weighted else None
     grad = torch.ones_like(module(ids))
     weight, checks = module.weight.detach(), ["test_schema", "test_faketensor"]
-    given = (weight, ids, None, psw, module._number, grad, True, weighted)
+    given = (weight, ids, None, psw, module._rows.number, grad, True, weighted)
     torch.library.opcheck(ops.backward, given, test_utils=checks)
-    torch.library.opcheck(ops.renorm, (weight, ids, module._number), test_utils=checks)
+    torch.library.opcheck(ops.renorm, (weight, ids, module._rows.number), test_utils=checks)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # torch's own, for forward mode

@@ -1,7 +1,7 @@
-"""Where the rows of a table are while torch uses them: in the table, or copied onto a device.
+"""The copy of a table on a device, as an ordinary Parameter of torch.
 
-On the device they are an ordinary Parameter: torch's kernels look it up, torch's optimizers train
-it, and `write_back` brings the rows that differ back into the table.
+Torch's kernels look it up and torch's optimizers train it; `write_back` copies the rows that differ
+back into the table.
 """
 
 from __future__ import annotations
@@ -15,38 +15,42 @@ from pyembed.storage import page_cache
 from pyembed.table import Table
 
 PLACEMENTS = ("table", "device", "auto")
-FREE_SHARE = 0.5  # that "auto" gives to the rows; the rest is for what the model computes
-CHUNK_BYTES = 32 << 20  # on their way to the device and back
+FREE_SHARE = 0.5  # of free memory that "auto" gives to the rows; the rest is for the computation
+CHUNK_BYTES = 32 << 20  # of rows that are copied at once
 
 
 def require(
     placement: str, has_table: bool, has_optimizer: bool, frozen: bool, device: torch.device
 ) -> None:
-    """Refuse what cannot be, before anything is opened."""
+    """Refuse combinations of arguments that cannot work, before a table is opened.
+
+    Raises
+    ------
+    ArgumentError
+    """
     if placement not in PLACEMENTS:
         raise ArgumentError(f"placement = {placement!r}; allowed: {', '.join(PLACEMENTS)}")
     if placement == "table":
         return
     what = f"placement = {placement!r}"
     if not has_table:
-        raise ArgumentError(f"{what} copies rows that exist; give path= or table=")
+        raise ArgumentError(f"{what} copies existing rows; give path= or table=")
     if has_optimizer:
         raise ArgumentError(
-            f"{what} with optimizer=: rows on a device are a Parameter; leave optimizer= out and "
-            "give layer.parameters() to an optimizer of torch, or take placement='table'"
+            f"{what} with optimizer=: rows on a device are a Parameter; use an optimizer of torch "
+            "without optimizer=, or placement='table'"
         )
     if device.type == "meta":
-        raise ArgumentError(f"{what}, device = meta holds no rows; allowed: cpu, cuda, …")
+        raise ArgumentError(f"{what}, device = meta: it holds no rows; allowed: cpu, cuda, …")
     if placement == "auto" and not frozen:
         raise ArgumentError(
-            f"{what} of a layer that learns: free memory would choose which optimizer trains it; "
-            "freeze the layer, or take 'device' with an optimizer of torch, or 'table' with "
-            "optimizer="
+            f"{what} of a layer that learns: free memory would decide how it is trained; freeze "
+            "it, or use 'device' with an optimizer of torch, or 'table' with optimizer="
         )
 
 
 def decide(placement: str, table: Table, device: torch.device) -> str:
-    """ "table" or "device": with "auto", whether the rows take at most half of what is free."""
+    """Resolve "auto" to "device" if the rows take at most half of the free memory, else "table"."""
     if placement != "auto":
         return placement
     fits = 4 * table.rows * table.dim <= FREE_SHARE * free_bytes(device)
@@ -54,27 +58,35 @@ def decide(placement: str, table: Table, device: torch.device) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on the device; for the CPU, all that this process may use."""
+    """Return the free memory of a device in bytes; for the CPU, all that this process may use.
+
+    Raises
+    ------
+    ArgumentError
+        If torch does not report it.
+    """
     if device.type == "cpu":
         return page_cache.memory_bytes()
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    accelerator = getattr(torch, "accelerator", None)
-    if accelerator is None or not hasattr(accelerator, "get_memory_info"):
+    report = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if report is None:
         raise ArgumentError(
-            f"placement = 'auto': this torch does not say what is free on {device}; "
-            "allowed: 'table', 'device'"
+            f"placement = 'auto': this version of torch does not report the free memory of {device}"
+            "; allowed: 'table', 'device'"
         )
-    return int(accelerator.get_memory_info(device)[0])
+    return int(report(device)[0])
 
 
 def copied(table: Table, device: torch.device, learns: bool) -> Tensor:
-    """The rows as a tensor on the device, copied in chunks.
+    """Copy the rows of a table to a device, in chunks.
+
+    Returns
+    -------
+    float32 Tensor of shape (table.rows, table.dim)
 
     Raises
     ------
     ReadOnlyError
-        If the rows learn, and could not be written back.
+        If the rows learn, and the table could not take them back.
     """
     if learns and not table.writable:
         raise ReadOnlyError(
@@ -82,7 +94,7 @@ def copied(table: Table, device: torch.device, learns: bool) -> Tensor:
             "with mode 'r+', or freeze the layer"
         )
     weight = torch.empty(table.rows, table.dim, device=device)
-    for part in _chunks(table):
+    for part in chunks(table):
         weight[part] = torch.from_numpy(np.array(table.weight[part])).to(device)
     return weight
 
@@ -100,15 +112,16 @@ def write_back(weight: Tensor, table: Table) -> None:
     if weight.shape != shape:
         raise ArgumentError(f"the weight has shape {tuple(weight.shape)}; the table has {shape}")
     with table.still():
-        for part in _chunks(table):
+        for part in chunks(table):
             new, old = weight.detach()[part].cpu().numpy(), table.weight[part]
             differ = np.flatnonzero((new.view(np.int32) != old.view(np.int32)).any(axis=1))
             if differ.size:
-                rows = differ + part.start
-                with table.writing(rows) as into:
-                    into[rows] = new[differ]
+                row_ids = differ + part.start
+                with table.writing(row_ids) as into:
+                    into[row_ids] = new[differ]
 
 
-def _chunks(table: Table) -> list[slice]:
+def chunks(table: Table) -> list[slice]:
+    """Cut the rows of a table into slices of at most CHUNK_BYTES."""
     step = max(1, CHUNK_BYTES // (4 * table.dim))
     return [slice(first, first + step) for first in range(0, table.rows, step)]
