@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from pyembed import _core, _threads, grouping
 from pyembed._checks import F32, IdArray, as_ids, as_output, as_values, require_apart
 from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
-from pyembed.storage import fs
+from pyembed.storage.columns import zeroed_rows
 
 NO_STATE: Mapping[str, int] = {}
 
@@ -365,7 +365,7 @@ class Rows:
                         f"{self.path} has no column {name!r}, only {', '.join(columns)}; make a "
                         f"table that has it: pyembed convert {self.path} -o NEW {options}"
                     )
-                columns[name] = _core.Column(fs.anonymous(weight.rows, width))
+                columns[name] = _core.Column(zeroed_rows(weight.rows, width))
             if columns[name].dim != width:
                 found = columns[name].dim
                 raise ArgumentError(f"column {name!r} has width {found}; expected {width}")

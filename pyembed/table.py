@@ -23,8 +23,8 @@ from pyembed._checks import F32, IdArray, as_ids, require_count, require_float32
 from pyembed.errors import ArgumentError
 from pyembed.init import Initializer
 from pyembed.rows import Rows
-from pyembed.storage import create, fs, manifest, memory_lock, page_cache, store
-from pyembed.storage.columns import fresh_rows, row_columns
+from pyembed.storage import create, manifest, memory_lock, page_cache, store
+from pyembed.storage.columns import fresh_rows, row_columns, zeroed_rows
 from pyembed.storage.page_cache import Stats
 
 
@@ -207,7 +207,7 @@ class Table(Rows):
         """Make a table in memory, as `create` does; an optimizer adds missing state by itself."""
         rows = require_count(rows, "rows", 0, manifest.MAX_ROWS)
         widths, workers = row_columns(dim, optimizer, columns), _threads.resolve(num_threads)
-        array = fs.anonymous(rows, sum(widths.values()))
+        array = zeroed_rows(rows, sum(widths.values()))
         if init is not None:
             recipe = init.for_shape(rows, widths["weight"])
             recipe.fill(array[:, : widths["weight"]], seed, 0, workers)
@@ -398,7 +398,7 @@ class Table(Rows):
                 return
             # State columns that were added beside the weight come into the row here.
             widths, rows = self.columns, self.rows
-            grown = fs.anonymous(rows + n, sum(widths.values()))
+            grown = zeroed_rows(rows + n, sum(widths.values()))
             old = [column.array for column in self._columns.values()]
             np.concatenate(old, axis=1, out=grown[:rows])
             recipe = init.for_shape(rows + n, self.dim)
@@ -493,7 +493,7 @@ def _rebuild(
     columns: dict[str, F32], num_threads: int, optimizer: dict[str, dict[str, int]]
 ) -> Table:
     widths = {name: array.shape[1] for name, array in columns.items()}
-    rows = fs.anonymous(len(columns["weight"]), sum(widths.values()))
+    rows = zeroed_rows(len(columns["weight"]), sum(widths.values()))
     np.concatenate(list(columns.values()), axis=1, out=rows)
     table = Table(None, rows, widths, num_threads)
     table.optimizer |= optimizer

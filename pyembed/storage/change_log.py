@@ -1,35 +1,35 @@
-"""The log of changes: which rows may differ between two commits, also after the writer has ended.
+"""The change log: which rows may differ between two commits, also after the writer has ended.
 
 ::
 
     changes     record  record  …  record        each from one commit to a later one
 
-    record      one part for each range of 2^24 rows in which some were touched, then the end
+    record      one part for each range of 2^24 rows in which rows changed, then the end
     part        "ROWS", n, range;  n u32 (which bytes of the range's bits), n u8 (the bytes)
                 "BITS", n, range;  n u8 (its bits up to the last; bit 0 of byte 0: its first row)
     end         "DONE", n, the table's rows at the first commit, CRC-32C of the parts' headers;
                 n (u64 generation, u64 commit): every commit from the first to the last, both
 
     header of each, little-endian, 36 bytes
-        byte 0    4s   what it is
+        byte 0    4s   kind
              4    u32  n
              8    u64  number of the range
             16    u64  rows
             24    u32  CRC-32C of the headers of the record's parts
-            28    u32  CRC-32C of what follows the header
+            28    u32  CRC-32C of the payload that follows the header
             32    u32  CRC-32C of bytes 0..31
 
-It is an optimisation, and never trusted further than it proves. Invariants:
+The log is an optimisation, and is trusted only as far as it proves itself. Invariants:
 
-1. A record is written before the manifest that names its last commit. So one whose last commit no
-   manifest names was left by a writer that died, and is written over.
-2. A commit has a random number of its own. So records chain without a gap up to the commit of the
-   manifest, or what lies before the gap is not known.
-3. Nothing is believed that a checksum does not prove, and to not know is an answer: export it all.
-4. Rows that a record names may be the same at both commits; those that it does not name are.
-5. Old records are merged, so that there are never more than `MOST`. What was changed since one of
-   the last `EXACT` commits stays exact; for an older one there may be rows of twice as many
-   commits.
+1. A record is written before the manifest that names its last commit. So a record whose last commit
+   no manifest names was left by a writer that died, and is overwritten.
+2. Each commit has a random number. So records chain without a gap up to the commit of the manifest,
+   or the changes before the gap are unknown.
+3. Nothing is believed that a checksum does not prove, and "unknown" is an answer: export all rows.
+4. Rows that a record names may be the same at both commits; rows that it does not name are.
+5. Old records are merged, so that there are never more than `MOST`. The changes since one of the
+   last `EXACT` commits stay exact; for an older one, the answer may include the rows of twice as
+   many commits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -46,22 +45,22 @@ from numpy.typing import NDArray
 from pyembed import _core
 from pyembed.errors import ArgumentError
 from pyembed.storage.dirty_rows import RANGE_BYTES, RANGE_ROWS
-from pyembed.storage.fs import OPEN_FLAGS, replace_file, sync, write_at
+from pyembed.storage.fs import NO_LINK, File, Folder
 from pyembed.storage.manifest import MAX_ROWS, Manifest
 
 FILE = "changes"
 HEADER = struct.Struct("<4sIQQII")  # without its own checksum
 UNIT = HEADER.size + 4
-WIDTH = {b"ROWS": 5, b"BITS": 1, b"DONE": 16}  # bytes of one of n
-EXACT = 16  # of the last commits
-MOST = 64  # records; then they are merged: every two span more than what came later, so 40 stay
-KEPT = 1 << 16  # commits: what is older is forgotten
+WIDTH = {b"ROWS": 5, b"BITS": 1, b"DONE": 16}  # bytes of the payload for each of n
+EXACT = 16  # commits, the last ones, whose records are not merged
+MOST = 64  # records; then they are merged: two neighbours span more than all later ones: 40 stay
+KEPT = 1 << 16  # commits; older ones are forgotten
 
 I64 = NDArray[np.int64]
 U32 = NDArray[np.uint32]
 U8 = NDArray[np.uint8]
-Part = tuple[int, U32, U8]  # number of the range, bytes that are not zero, these
-Commit = tuple[int, int]  # generation, and the commit's own number
+Part = tuple[int, U32, U8]  # number of the range, positions of bytes that are not zero, the bytes
+Commit = tuple[int, int]  # generation, and the random number of the commit
 
 
 class _Header(NamedTuple):
@@ -74,7 +73,7 @@ class _Header(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """Where a record lies: (header, place of what follows) of its parts, its commits, its end."""
+    """A record of the file: (header, offset of the payload) of its parts, commits, its end."""
 
     parts: list[tuple[_Header, int]]
     commits: list[Commit]
@@ -83,10 +82,11 @@ class _Record(NamedTuple):
 
 
 class Damaged(Exception):
-    """A part is not what its checksum says."""
+    """A part does not match its checksum."""
 
 
 def commit_of(state: Manifest) -> Commit:
+    """Return the generation and the random number of a manifest's commit."""
     return state.generation, int(state.commit or "0", 16)
 
 
@@ -99,7 +99,7 @@ def _entry(kind: bytes, n: int, data: bytes, number: int = 0, rows: int = 0, crc
 
 
 def encode(parts: Iterable[Part], rows: int, commits: list[Commit]) -> Iterator[bytes]:
-    """The bytes of a record, a few megabytes at a time."""
+    """Yield the bytes of a record, a few megabytes at a time."""
     headers = b""
     for number, offsets, values in parts:
         used = int(offsets[-1]) + 1
@@ -116,7 +116,7 @@ def encode(parts: Iterable[Part], rows: int, commits: list[Commit]) -> Iterator[
 
 
 def _header(data: bytes) -> _Header | None:
-    """None for what is no header."""
+    """Return the header, or None if the bytes are not one."""
     if len(data) < UNIT:
         return None
     if _core.crc32c(data[: HEADER.size]) != int.from_bytes(data[HEADER.size :], "little"):
@@ -124,16 +124,16 @@ def _header(data: bytes) -> _Header | None:
     return _Header(*HEADER.unpack_from(data))
 
 
-def _read(fd: int, at: int = 0) -> list[_Record]:
-    """The records from here to the first that is not whole; what parts hold is not looked at."""
-    found, size = list[_Record](), os.fstat(fd).st_size
+def _read(file: File, at: int = 0) -> list[_Record]:
+    """Read the records from an offset to the first that is not whole; payloads are not checked."""
+    found, size = list[_Record](), file.size
     parts, headers = list[tuple[_Header, int]](), b""
-    while header := _header(data := os.pread(fd, UNIT, at)):
+    while header := _header(data := file.read_at(UNIT, at)):
         length, at = WIDTH.get(header.kind, size) * header.n, at + UNIT
         if header.kind not in WIDTH or header.n == 0 or at + length > size:
             break
         if header.kind == b"DONE":
-            payload = os.pread(fd, length, at)
+            payload = file.read_at(length, at)
             sums = (_core.crc32c(headers), _core.crc32c(payload))
             if sums != (header.headers_crc, header.crc):
                 break
@@ -148,7 +148,7 @@ def _read(fd: int, at: int = 0) -> list[_Record]:
 
 
 def _chain(records: list[_Record], last: Commit) -> list[_Record]:
-    """Those that lead up to a commit without a gap; none if it is not known."""
+    """Return the records that lead to a commit without a gap; none if the commit is unknown."""
     ends = [record.commits[-1] for record in records]
     if last not in ends:
         return []
@@ -159,8 +159,8 @@ def _chain(records: list[_Record], last: Commit) -> list[_Record]:
     return chain
 
 
-def _union(fd: int, records: list[_Record]) -> Iterator[Part]:
-    """The parts of several records as those of one, in the memory of one.
+def _union(file: File, records: list[_Record]) -> Iterator[Part]:
+    """Yield the union of several records as the parts of one, in the memory of one part.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def _union(fd: int, records: list[_Record]) -> Iterator[Part]:
     for number in sorted(places):
         bits = np.zeros(RANGE_BYTES, np.uint8)
         for header, at in places[number]:
-            data = os.pread(fd, WIDTH[header.kind] * header.n, at)
+            data = file.read_at(WIDTH[header.kind] * header.n, at)
             if _core.crc32c(data) != header.crc or number >= MAX_ROWS // RANGE_ROWS:
                 raise Damaged
             offsets, values = np.arange(header.n), np.frombuffer(data, np.uint8)[-header.n :]
@@ -189,68 +189,65 @@ def _union(fd: int, records: list[_Record]) -> Iterator[Part]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-class Changes:
-    """Writes the log of a table, for its one writer.
+class ChangeLog:
+    """Writes the change log of a table, for its one writer.
 
     Parameters
     ----------
-    folder : Path
+    folder : Folder
     durability : {"process", "power"}
         With "power" the log is synced, so that it outlives the machine as well.
     """
 
-    def __init__(self, folder: Path, durability: str) -> None:
-        self.path = folder / FILE
+    def __init__(self, folder: Folder, durability: str) -> None:
+        self._folder = folder
         self._power = durability == "power"
-        self._records: list[_Record] | None = None  # in the file, if that is known
+        self._records: list[_Record] | None = None  # of the file, if they are known
 
     def append(self, before: Manifest, after: Manifest, parts: Iterable[Part]) -> None:
-        """Before a manifest commits: what was touched since the one before it.
+        """Write a record, before a manifest commits: the rows that changed since the one before.
 
-        What cannot be written is not known later: no commit fails for it.
+        No commit fails because of the log: changes that cannot be written are unknown later.
         """
         records, self._records = self._records, None
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o666)
-            try:
-                records = _chain(_read(fd) if records is None else records, commit_of(before))
+            with self._folder.open(FILE, os.O_RDWR | os.O_CREAT | NO_LINK) as file:
+                records = _chain(_read(file) if records is None else records, commit_of(before))
                 ends = [commit_of(before), commit_of(after)]
                 start = records[-1].end if records else 0
-                self._write(fd, encode(parts, before.rows, ends), start)
-                records += _read(fd, start)
+                self._write(file, encode(parts, before.rows, ends), start)
+                records += _read(file, start)
                 if len(records) > MOST:
-                    self._merge(fd, records)
+                    self._merge(file, records)
                 else:
                     self._records = records
-            finally:
-                os.close(fd)
         except OSError:
             pass
 
-    def _write(self, fd: int, entries: Iterable[bytes], at: int) -> None:
+    def _write(self, file: File, entries: Iterable[bytes], at: int) -> None:
         for entry in entries:
-            write_at(fd, [entry], at)
-            at += len(entry)
-        if os.fstat(fd).st_size > at:
-            os.ftruncate(fd, at)
+            at = file.write_at([entry], at)
+        if file.size > at:
+            file.truncate(at)
         if self._power:
-            sync(fd)
+            file.sync()
 
-    def _merge(self, fd: int, records: list[_Record]) -> None:
-        """Write the file anew, with the older records merged; or empty, if one is damaged."""
+    def _merge(self, file: File, records: list[_Record]) -> None:
+        """Replace the file by one with the older records merged; by none if one is damaged."""
         try:
-            replace_file(self.path, (e for group in _groups(records) for e in _merged(fd, group)))
+            merged = (entry for group in _groups(records) for entry in _merged(file, group))
+            self._folder.replace(FILE, merged)
         except Damaged:
-            replace_file(self.path, [])
+            self._folder.replace(FILE, [])
 
 
-def _merged(fd: int, group: list[_Record]) -> Iterator[bytes]:
+def _merged(file: File, group: list[_Record]) -> Iterator[bytes]:
     commits = [group[0].commits[0], *(c for record in group for c in record.commits[1:])]
-    return encode(_union(fd, group), group[0].rows, commits)
+    return encode(_union(file, group), group[0].rows, commits)
 
 
 def _groups(records: list[_Record]) -> list[list[_Record]]:
-    """Records to be merged with each other: those of as many commits as came later, at most."""
+    """Group the records to merge: a group has at most as many commits as came after it."""
     groups, age, after = list[list[_Record]](), 0, 0
     for record in reversed(records):
         if age >= KEPT:
@@ -260,38 +257,38 @@ def _groups(records: list[_Record]) -> list[list[_Record]]:
             groups[0].insert(0, record)
         else:
             groups.insert(0, [record])
-            after = age - len(record.commits) + 1  # commits later than those of the group
+            after = age - len(record.commits) + 1  # commits that came after the group
     return groups
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-class Since:
-    """Which rows may differ between an earlier commit and the last.
+class ChangedRows:
+    """The rows that may differ between an earlier commit and the last.
 
     Parameters
     ----------
-    folder : Path
-        With the log.
+    folder : Folder
+        The folder with the log. It must stay open while `rows` and `save` are used.
     state : Manifest
         The last commit.
     generation : int
-        The earlier one.
+        The earlier commit.
 
     Attributes
     ----------
     commit : Commit
-        The earlier one.
+        The earlier commit.
 
     Raises
     ------
     ArgumentError
-        If it is not known.
+        If the changes since that commit are unknown.
     """
 
-    def __init__(self, folder: Path, state: Manifest, generation: int) -> None:
-        self.path, self._state = folder / FILE, state
+    def __init__(self, folder: Folder, state: Manifest, generation: int) -> None:
+        self._folder, self._state = folder, state
         self._records = self._known()
         last = commit_of(state)
         starts = [r for r in self._records if generation in [g for g, _ in r.commits[:-1]]]
@@ -303,27 +300,24 @@ class Since:
         else:
             oldest = self._records[0].commits[0][0] if self._records else last[0]
             raise ArgumentError(
-                f"{folder}: which rows changed since generation {generation} is not known; "
+                f"{folder.path}: which rows changed since generation {generation} is not known; "
                 f"allowed: {oldest}..{last[0]}; or export the whole table"
             )
 
     def _known(self) -> list[_Record]:
         try:
-            fd = os.open(self.path, os.O_RDONLY | OPEN_FLAGS)
+            with self._folder.open(FILE, os.O_RDONLY | NO_LINK) as file:
+                return _chain(_read(file), commit_of(self._state))
         except FileNotFoundError:
             return []
-        try:
-            return _chain(_read(fd), commit_of(self._state))
-        finally:
-            os.close(fd)
 
     @property
     def rows_before(self) -> int:
-        """From this row on, all are new: of the earlier commit, or of one before it."""
+        """Number of rows at the earlier commit, or at one before it: all rows behind are new."""
         return self._records[0].rows if self._records else self._state.rows
 
     def rows(self) -> Iterator[I64]:
-        """Row numbers, ascending, some millions at a time.
+        """Yield row numbers, ascending, a few million at a time.
 
         Raises
         ------
@@ -338,21 +332,19 @@ class Since:
         for first in range(self.rows_before, self._state.rows, RANGE_ROWS):
             yield np.arange(first, min(first + RANGE_ROWS, self._state.rows))
 
-    def save(self, folder: Path) -> None:
-        """Write what is known as a log of one record into a new folder, durably."""
+    def save(self, folder: Folder) -> None:
+        """Write these changes as a log of one record into a new folder, durably."""
         ends = [self.commit, commit_of(self._state)]
-        replace_file(folder / FILE, encode(self._parts(), self.rows_before, ends))
+        folder.replace(FILE, encode(self._parts(), self.rows_before, ends))
 
     def _parts(self) -> Iterator[Part]:
         if not self._records:
             return
-        fd = os.open(self.path, os.O_RDONLY | OPEN_FLAGS)
         try:
-            yield from _union(fd, self._records)
+            with self._folder.open(FILE, os.O_RDONLY | NO_LINK) as file:
+                yield from _union(file, self._records)
         except Damaged:
             raise ArgumentError(
-                f"{self.path}: it is damaged, so it is not known which rows changed; "
-                "export the whole table"
+                f"{self._folder.path / FILE}: it is damaged, so it is not known which rows "
+                "changed; export the whole table"
             ) from None
-        finally:
-            os.close(fd)

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import mmap
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from pyembed import _core
 from pyembed._checks import F32, require_count
-from pyembed.errors import ArgumentError
+from pyembed.errors import ArgumentError, TableError
 from pyembed.init import Initializer
 from pyembed.storage import manifest
 
 # Floats that a table is made of at a time: 8 MiB stay in the cache between making and writing.
 CHUNK_FLOATS = 2 << 20
+
+
+def zeroed_rows(rows: int, stride: int) -> F32:
+    """Return zeroed rows in memory, page-aligned, on huge pages where the system grants them.
+
+    Raises
+    ------
+    TableError
+        If memory does not suffice (errno ENOMEM).
+    """
+    size = 4 * rows * stride
+    if size == 0:
+        return np.zeros((rows, stride), np.float32)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError):
+        raise TableError(
+            errno.ENOMEM, f"a table of {size:,} bytes does not fit into memory; use Table.create"
+        ) from None
+    with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(rows, stride)
 
 
 def require_rule(optimizer: str) -> str:

@@ -1,7 +1,7 @@
-"""A new table: written whole under another name, then given its own.
+"""Make a new table: write it whole under another name, then rename it.
 
-It appears complete or not at all; its space is allocated before it is filled, where it is known.
-It is sealed: checksums of its rows lie beside them until they change.
+A table appears complete or not at all. Its space is allocated before it is filled, where its size
+is known. It gets checksums of its rows, which are valid until rows change.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,11 @@ import numpy as np
 
 from pyembed._checks import F32
 from pyembed.errors import TableError
-from pyembed.storage import checksums
-from pyembed.storage import manifest as manifests
-from pyembed.storage.fs import (
-    HEADER_BYTES,
-    DirectWriter,
-    allocate,
-    npy_header,
-    replace_file,
-    sync,
-    sync_folder,
-)
+from pyembed.storage import checksums, manifest
+from pyembed.storage.direct_writer import DirectWriter
+from pyembed.storage.fs import Folder
 from pyembed.storage.manifest import Manifest
+from pyembed.storage.npy import HEADER_BYTES, rows_header
 
 
 def create(
@@ -38,7 +30,7 @@ def create(
     columns: dict[str, int],
     chunks: Iterable[F32],
     rows: int | None,
-    finish: Callable[[Path], None] | None = None,
+    finish: Callable[[Folder], None] | None = None,
     durability: str = "process",
     carried: Mapping[str, Any] | None = None,
 ) -> None:
@@ -47,17 +39,17 @@ def create(
     Parameters
     ----------
     path : Path
-        Must not exist. It appears complete or not at all; on any exception nothing is left.
+        Must not exist. On any exception nothing is left there.
     columns : dict
         Names and widths; their sum is the width of a chunk.
     chunks : iterable of float32 arrays of shape (any, stride)
     rows : int or None
-        How many there will be, if that is known: the space is then allocated first.
+        Number of rows, if it is known: the space is then allocated first.
     finish : function of the folder, optional
-        Writes what else belongs to the table (a vocabulary), before the table appears.
+        Writes other files of the table (a vocabulary), before the table appears.
     durability : {"process", "power", "none"}
     carried : mapping, optional
-        More of the manifest: ``meta`` and ``optimizer``.
+        Further fields of the manifest: ``meta`` and ``optimizer``.
 
     Raises
     ------
@@ -67,67 +59,84 @@ def create(
     """
     with appearing(path) as folder:
         written, sums = write_rows(folder, sum(columns.values()), chunks, rows)
-        (folder / "lock").touch()
+        folder.open("lock", os.O_WRONLY | os.O_CREAT).close()
         if finish is not None:
             finish(folder)
         more = {"commit": secrets.token_hex(8), **(carried or {}), "seal": sums}
         state = Manifest(written, columns, durability=durability, **more)
-        replace_file(folder / "manifest.json", [manifests.encode(state)])
+        folder.replace("manifest.json", [manifest.encode(state)])
 
 
 @contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """A folder to be filled, that gets its name at the end of the block; on an exception it goes.
+def appearing(path: Path) -> Iterator[Folder]:
+    """Yield a folder to be filled, and rename it to `path` at the end of the block.
 
-    The last file of it is put there by `replace_file`, which syncs the folder.
+    The block has to write its last file with `Folder.replace`, which syncs the folder. On an
+    exception the folder is removed.
 
     Raises
     ------
     FileExistsError
     """
-    if os.path.lexists(path):
-        raise FileExistsError(
-            errno.EEXIST, "there is something already; choose a new name", str(path)
-        )
-    temporary = path.with_name(f"{path.name}.creating-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(path)
+    with Folder(path.parent) as parent:
+        if parent.exists(path.name):
+            raise FileExistsError(
+                errno.EEXIST, "there is something already; choose a new name", str(path)
+            )
+        temporary = f"{path.name}.creating-{secrets.token_hex(4)}"
+        parent.mkdir(temporary)
         try:
-            sync_folder(path.parent)
+            with parent.subfolder(temporary) as folder:
+                yield folder
+            parent.rename(temporary, path.name)
+            try:
+                parent.sync()
+            except BaseException:
+                parent.rename(path.name, temporary)
+                raise
         except BaseException:
-            path.rename(temporary)
+            _remove(parent, temporary)
             raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def _remove(parent: Folder, name: str) -> None:
+    """Remove a folder of files, as far as the system lets it."""
+    with contextlib.suppress(OSError), parent.subfolder(name) as folder:
+        for file in folder.names():
+            folder.unlink(file, missing_ok=True)
+        parent.rmdir(name)
 
 
 def write_rows(
-    folder: Path, stride: int, chunks: Iterable[F32], rows: int | None
+    folder: Folder, stride: int, chunks: Iterable[F32], rows: int | None
 ) -> tuple[int, str]:
-    """Write ``rows.npy`` and its seal; returns how many rows there were, and the seal's name."""
-    path = folder / "rows.npy"
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        if rows is not None:
-            allocate(fd, 0, HEADER_BYTES + 4 * rows * stride, path)
-        written = 0
-        with DirectWriter(fd, path) as writer:
-            writer.write(npy_header(rows or 0, stride))
-            for chunk in chunks:
-                writer.write(np.ascontiguousarray(chunk, np.float32))
-                written += chunk.shape[0]
-        if rows is None:
-            os.pwrite(fd, npy_header(written, stride), 0)
-        elif written != rows:
-            raise ValueError(f"{written} rows were made instead of {rows}")
-        sync(fd)
-        return written, checksums.save(folder, writer.sums)
-    except OSError as error:
-        if error.errno == errno.ENOSPC and not isinstance(error, TableError):
-            raise TableError(error.errno, f"{error.strerror}: make room", str(path)) from None
-        raise
-    finally:
-        os.close(fd)
+    """Write ``rows.npy`` and its checksums.
+
+    Returns
+    -------
+    int
+        Number of rows.
+    str
+        The text that a manifest keeps of the checksums.
+    """
+    with folder.open("rows.npy", os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
+        try:
+            if rows is not None:
+                file.allocate(0, HEADER_BYTES + 4 * rows * stride)
+            written = 0
+            with DirectWriter(folder, file) as writer:
+                writer.write(rows_header(rows or 0, stride))
+                for chunk in chunks:
+                    writer.write(np.ascontiguousarray(chunk, np.float32))
+                    written += chunk.shape[0]
+            if rows is None:
+                file.write_at([rows_header(written, stride)], 0)
+            elif written != rows:
+                raise ValueError(f"{written} rows were made instead of {rows}")
+            file.sync()
+            return written, checksums.save(folder, writer.sums)
+        except OSError as error:
+            if error.errno == errno.ENOSPC and not isinstance(error, TableError):
+                what = f"{error.strerror}: make room"
+                raise TableError(error.errno, what, str(file.path)) from None
+            raise

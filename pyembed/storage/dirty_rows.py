@@ -1,4 +1,4 @@
-"""Which rows were changed since the last commit: a bit for each row."""
+"""The dirty rows of a table: a bit for each row that changed since the last commit."""
 
 from __future__ import annotations
 
@@ -13,53 +13,60 @@ from pyembed import _core
 I64 = NDArray[np.int64]
 U32 = NDArray[np.uint32]
 U8 = NDArray[np.uint8]
-BLOCK = 4096  # bytes of bits that are taken together: a page
+BLOCK = 4096  # bytes of the bits that are cleared and read together: a page
 BLOCK_ROWS = 8 * BLOCK
 BLOCK_SHIFT = BLOCK_ROWS.bit_length() - 1
-RANGE_BLOCKS = 512  # that `parts` looks at together
+RANGE_BLOCKS = 512  # of one part, see `parts`
 RANGE_BYTES = RANGE_BLOCKS * BLOCK
 RANGE_ROWS = 8 * RANGE_BYTES
 
 
-class Touched:
-    """Which rows were changed since the last commit: a bit for each.
+class DirtyRows:
+    """The rows that changed since the last commit.
 
-    Bits lie in pages of `BLOCK_ROWS`, and take memory as rows are touched.
+    The bits of unchanged pages of `BLOCK_ROWS` rows take no memory.
 
-    `new` does not mark, so that a row counts as touched only once its old content is safe: a
-    caller asks, records, syncs, marks, with nobody else in between. Anybody may ask meanwhile.
+    `new` does not mark rows, so that a row counts as dirty only once its old content is safe: the
+    caller takes a lock, asks which rows are new, records them, syncs, and marks them. Other threads
+    may call `new` in the meantime.
 
     Parameters
     ----------
     rows : int
-        Of the last commit. Rows appended since have no content to go back to and are never new.
+        Number of rows at the last commit. Rows that were appended since have no content to go back
+        to, and are never new.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
         blocks = -(-rows // BLOCK_ROWS)
         self._bits = np.zeros((blocks, BLOCK), np.uint8)
-        self._touched = np.zeros(blocks, np.bool_)  # blocks with a bit set
-        self._looking = threading.Lock()
+        self._dirty = np.zeros(blocks, np.bool_)  # blocks with a bit set
+        self._lock = threading.Lock()
 
     def new(self, rows: I64) -> I64:
-        """Those of `rows` (ascending, unique) that are not marked, in their order."""
+        """Return those of `rows` (ascending, unique) that are not marked, in their order."""
         rows = rows[: np.searchsorted(rows, self.rows)]
-        with self._looking:
+        with self._lock:
             unmarked: I64 = _core.unmarked_rows(self._bits.reshape(-1), rows)
         return unmarked
 
     def mark(self, rows: I64) -> None:
-        """Say that these rows (ascending, unique, out of `new`) are safe to change."""
-        with self._looking:
+        """Mark rows (ascending, unique, returned by `new`): they are safe to change."""
+        with self._lock:
             _core.mark_rows(self._bits.reshape(-1), rows)
-        self._touched[rows >> BLOCK_SHIFT] = True
+        self._dirty[rows >> BLOCK_SHIFT] = True
 
     def parts(self) -> Iterator[tuple[int, U32, U8]]:
-        """The marks, a range of `RANGE_ROWS` rows at a time: its number, which of its bytes are not
-        zero, and these."""
-        touched = np.flatnonzero(self._touched)
-        for blocks in np.split(touched, np.flatnonzero(np.diff(touched // RANGE_BLOCKS)) + 1):
+        """Yield the marks by ranges of `RANGE_ROWS` rows.
+
+        Yields
+        ------
+        tuple
+            The number of the range, the positions of its bytes that are not zero, and these bytes.
+        """
+        dirty = np.flatnonzero(self._dirty)
+        for blocks in np.split(dirty, np.flatnonzero(np.diff(dirty // RANGE_BLOCKS)) + 1):
             if blocks.size:
                 words = self._bits[blocks].view(np.uint64)
                 block, word = np.nonzero(words != 0)  # first, as most bytes are zero
@@ -70,16 +77,16 @@ class Touched:
                 yield int(blocks[0]) // RANGE_BLOCKS, offsets, bits[used]
 
     def clear(self) -> None:
-        """Forget the marks: the rows are those of the commit again."""
-        blocks = np.flatnonzero(self._touched)
+        """Remove all marks: the rows are those of the commit again."""
+        blocks = np.flatnonzero(self._dirty)
         self._bits[blocks] = 0
-        self._touched[blocks] = False
+        self._dirty[blocks] = False
 
     def commit(self, rows: int) -> None:
-        """What was marked is committed; the table has this many rows now."""
+        """Remove all marks after a commit of a table that has this many rows now."""
         self.clear()
         if rows > self.rows:
             count = -(-rows // BLOCK_ROWS)
-            for array in (self._bits, self._touched):
+            for array in (self._bits, self._dirty):
                 array.resize((count, *array.shape[1:]), refcheck=False)  # adds zeros
         self.rows = rows

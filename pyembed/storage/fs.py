@@ -1,278 +1,491 @@
-"""Bytes to disk: sync, allocate, replace, write past the page cache; the header of .npy files.
+"""The seam to the operating system: every call on a table's files is a method of `FileSystem`.
 
-The only file that syncs: every sync of the library passes `sync`, so that a test can count them,
-fail them, or drop what came after the last one.
+::
+
+    store, journal, change log, …  ──►  Folder, File  ──►  FileSystem  ──►  os, mmap, fcntl
+
+A `Folder` holds the descriptor of a table's folder from open to close. All names are resolved
+relative to that descriptor, so a table stays where it was opened when the process changes its
+working directory, or when somebody renames the folder. A path is for messages.
+
+How a test replaces the system: it subclasses `FileSystem` and installs an instance with `using`.
+Each store, folder and file keeps the instance that was installed when it was opened. ::
+
+    class FailingSync(fs.FileSystem):
+        def sync(self, fd):
+            raise OSError(errno.EIO, "injected")
+
+    with fs.using(FailingSync()):
+        table = Table.open(path)
+
+The methods of `FileSystem` are thin, and named in `CALLS`. A subclass sees these arguments:
+
+- a call by name (`open`, `rename`, `unlink`, `mkdir`, `rmdir`, `stat_name`) gets the absolute path
+  as it was at open, and ``dir_fd``, the descriptor of the folder. The system resolves only the last
+  component of the path, relative to ``dir_fd``; where ``dir_fd`` is None it resolves the path
+  itself;
+- a call on an open file gets its descriptor; `open` says which path a descriptor belongs to;
+- `pwrite` and `pread` get the data and the offset, and return the number of bytes done. Their
+  callers repeat them until everything is done, so a subclass may do a part;
+- `map` returns the mapping; stores to it pass no call;
+- `helper` returns the executor that takes the work of a background thread; a subclass may return
+  one that runs each task in turn.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
-import shutil
-import tokenize
-from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from pyembed import _core
-from pyembed._checks import F32, FLOAT32
+from pyembed._checks import F32
 from pyembed.errors import FormatError, TableError
 
-# So that rows start on a page, and a row whose size divides a page stays on one.
-HEADER_BYTES = 4096
-MAX_STRIDE = 1 << 24  # floats of a row: 256 columns of the widest kind
-PIECE_BYTES = 8 << 20  # of a table that is being made, per write
-NEAR = 0.75  # of the changed pages at which the system begins to write by itself
-OPEN_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)  # of a file that is nobody's link
-WRITERS = 2  # of them under way: 1 leaves the disk waiting, 4 gains nothing
-SUM_BYTES = 1 << 20  # of a file that have a checksum of their own
+CALLS = (
+    *("open", "close", "pread", "pwrite", "map", "sync", "rename", "unlink", "mkdir", "rmdir"),
+    *("stat", "stat_name", "names", "free_bytes", "truncate", "allocate", "lock", "duplicate"),
+    *("advise", "start_write_back", "cached_pages", "helper"),
+)
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+FOLDER_FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
 
 
-def sync(fd: int) -> None:
-    """Make what was written to `fd` durable. Every sync of the library passes here."""
-    os.fsync(fd)
+class Helper(Protocol):
+    """The part of `concurrent.futures.Executor` that storage uses."""
+
+    def submit(self, task: Callable[..., Any], /, *args: Any) -> Any:
+        """Schedule a call; return its future."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks."""
 
 
-def npy_header(rows: int, stride: int) -> bytes:
-    """The .npy v1.0 header of a table's rows, HEADER_BYTES long."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {stride}), }}"
-    prefix = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
-    return prefix + text.encode().ljust(HEADER_BYTES - 11) + b"\n"
+class FileSystem:
+    """The system calls on a table's files; see the module for how a subclass replaces them."""
 
+    def open(self, path: Path, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
+        """Open a file or a folder; return its descriptor."""
+        name = path if dir_fd is None else path.name
+        return os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd)
 
-def read_npy_header(path: Path, fd: int) -> tuple[int, int, int]:
-    """(rows, stride, offset of the data) of an .npy file of float32 rows.
-
-    Raises
-    ------
-    FormatError
-        If it is no 2-D C-order little-endian float32 array, or is shorter than it says.
-    """
-    try:
-        with open(fd, "rb", closefd=False) as file:
-            file.seek(0)
-            version = np.lib.format.read_magic(file)
-            reader = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-                version, np.lib.format.read_array_header_2_0
-            )
-            shape, fortran, dtype = reader(file)
-            offset = file.tell()
-    except (ValueError, SyntaxError, tokenize.TokenError) as error:
-        raise FormatError(f"{path}: not an .npy file ({error})") from None
-    if dtype != FLOAT32 or dtype.byteorder == ">" or len(shape) != 2 or (fortran and shape[0] > 1):
-        order = "Fortran" if fortran else "C"
-        raise FormatError(
-            f"{path}: {dtype} of shape {shape} in {order} order; allowed: 2-D float32 in C order; "
-            "convert with np.save(path, np.ascontiguousarray(array, '<f4'))"
-        )
-    if shape[0] < 0 or not 1 <= shape[1] <= MAX_STRIDE or offset % 4:
-        raise FormatError(
-            f"{path}: shape {shape} at byte {offset}; allowed: rows of 1..{MAX_STRIDE} floats that "
-            "begin at a multiple of 4 bytes"
-        )
-    size, needed = os.fstat(fd).st_size, offset + 4 * shape[0] * shape[1]
-    if size < needed:
-        raise FormatError(f"{path}: {size} bytes; its header asks for {needed}: it was cut short")
-    return shape[0], shape[1], offset
-
-
-def anonymous(rows: int, stride: int) -> F32:
-    """Zeroed rows in memory, page-aligned and on huge pages where the system grants them."""
-    size = 4 * rows * stride
-    if size == 0:
-        return np.zeros((rows, stride), np.float32)
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError):
-        raise TableError(
-            errno.ENOMEM, f"a table of {size:,} bytes does not fit into memory; use Table.create"
-        ) from None
-    with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(rows, stride)
-
-
-def map_rows(fd: int, offset: int, rows: int, stride: int, access: int) -> F32:
-    """Rows of a file that is long enough, which they begin at a byte of, as its pages."""
-    if rows == 0:
-        return np.zeros((0, stride), np.float32)
-    memory = mmap.mmap(fd, offset + 4 * rows * stride, access=access)
-    with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
-        # The system's read-ahead would read megabytes for one cold row.
-        memory.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(memory, np.float32, rows * stride, offset).reshape(rows, stride)
-
-
-def allocate(fd: int, offset: int, size: int, path: Path) -> None:
-    """Reserve disk space, so that a full disk is an error here and not a signal later.
-
-    Raises
-    ------
-    TableError
-        If the disk has not enough space (errno ENOSPC).
-    """
-    if size == 0:
-        return
-    before = os.fstat(fd).st_size
-    try:
-        os.posix_fallocate(fd, offset, size)
-    except OSError as error:
-        os.ftruncate(fd, before)
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise TableError(
-            error.errno,
-            f"{error.strerror}: the table needs {size:,} more bytes, {free:,} are free; "
-            "make room or choose another disk",
-            str(path),
-        ) from None
-
-
-def write_back_is_near() -> bool:
-    """Whether the system is about to write changed pages of its own choice; False if unknown."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return False
-    pages = dict(line.split() for line in lines)
-    threshold = int(pages.get("nr_dirty_background_threshold", 0))
-    return int(pages.get("nr_dirty", 0)) > NEAR * threshold > 0
-
-
-def write_all(fd: int, data: Any) -> None:
-    """os.write until everything is written."""
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def write_at(fd: int, parts: list[Any], at: int) -> None:
-    """All parts, one after the other, from `at` on: os.pwritev until everything is written."""
-    left = [memoryview(part) for part in parts if len(part)]
-    while left:
-        count = os.pwritev(fd, left, at)
-        at += count
-        while left and count >= len(left[0]):
-            count -= len(left.pop(0))
-        if count:
-            left[0] = left[0][count:]
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        sync(fd)
-    finally:
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
         os.close(fd)
 
+    def duplicate(self, fd: int) -> int:
+        """Return a second descriptor of an open file."""
+        return os.dup(fd)
 
-def replace_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Atomically replace a file: temporary file, sync, rename, sync of the folder.
+    def pread(self, fd: int, buffer: memoryview, at: int) -> int:
+        """Read from an offset into a buffer; return how many bytes were read."""
+        return os.preadv(fd, [buffer], at)
 
-    What makes the parts may fail: the file is then as it was.
+    def pwrite(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
+        """Write buffers one after the other at an offset; return how many bytes were written."""
+        return os.pwritev(fd, parts, at)
 
-    Raises
-    ------
-    OSError
-        With errno EIO if only the last failed: the file is the new one already, and a caller must
-        not take that for a full disk, which is met before.
+    def map(self, fd: int, size: int, access: int) -> mmap.mmap:
+        """Map the first bytes of a file."""
+        return mmap.mmap(fd, size, access=access)
+
+    def sync(self, fd: int) -> None:
+        """Make what was written to a file, or the names in a folder, durable."""
+        os.fsync(fd)
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Set the size of a file."""
+        os.ftruncate(fd, size)
+
+    def allocate(self, fd: int, at: int, size: int) -> None:
+        """Reserve disk space."""
+        os.posix_fallocate(fd, at, size)
+
+    def lock(self, fd: int, exclusive: bool) -> None:
+        """Take a flock, without waiting; BlockingIOError if somebody else holds it."""
+        kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+
+    def stat(self, fd: int) -> os.stat_result:
+        """Return the status of an open file."""
+        return os.fstat(fd)
+
+    def free_bytes(self, fd: int) -> int:
+        """Return the free space of the file system that a file is on."""
+        found = os.fstatvfs(fd)
+        return found.f_bavail * found.f_frsize
+
+    def stat_name(
+        self, path: Path, *, dir_fd: int | None = None, follow: bool = True
+    ) -> os.stat_result:
+        """Return the status of what a name leads to; of a link itself if it is not followed."""
+        name = path if dir_fd is None else path.name
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=follow)
+
+    def names(self, fd: int) -> list[str]:
+        """Return the names in a folder."""
+        return os.listdir(fd)
+
+    def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
+        """Rename within one folder; a file replaces an existing one."""
+        if dir_fd is None:
+            source.replace(target)
+        else:
+            os.replace(source.name, target.name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    def unlink(self, path: Path, *, dir_fd: int | None = None) -> None:
+        """Remove the name of a file."""
+        os.unlink(path if dir_fd is None else path.name, dir_fd=dir_fd)
+
+    def mkdir(self, path: Path, *, dir_fd: int | None = None) -> None:
+        """Make a folder."""
+        os.mkdir(path if dir_fd is None else path.name, dir_fd=dir_fd)
+
+    def rmdir(self, path: Path, *, dir_fd: int | None = None) -> None:
+        """Remove an empty folder."""
+        os.rmdir(path if dir_fd is None else path.name, dir_fd=dir_fd)
+
+    def advise(self, fd: int, at: int, size: int, advice: str) -> None:
+        """Give posix_fadvise a hint, "willneed" or "dontneed", where the system has it."""
+        if hasattr(os, "posix_fadvise"):
+            flag = {"willneed": os.POSIX_FADV_WILLNEED, "dontneed": os.POSIX_FADV_DONTNEED}[advice]
+            os.posix_fadvise(fd, at, size, flag)
+
+    def start_write_back(self, fd: int, at: int, size: int) -> bool:
+        """Begin to write dirty pages to the disk, without waiting; False if not supported."""
+        return _core.start_write_back(fd, at, size)
+
+    def cached_pages(self, fd: int) -> tuple[int, int] | None:
+        """Return how many pages of a file are in memory, and how many of them are dirty."""
+        return _core.cached_pages(fd)
+
+    def helper(self, name: str, num_threads: int) -> Helper:
+        """Return an executor whose threads start with its first task."""
+        return ThreadPoolExecutor(num_threads, name)
+
+
+_installed = FileSystem()
+
+
+def current() -> FileSystem:
+    """Return the file system that stores capture when they are opened."""
+    return _installed
+
+
+class using:
+    """Install a file system for the whole process, for the length of a block.
+
+    Parameters
+    ----------
+    system : FileSystem
     """
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        for part in parts:
-            write_all(fd, part)
-        sync(fd)
-    finally:
-        os.close(fd)
-    temporary.replace(path)
-    try:
-        sync_folder(path.parent)
-    except OSError as error:
-        what = f"its new content may be lost with the machine ({error.strerror})"
-        raise OSError(errno.EIO, what, str(path)) from error
+
+    def __init__(self, system: FileSystem) -> None:
+        self._system = system
+
+    def __enter__(self) -> FileSystem:
+        global _installed
+        self._before, _installed = _installed, self._system
+        return self._system
+
+    def __exit__(self, *_: object) -> None:
+        global _installed
+        _installed = self._before
 
 
-class DirectWriter:
-    """Writes a file from its start, past the page cache, while the next bytes are made.
+class File:
+    """An open file: a descriptor, the file system that opened it, and a path for messages.
 
-    Through the page cache a new table would be copied once more, would push everybody else's pages
-    out, and would stall at the system's limit of unwritten pages. Where the file system takes no
-    O_DIRECT, the same pieces are written in the usual way.
+    Parameters
+    ----------
+    system : FileSystem
+    fd : int
+    path : Path
 
     Attributes
     ----------
-    sums : list of int
-        See `block_sums`; of the whole file once the block has ended.
+    fd : int
+        -1 once it is closed.
+    path : Path
+    system : FileSystem
     """
 
-    def __init__(self, fd: int, path: Path) -> None:
-        self._fd = fd
-        try:
-            self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
-        except OSError:
-            self._direct = os.dup(fd)
-        self._pool = ThreadPoolExecutor(WRITERS, "pyembed-write")
-        self._piece = mmap.mmap(-1, PIECE_BYTES)  # being filled; page-aligned, as O_DIRECT wants
-        self._free = [mmap.mmap(-1, PIECE_BYTES) for _ in range(WRITERS)]
-        self._writing: deque[tuple[Future[list[int]], mmap.mmap]] = deque()
-        self.sums: list[int] = []
-        self._at = self._filled = 0  # where the piece begins in the file, and how full it is
+    def __init__(self, system: FileSystem, fd: int, path: Path) -> None:
+        self.system, self.fd, self.path = system, fd, path
 
-    def write(self, data: Any) -> None:
-        """Take more bytes; what they were made in may be used again at once."""
-        view = memoryview(data).cast("B")
-        while view:
-            take = min(len(view), PIECE_BYTES - self._filled)
-            self._piece[self._filled : self._filled + take] = view[:take]
-            self._filled += take
-            view = view[take:]
-            if self._filled == PIECE_BYTES:
-                self._send()
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return self.system.stat(self.fd).st_size
 
-    def _send(self) -> None:
-        task = self._pool.submit(_put, self._direct, memoryview(self._piece), self._at)
-        self._writing.append((task, self._piece))
-        self._at, self._filled = self._at + PIECE_BYTES, 0
-        if not self._free:
-            task, piece = self._writing.popleft()
-            self.sums += task.result()
-            self._free.append(piece)
-        self._piece = self._free.pop()
+    def require_regular(self) -> File:
+        """Return the file itself.
 
-    def __enter__(self) -> DirectWriter:
+        Raises
+        ------
+        FormatError
+            If it is a folder, a pipe or a device. It is then closed.
+        """
+        if not stat.S_ISREG(self.system.stat(self.fd).st_mode):
+            self.close()
+            raise FormatError(f"{self.path}: not a regular file; remove it")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._pool.shutdown()  # waits
+    def read_into(self, buffer: Any, at: int) -> int:
+        """Fill a buffer from an offset; return how many bytes the file had for it."""
+        view, done = memoryview(buffer).cast("B"), 0
+        while done < len(view):
+            count = self.system.pread(self.fd, view[done:], at + done)
+            if not count:
+                break
+            done += count
+        return done
+
+    def read_at(self, size: int, at: int) -> bytes:
+        """Return at most `size` bytes from an offset: fewer only at the end of the file."""
+        buffer = bytearray(size)
+        return bytes(memoryview(buffer)[: self.read_into(buffer, at)])
+
+    def write_at(self, parts: Iterable[Any], at: int) -> int:
+        """Write all parts, one after the other, at an offset; return the offset behind them."""
+        left = [view for part in parts if len(view := memoryview(part).cast("B"))]
+        while left:
+            count = self.system.pwrite(self.fd, left, at)
+            at += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
+        return at
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        self.system.sync(self.fd)
+
+    def truncate(self, size: int) -> None:
+        """Set the size."""
+        self.system.truncate(self.fd, size)
+
+    def allocate(self, at: int, size: int) -> None:
+        """Reserve disk space, so that a full disk is an error here and not a signal later.
+
+        Raises
+        ------
+        TableError
+            If the disk has not enough space (errno ENOSPC). The size is then as it was.
+        """
+        if size == 0:
+            return
+        before = self.size
         try:
-            if kind is None:
-                for task, _ in self._writing:
-                    self.sums += task.result()
-                # The last piece is no multiple of a block.
-                self.sums += _put(self._fd, memoryview(self._piece)[: self._filled], self._at)
-        finally:
-            os.close(self._direct)
+            self.system.allocate(self.fd, at, size)
+        except OSError as error:
+            self.truncate(before)
+            if error.errno not in FULL:
+                raise
+            raise TableError(
+                error.errno,
+                f"{error.strerror}: the table needs {size:,} more bytes, "
+                f"{self.system.free_bytes(self.fd):,} are free; make room or choose another disk",
+                str(self.path),
+            ) from None
+
+    def map_rows(self, offset: int, rows: int, stride: int, access: int) -> F32:
+        """Map float32 rows that begin at an offset of a file that is long enough.
+
+        Returns
+        -------
+        float32 array of shape (rows, stride)
+        """
+        if rows == 0:
+            return np.zeros((0, stride), np.float32)
+        memory = self.system.map(self.fd, offset + 4 * rows * stride, access)
+        with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
+            # The system's own readahead would read megabytes for one cold row.
+            memory.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(memory, np.float32, rows * stride, offset).reshape(rows, stride)
+
+    def close(self) -> None:
+        """Close the descriptor. Closing twice is allowed."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            self.system.close(fd)
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _put(fd: int, view: memoryview, at: int) -> list[int]:
-    write_at(fd, [view], at)
-    return block_sums(view, at)
+class Folder:
+    """A folder that is held by a descriptor: all names are resolved relative to it.
 
+    Parameters
+    ----------
+    path : Path
+        Links are followed. A relative path is stored as an absolute one.
+    system : FileSystem, optional
+        The one that is installed, if not given.
 
-def block_sums(view: memoryview, at: int) -> list[int]:
-    """CRC-32C of each MiB of a piece that begins at byte `at`, a multiple of that, of a file.
-
-    The header is left out: it is compared with the manifest, and may be written last.
+    Attributes
+    ----------
+    path : Path
+        Where the folder was when it was opened: for messages.
+    system : FileSystem
     """
-    first = max(0, HEADER_BYTES - at)
-    starts = range(0, len(view), SUM_BYTES)
-    return [_core.crc32c(view[max(first, start) : start + SUM_BYTES]) for start in starts]
+
+    def __init__(self, path: Path, system: FileSystem | None = None) -> None:
+        self.path, self.system = path.absolute(), system or current()
+        self._fd = self.system.open(self.path, FOLDER_FLAGS)
+
+    def subfolder(self, name: str) -> Folder:
+        """Open a folder of this folder."""
+        folder = Folder.__new__(Folder)
+        folder.path, folder.system = self.path / name, self.system
+        folder._fd = self.system.open(folder.path, FOLDER_FLAGS, dir_fd=self._fd)
+        return folder
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> File:
+        """Open a file of the folder; links are followed without the flag `NO_LINK`."""
+        path = self.path / name
+        return File(self.system, self.system.open(path, flags, dir_fd=self._fd), path)
+
+    def exists(self, name: str) -> bool:
+        """Whether the folder has this name, be it a link that leads nowhere."""
+        try:
+            self.system.stat_name(self.path / name, dir_fd=self._fd, follow=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a small file."""
+        with self.open(name) as file:
+            return file.read_at(file.size, 0)
+
+    def write(self, name: str, parts: Iterable[Any], size: int = 0) -> None:
+        """Write a file and sync it. Its name is durable once the folder is synced as well.
+
+        Parameters
+        ----------
+        name : str
+        parts : iterable of bytes-like objects
+            Making them may fail: the file is then incomplete.
+        size : int
+            Bytes to allocate first, if that is known.
+
+        Raises
+        ------
+        TableError
+            If the disk has not so many free bytes.
+        """
+        with self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+            file.allocate(0, size)
+            at = 0
+            for part in parts:
+                at = file.write_at([part], at)
+            file.sync()
+
+    def replace(self, name: str, parts: Iterable[Any]) -> None:
+        """Atomically replace a file: temporary file, sync, rename, sync of the folder.
+
+        Making the parts may fail: the file is then as it was.
+
+        Raises
+        ------
+        OSError
+            With errno EIO if only the last sync failed. The file already is the new one, so a
+            caller must not take that for a full disk, which is met before.
+        """
+        temporary = name + ".new"
+        self.write(temporary, parts)
+        self.rename(temporary, name)
+        try:
+            self.sync()
+        except OSError as error:
+            what = f"its new content may be lost with the machine ({error.strerror})"
+            raise OSError(errno.EIO, what, str(self.path / name)) from error
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename a file of the folder."""
+        self.system.rename(self.path / source, self.path / target, dir_fd=self._fd)
+
+    def unlink(self, name: str, missing_ok: bool = False) -> None:
+        """Remove a file of the folder."""
+        try:
+            self.system.unlink(self.path / name, dir_fd=self._fd)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def mkdir(self, name: str) -> None:
+        """Make a folder in this folder."""
+        self.system.mkdir(self.path / name, dir_fd=self._fd)
+
+    def rmdir(self, name: str) -> None:
+        """Remove an empty folder of this folder."""
+        self.system.rmdir(self.path / name, dir_fd=self._fd)
+
+    def names(self) -> list[str]:
+        """Return the names in the folder."""
+        return self.system.names(self._fd)
+
+    def sync(self) -> None:
+        """Make the names in the folder durable."""
+        self.system.sync(self._fd)
+
+    def has(self, file: File) -> bool:
+        """Whether a file's name in the folder still leads to the file that is open."""
+        try:
+            found = self.system.stat_name(file.path, dir_fd=self._fd)
+        except OSError:
+            return False
+        return os.path.samestat(found, self.system.stat(file.fd))
+
+    def is_at_path(self) -> bool:
+        """Whether the path still leads to this folder."""
+        try:
+            found = self.system.stat_name(self.path)
+        except OSError:
+            return False
+        return os.path.samestat(found, self.system.stat(self._fd))
+
+    def close(self) -> None:
+        """Close the descriptor. Closing twice is allowed."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self.system.close(fd)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY) -> File:
+    """Open a file by its path; links are followed."""
+    system, path = current(), path.absolute()
+    return File(system, system.open(path, flags), path)
+
+
+def replace_file(path: Path, parts: Iterable[Any]) -> None:
+    """Atomically replace a file that is named by its path; see `Folder.replace`."""
+    with Folder(path.parent) as folder:
+        folder.replace(path.name, parts)
+
+
+def sync(fd: int) -> None:
+    """Make what was written to a descriptor durable: for a file that this module did not open."""
+    current().sync(fd)

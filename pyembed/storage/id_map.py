@@ -1,32 +1,33 @@
-"""Which row each id has, when the ids that occur most often shall lie together.
+"""The id map of a table whose rows are ordered by frequency: which row each id has.
 
-Ids in the order of a data set are spread over the whole table, so every page holds a hot row or two
-beside many cold ones. Laid out by frequency, the hot rows share pages, and few pages hold most of
-what a batch needs.
+Ids in the order of a data set are spread over the whole table, so every page holds one or two hot
+rows and many cold ones. In a table that is ordered by frequency the hot rows share pages, and a
+batch needs few pages.
 
-The result is an id map, ``id_map[id] = row``, kept as ``id_map.npy`` beside the rows. This file
-makes it from counts, and knows its bytes; `store` maps them. It moves no values: what a row holds
-belongs to the row, whichever id has it.
+An id map is an array, ``id_map[id] = row``, stored as ``id_map.npy`` in the table's folder. This
+module makes it from counts, and reads and writes its file. It moves no values: a value belongs to
+its row, whichever id has that row.
 
-Counts and ids are taken as they are or refused: nothing is clipped, rounded or filled up.
+Counts and ids are accepted as they are or refused: nothing is clipped, rounded or padded.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from array import array
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
+from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import ArrayLike, NDArray
 
 from pyembed._checks import require_count
 from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError, PyembedError
-from pyembed.storage import fs
+from pyembed.storage import npy
+from pyembed.storage.fs import Folder
 from pyembed.storage.manifest import MAX_ROWS
 
 __all__ = ["by_frequency", "count_ids", "read_counts"]
@@ -38,16 +39,16 @@ ONE_EACH = "allowed: integers of 0 or more, one for each id"
 
 
 def by_frequency(counts: ArrayLike, rows: int | None = None) -> NDArray[np.int64]:
-    """Give each id its row: the most frequent id row 0; of equally frequent ids the smaller first.
+    """Make an id map: row 0 for the most frequent id; of equally frequent ids the smaller first.
 
-    Takes about 32 bytes of memory an id while it sorts, counts and result included.
+    Takes about 32 bytes of memory per id while it sorts, counts and result included.
 
     Parameters
     ----------
     counts : integers of shape (rows,)
         How often each id occurs.
     rows : int, optional
-        How many there must be.
+        The number of counts that is required.
 
     Returns
     -------
@@ -56,7 +57,10 @@ def by_frequency(counts: ArrayLike, rows: int | None = None) -> NDArray[np.int64
 
     Raises
     ------
-    ArgumentError, DTypeError
+    ArgumentError
+        If a count is negative, or the number of counts is wrong.
+    DTypeError
+        If the counts are not integers.
 
     Examples
     --------
@@ -77,26 +81,38 @@ def by_frequency(counts: ArrayLike, rows: int | None = None) -> NDArray[np.int64
 
 
 def read_counts(path: str | os.PathLike[str]) -> NDArray[np.int64]:
-    """Read how often each id occurs; 8 bytes of memory an id.
+    """Read how often each id occurs; takes 8 bytes of memory per id.
 
     Parameters
     ----------
     path : path-like
-        A 1-D .npy array of integers, or a text with one integer a line: id 0 first.
+        A 1-D .npy array of integers, or a text with one integer per line; id 0 comes first.
+
+    Returns
+    -------
+    int64 array of shape (rows,)
 
     Raises
     ------
     FormatError
-        Naming the line or element.
+        If a count is not an integer of 0 or more; it names the line or the element.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "counts.txt"
+    >>> _ = file.write_text("3\\n9\\n0\\n")
+    >>> read_counts(file)
+    array([3, 9, 0])
     """
     path = Path(path)
     with path.open("rb") as file:
-        if file.read(6) == npy.MAGIC_PREFIX:
-            file.seek(0)
-            shape, dtype = _integers(path, file)
+        if file.read(6) == MAGIC_PREFIX:
+            header = _integers(path, file)
+            shape = header.shape
             if len(shape) != 1:
                 raise FormatError(f"{path}: shape {shape}; allowed: one dimension, a count an id")
-            counts = np.fromfile(file, dtype)[: shape[0]]
+            counts = np.fromfile(file, header.dtype)[: shape[0]]
         else:
             file.seek(0)
             counts = _parse(path, file)
@@ -109,16 +125,16 @@ def read_counts(path: str | os.PathLike[str]) -> NDArray[np.int64]:
 
 
 def count_ids(path: str | os.PathLike[str], rows: int) -> NDArray[np.int64]:
-    """Count the ids of a stream that may be larger than memory.
+    """Count the ids of a file that may be larger than memory.
 
-    Takes about 28 bytes of memory a row, and 20 MB at least, however long the stream is.
+    Takes about 28 bytes of memory per row, and at least 20 MB, however long the file is.
 
     Parameters
     ----------
     path : path-like
         An .npy array of ids, of any shape and integer dtype.
     rows : int
-        How many rows the table has: ids are 0..rows-1.
+        Number of rows of the table: ids are 0..rows-1.
 
     Returns
     -------
@@ -127,20 +143,28 @@ def count_ids(path: str | os.PathLike[str], rows: int) -> NDArray[np.int64]:
     Raises
     ------
     FormatError
-        If the file is something else, or holds no ids.
+        If the file is not an .npy file of integers, or holds no ids.
     IdError
-        Naming the first id that the table has no row for.
+        If the table has no row for an id; it names the first one.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "ids.npy"
+    >>> np.save(file, [2, 0, 2])
+    >>> count_ids(file, rows=4)
+    array([1, 0, 2, 0])
     """
     path, rows = Path(path), require_count(rows, "rows", 0, MAX_ROWS)
     counts = np.zeros(rows, np.int64)
     step = max(CHUNK_IDS, rows)  # each chunk costs as much as the table has rows
     with path.open("rb") as file:
-        shape, dtype = _integers(path, file)
-        total = math.prod(shape)
+        header = _integers(path, file)
+        total = math.prod(header.shape)
         if not total:
             raise FormatError(f"{path} holds no ids; give the ids that the table will be asked for")
         for at in range(0, total, step):
-            ids = np.fromfile(file, dtype, min(step, total - at))
+            ids = np.fromfile(file, header.dtype, min(step, total - at))
             if ids.min() < 0 or ids.max() >= rows:
                 first = int(np.argmax((ids < 0) | (ids >= rows)))
                 allowed = f"0..{rows - 1}" if rows else "an empty table"
@@ -149,47 +173,40 @@ def count_ids(path: str | os.PathLike[str], rows: int) -> NDArray[np.int64]:
     return counts
 
 
-def save(folder: Path, id_map: NDArray[np.int64]) -> None:
-    """Write ``id_map.npy`` into a folder that has none, durably.
+def save(folder: Folder, id_map: NDArray[np.int64]) -> None:
+    """Write ``id_map.npy`` into a new folder; the folder is to be synced afterwards.
 
     Raises
     ------
     TableError
         If the disk is full.
     """
-    header = BytesIO()
-    npy.write_array_header_1_0(
-        header, {"descr": "<i8", "fortran_order": False, "shape": id_map.shape}
-    )
-    path = folder / FILE
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        fs.allocate(fd, 0, header.tell() + id_map.nbytes, path)
-        fs.write_all(fd, header.getvalue())
-        if id_map.size:
-            fs.write_all(fd, id_map.astype("<i8", copy=False))
-        fs.sync(fd)
-    finally:
-        os.close(fd)
+    array = np.ascontiguousarray(id_map, "<i8")
+    header = npy.header_of(array)
+    folder.write(FILE, [header, array], len(header) + array.nbytes)
 
 
-def data_offset(path: Path, fd: int, rows: int) -> int:
-    """Where the numbers of an id map begin, once it is known to fit a table of so many rows.
+def load(folder: Folder, rows: int) -> NDArray[np.int64] | None:
+    """Map the id map of a table, read-only; None if it has none.
 
-    That each row comes once is not looked at: it would read the whole map at every open.
+    Whether each row occurs once is not checked: that would read the whole map at every open.
 
     Raises
     ------
     FormatError
+        If it is not an id map of so many rows.
     """
-    with open(fd, "rb", closefd=False) as file:
-        shape, dtype = _integers(path, file)
-        if dtype != np.dtype("<i8") or shape != (rows,):
+    if not folder.exists(FILE):
+        return None
+    with folder.open(FILE) as file:
+        header = npy.read_integers(file.read_at(npy.HEAD_BYTES, 0), file.size, file.path)
+        if header.dtype != np.dtype("<i8") or header.shape != (rows,):
             raise FormatError(
-                f"{path}: {dtype} of shape {shape}; allowed: int64 of shape ({rows},), a row for "
-                "each id: it is of another table; restore it from a copy"
+                f"{file.path}: {header.dtype} of shape {header.shape}; allowed: int64 of shape "
+                f"({rows},), a row for each id: it is of another table; restore it from a copy"
             )
-        return file.tell()
+        memory = file.system.map(file.fd, header.offset + 8 * rows, mmap.ACCESS_READ)
+    return np.frombuffer(memory, np.int64, rows, header.offset)
 
 
 def _as_counts(counts: ArrayLike, name: str) -> NDArray[np.int64]:
@@ -204,20 +221,13 @@ def _as_counts(counts: ArrayLike, name: str) -> NDArray[np.int64]:
     return given.astype(np.int64, copy=False)
 
 
-def _integers(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an .npy file of integers; the file then stands at the first of them."""
-    try:
-        version = npy.read_magic(file)
-        v1, v2 = npy.read_array_header_1_0, npy.read_array_header_2_0
-        shape, _, dtype = (v1 if version == (1, 0) else v2)(file)
-    except Exception as error:  # numpy evaluates the header as Python: anything can come of it
-        raise FormatError(f"{path}: not an .npy file ({error}); save it with np.save") from None
-    if dtype.kind not in "iu" or min(shape, default=0) < 0:
-        raise FormatError(f"{path}: {dtype} of shape {shape}; allowed: an array of integers")
-    size, needed = os.fstat(file.fileno()).st_size, file.tell() + dtype.itemsize * math.prod(shape)
-    if size < needed:
-        raise FormatError(f"{path}: {size} bytes; its header asks for {needed}: it was cut short")
-    return shape, dtype
+def _integers(path: Path, file: BinaryIO) -> npy.Header:
+    """Read the header of an .npy file of integers, and seek to the first of them."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    header = npy.read_integers(file.read(npy.HEAD_BYTES), size, path)
+    file.seek(header.offset)
+    return header
 
 
 def _parse(path: Path, file: BinaryIO) -> NDArray[np.int64]:

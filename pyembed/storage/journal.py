@@ -1,30 +1,31 @@
-"""The journal of a table: rows as the last commit left them, written before they first change.
+"""The rollback journal of a table: rows as the last commit left them, written before they first
+change.
 
-It knows the bytes of the journal and its two files, and nothing of tables. It is not safe for
-threads: whoever owns it lets one in at a time.
+This module knows the bytes of the journal and its two files, and nothing of tables. It is not safe
+for threads: its owner takes a lock.
 
 ::
 
-    commit g ──begin──► record … record ──► commit g+1      the frames are worth nothing any more
+    commit g ──begin──► record … record ──► commit g+1      the frames are obsolete from here on
                           │
                           └── the writer dies, or rolls back: Replay ──► rows of commit g
 
-    undo0, undo1    the interval after commit g is kept in undo{g % 2}, from byte 0; the files are
+    undo0, undo1    the transaction after commit g uses undo{g % 2}, from byte 0; the files are
                     used again and never cut, as blocks that were written before sync faster
 
-        ┌─────────┬──────────────┬─────────┬─────┬──────────┬─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─
-        │ frame 0 │ frame 1      │ frame 2 │  …  │ 64 zeros │ frames of older intervals
-        └─────────┴──────────────┴─────────┴─────┴──────────┴─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─
+        ┌─────────┬──────────────┬─────────┬─────┬──────────┬─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─
+        │ frame 0 │ frame 1      │ frame 2 │  …  │ 64 zeros │ frames of older transactions
+        └─────────┴──────────────┴─────────┴─────┴──────────┴─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─
          no rows: "it began"
 
     frame, little-endian; it begins at a multiple of 64 bytes, of 4096 with durability "power"
         byte 0    8s   "PYUNDO1\\n"
-             8    u64  salt          of the interval, random
+             8    u64  salt          of the transaction, random
             16    u64  generation    g
-            24    u64  sequence      0, 1, 2, … within the interval
+            24    u64  sequence      0, 1, 2, … within the transaction
             32    u64  settled       frames below this sequence were safe before this one was begun
             40    u32  size          bytes to the next frame
-            44    u32  n             how many rows follow
+            44    u32  n             number of rows that follow
             48    u32  stride        floats of a row
             52    u32  CRC-32C of the row numbers
             56    u32  CRC-32C of the old rows
@@ -32,35 +33,35 @@ threads: whoever owns it lets one in at a time.
                 64         row numbers, n int64
         64 + 8·n       old rows, n·stride float32; then zeros up to size
 
-"Safe" is written with durability "process" (the page cache outlives the process), and synced with
-"power". Invariants; the caller keeps the first three:
+With durability "process" a frame is safe once it is written (the system's page cache outlives the
+process); with "power", once it is synced. Invariants; the caller keeps the first three:
 
 1. A row is changed only after `record` returned for it, and with "power" after `sync`.
-2. A frame holds rows as commit g left them: a row is recorded before its first change, and not
-   again (`Touched`). So frames may be applied in any order, twice, or again after a crash amid it.
-3. `begin` is called once nothing needs what its file holds, and returns before the table says
+2. A frame holds rows as commit g left them: a row is recorded before its first change, and never
+   again (`DirtyRows`). So frames may be applied in any order, twice, or again after a crash during
+   recovery.
+3. `begin` is called when no frame of its file is needed any more, and returns before the table says
    that it is dirty. So a dirty table without frame 0 has lost its journal.
-4. A salt is drawn anew for each interval. So no older frame is taken for one of this interval
-   (after a rollback the generation is the same), and no row that is recorded holds bytes that
-   look like one: its bytes are older than the salt.
+4. Each transaction draws a new salt. So no older frame is taken for one of this transaction (after
+   a rollback the generation is the same), and no recorded row holds bytes that look like one: its
+   bytes are older than the salt.
 5. The zeros behind the last frame are written with it. So an end without them is not taken for
    the end.
 6. With "power" no block of a synced frame is written again, so a torn write cannot harm it.
-7. What cannot be recorded (a full disk) is an error before a row changes; so is everything after
-   a sync that failed, as the system reports what it lost once.
+7. If a row cannot be recorded (a full disk), the error comes before the row changes. After a failed
+   sync every call fails, as the system reports only once that it lost data.
 
-What was made safe last (one frame; with "power" the frames of one sync) and loses bytes later
-looks as if a crash had cut it short. Any other loss shows in `settled` of the frames behind it.
+The frames that were made safe last (one frame; with "power" the frames of one sync) look as if a
+crash had cut them short, if they lose bytes later. Any other loss shows in `settled` of the frames
+behind it.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -68,30 +69,31 @@ from numpy.typing import NDArray
 
 from pyembed import _core
 from pyembed._checks import F32, FLOAT32, INT64
-from pyembed.errors import ArgumentError, FormatError, TableError
-from pyembed.storage.fs import OPEN_FLAGS, allocate, sync, sync_folder, write_at
+from pyembed.errors import ArgumentError, TableError
+from pyembed.storage.fs import FULL, NO_LINK, File, Folder
 
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
 MAGIC = b"PYUNDO1\n"
-UNIT = 64  # bytes: a header, and what frames begin at a multiple of
-BLOCK = 4096  # what a device may tear when it writes a part of it
-FIELDS = struct.Struct("<8s4Q5I")  # of the header, without its own checksum
-# Of a frame of more than one row: gathered, summed and sent in the cache. Rows of 768 bytes into
-# ext4, checksum left out, EPYC 9005: frames of 64 KiB 3.4 GB/s, of 1 MiB 5.3, of 16 MiB 4.3.
+FILES = ("undo0", "undo1")
+UNIT = 64  # bytes of a header; frames begin at multiples of it
+BLOCK = 4096  # a device may tear a block when it writes a part of it
+FIELDS = struct.Struct("<8s4Q5I")  # the header without its own checksum
+# Size of a frame of more than one row: it is gathered, summed and sent while it is in the cache.
+# Rows of 768 bytes, ext4, without the checksum, EPYC 9005: frames of 64 KiB 3.4 GB/s, of 1 MiB 5.3,
+# of 16 MiB 4.3.
 FRAME_BYTES = 1 << 20
-FIRST_BYTES = 64 << 10  # of a new file; then it doubles
-GROWTH_BYTES = 64 << 20  # at most, of one allocation
-AHEAD_BYTES = 32 << 20  # that a replay asks for
-SCAN_BYTES = 1 << 20  # of what is read at once behind the last frame
+FIRST_BYTES = 64 << 10  # size of a new file; then it doubles
+GROWTH_BYTES = 64 << 20  # at most, in one allocation
+AHEAD_BYTES = 32 << 20  # readahead of a replay
+SCAN_BYTES = 1 << 20  # read at once behind the last frame
 ZEROS = bytes(BLOCK + UNIT)
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
-def undo_path(folder: Path, generation: int) -> Path:
-    """Where the frames after this generation are."""
-    return folder / f"undo{generation % 2}"
+def file_name(generation: int) -> str:
+    """Return the name of the file with the frames after a generation."""
+    return FILES[generation % 2]
 
 
 class _Header(NamedTuple):
@@ -116,7 +118,7 @@ def _pack(header: _Header) -> bytes:
 
 
 def _unpack(data: bytes) -> _Header | None:
-    """None for what is no header."""
+    """Return the header, or None if the bytes are not one."""
     if len(data) != UNIT or not data.startswith(MAGIC):
         return None
     if _crc(data[: FIELDS.size]) != int.from_bytes(data[FIELDS.size :], "little"):
@@ -137,40 +139,41 @@ def _bytes_of(array: NDArray[Any]) -> U8:
 
 
 class Journal:
-    """Writes the frames of one interval after the other.
+    """Writes the frames of one transaction after the other.
 
     Parameters
     ----------
-    folder : Path
+    folder : Folder
     stride : int
         Floats of a row.
     durability : {"process", "power"}
-        What a frame is safe from; with "power" once `sync` has returned.
+        With "power" a frame is safe once `sync` has returned.
 
     Attributes
     ----------
-    path : Path
-        The file of this interval.
+    name : str
+        The file of this transaction.
     frames : int
-        Of this interval, the one without rows included; 0 before `begin`.
+        Number of frames of this transaction, the one without rows included; 0 before `begin`.
     bytes_written : int
         Since this object was made.
     failed_sync : bool
-        Whether a sync failed, or was interrupted: what was recorded may be lost.
+        Whether a sync failed, or was interrupted: recorded rows may be lost.
     """
 
-    def __init__(self, folder: Path, stride: int, durability: str = "process") -> None:
+    def __init__(self, folder: Folder, stride: int, durability: str = "process") -> None:
         self._folder, self._stride = folder, stride
         self._power = durability == "power"
-        self._fds = [-1, -1]  # kept open: a file opened anew need not hear of a failed write
-        self._fd = -1
+        # Kept open: a newly opened file may not report a write that failed before.
+        self._files = dict[str, File]()
+        self._file = File(folder.system, -1, folder.path)  # of this transaction
         self._salt = self._generation = self._at = self._allocated = self._settled = self._sent = 0
         self.failed_sync = False
-        self.path = folder
+        self.name = ""
         self.frames = self.bytes_written = 0
 
     def begin(self, generation: int, salt: int) -> None:
-        """Start the interval after a commit: invariants 3 and 4 say when, and with what salt.
+        """Start the transaction after a commit; invariants 3 and 4 say when, and with which salt.
 
         Raises
         ------
@@ -179,41 +182,35 @@ class Journal:
         """
         self._require_sound()
         self.frames = 0
-        self.path = undo_path(self._folder, generation)
-        which = generation % 2
-        if self._fds[which] < 0:
-            self._fds[which] = self._open()
+        self.name = file_name(generation)
+        if self.name not in self._files:
+            file = self._folder.open(self.name, os.O_RDWR | os.O_CREAT | NO_LINK)
+            self._files[self.name] = file.require_regular()
             if self._power:
-                self._make_durable(sync_folder, self._folder)
-        self._fd = self._fds[which]
-        self._allocated = os.fstat(self._fd).st_size
+                self._make_durable(self._folder.sync)
+        self._file = self._files[self.name]
+        self._allocated = self._file.size
         self._salt, self._generation = salt, generation
         self._at = self._settled = self._sent = 0
         self._append(np.zeros(0, np.int64), np.zeros((0, self._stride), np.float32), _crc(b""))
         if self._power:
             self.sync()
 
-    def _open(self) -> int:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o666)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise FormatError(f"{self.path}: not a regular file; remove it")
-        return fd
-
     def record(self, rows: I64, old: _Old, threads: int = 1) -> None:
         """Append rows as they are before their first change, in frames of bounded size.
 
         If it fails, the rows count as not recorded. Frames of them that were written do no harm:
-        they say what the rows still are.
+        they hold the content that the rows still have.
 
         Parameters
         ----------
         rows : int64 array of shape (n,)
-            None of them recorded in this interval.
+            None of them was recorded in this transaction.
         old : float32 array of shape (n, stride)
-            C-contiguous; or what gives one for each slice of 0..n, and may use its memory again.
+            C-contiguous; or an object that returns one for each slice of 0..n, whose memory it may
+            use again.
         threads : int
-            That sum them.
+            Number of threads for the checksums.
 
         Raises
         ------
@@ -224,7 +221,7 @@ class Journal:
         if not self.frames:
             raise ArgumentError("record before begin")
         frame = max(1, FRAME_BYTES // (8 + 4 * self._stride))
-        some = frame * threads  # that are gathered and summed together
+        some = frame * threads  # rows that are gathered and summed together
         for start in range(0, rows.size, some):
             numbers = rows[start : start + some]
             floats = old[start : start + numbers.size]
@@ -258,70 +255,64 @@ class Journal:
         tail = ZEROS[: size - used + UNIT]
         try:
             self._allocate(self._at + size + UNIT)
-            write_at(self._fd, [_pack(header), *payload, tail], self._at)
+            self._file.write_at([_pack(header), *payload, tail], self._at)
         except OSError as error:
             if error.errno not in FULL or isinstance(error, TableError):
                 raise
             what = f"{error.strerror}: the journal cannot grow, so no row was changed; make room"
-            raise TableError(error.errno, what, str(self.path)) from None
-        # Only now: a frame that was cut short is written over by the next.
+            raise TableError(error.errno, what, str(self._file.path)) from None
+        # Only now: a frame that was cut short is overwritten by the next.
         self._at += size
         self.frames += 1
         self.bytes_written += used + len(tail)
 
     def _allocate(self, end: int) -> None:
-        """Have space up to here; more of it than that if there is, to allocate rarely."""
+        """Have space up to an offset, and more if the disk has it, so as to allocate rarely."""
         have = self._allocated
         if end <= have:
             return
         ahead = max(end, FIRST_BYTES, have + min(have, GROWTH_BYTES))
         try:
-            allocate(self._fd, have, ahead - have, self.path)
+            self._file.allocate(have, ahead - have)
         except TableError:
             ahead = end
-            allocate(self._fd, have, ahead - have, self.path)
+            self._file.allocate(have, ahead - have)
         self._allocated = ahead
 
     def sync(self) -> None:
-        """Make what was recorded outlive the machine. The first failure is final.
+        """Make the recorded rows outlive the machine. The first failure is final.
 
         Raises
         ------
         OSError
         """
         self._require_sound()
-        self._make_durable(sync, self._fd)
+        self._make_durable(self._file.sync)
         self._settled = self.frames
 
     def start_write_back(self) -> None:
-        """Have what is not on its way to the disk yet begin to go there."""
+        """Begin to write the frames to the disk for which that has not begun yet."""
         begun, self._sent = self._sent, self._at
         if begun < self._sent:
-            _core.start_write_back(self._fd, begun, self._sent - begun)
+            self._file.system.start_write_back(self._file.fd, begun, self._sent - begun)
 
-    def _make_durable(self, syncing: Callable[[Any], None], what: int | Path) -> None:
+    def _make_durable(self, sync: Callable[[], None]) -> None:
         try:
-            syncing(what)
-        except BaseException:  # also where it was interrupted: a second try would prove nothing
+            sync()
+        except BaseException:  # also if it was interrupted: a second try would prove nothing
             self.failed_sync = True
             raise
 
     def _require_sound(self) -> None:
         if self.failed_sync:
             what = "a sync of the journal failed; close the table, and open it again to recover"
-            raise TableError(errno.EIO, what, str(self.path))
+            raise TableError(errno.EIO, what, str(self._folder.path / self.name))
 
     def close(self) -> None:
-        """Let go of the files. What is in them stays."""
-        fds, self._fds, self._fd, self.frames = self._fds, [-1, -1], -1, 0
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
-
-
-def _ask(fd: int, at: int, size: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, at, size, os.POSIX_FADV_WILLNEED)
+        """Close the files. Their content stays."""
+        files, self._files, self.frames = self._files, {}, 0
+        for file in files.values():
+            file.close()
 
 
 class _End(Exception):
@@ -329,23 +320,23 @@ class _End(Exception):
 
 
 class Replay:
-    """Reads the frames of one interval: an iterable of (rows, old) for each frame with rows.
+    """Reads the frames of one transaction: an iterable of (rows, old) for each frame with rows.
 
-    It stops at the first frame that is not valid. What the end was is known after the iteration:
+    It stops at the first frame that is not valid. After the iteration `end` says why:
 
     - "complete": the zeros that are written behind the last frame.
-    - "torn": a frame that was being written when the writer died. No row of it was changed.
-    - "damaged": a frame is lost that was safe once, or never was of this table. The rows cannot
+    - "torn": a frame that was being written when the writer died. None of its rows was changed.
+    - "damaged": a frame is lost that was safe once, or was never of this table. The rows cannot
       be brought back to the commit.
 
     To refuse before a row is touched, iterate twice: once for `end`, once to apply. Each iteration
-    begins anew, and holds one frame in memory.
+    starts from the first frame, and holds one frame in memory.
 
     Parameters
     ----------
-    path : Path
+    folder : Folder
     salt, generation : int
-        Of the interval.
+        Of the transaction.
     stride, rows : int
         Shape of the table at the commit.
 
@@ -358,47 +349,45 @@ class Replay:
         Valid ones so far.
     """
 
-    def __init__(self, path: Path, salt: int, generation: int, stride: int, rows: int) -> None:
-        self.path, self._stride, self._rows = path, stride, rows
-        self._interval = (salt, generation)
+    def __init__(self, folder: Folder, salt: int, generation: int, stride: int, rows: int) -> None:
+        self._folder, self._name = folder, file_name(generation)
+        self._stride, self._rows = stride, rows
+        self._transaction = (salt, generation)
         self.end, self.problem = "unread", ""
-        self.frames = self.bytes = self._asked = 0
+        self.frames = self.bytes = self._ahead = 0
 
     def __iter__(self) -> Iterator[tuple[I64, F32]]:
         self.end, self.problem = "unread", ""
-        self.frames = self.bytes = self._asked = 0
-        fd = -1
+        self.frames = self.bytes = self._ahead = 0
+        path = self._folder.path / self._name
         try:
-            fd = os.open(self.path, os.O_RDONLY | OPEN_FLAGS)
-            while True:
-                rows, old = self._next(fd)
-                if rows.size:
-                    yield rows, old
+            with self._folder.open(self._name, os.O_RDONLY | NO_LINK) as file:
+                while True:
+                    rows, old = self._next(file)
+                    if rows.size:
+                        yield rows, old
         except FileNotFoundError:
-            self.end, self.problem = "damaged", f"{self.path}: it is missing"
+            self.end, self.problem = "damaged", f"{path}: it is missing"
         except _End as end:
-            self.end, self.problem = end.args[0], end.args[1] and f"{self.path}: {end.args[1]}"
-        finally:
-            if fd >= 0:
-                os.close(fd)
+            self.end, self.problem = end.args[0], end.args[1] and f"{path}: {end.args[1]}"
 
-    def _next(self, fd: int) -> tuple[I64, F32]:
-        if self.bytes >= self._asked:  # the system's own read-ahead is a third as fast
-            self._asked = self.bytes + AHEAD_BYTES // 2
-            _ask(fd, self.bytes, AHEAD_BYTES)
-        data = os.pread(fd, UNIT, self.bytes)
+    def _next(self, file: File) -> tuple[I64, F32]:
+        if self.bytes >= self._ahead:  # the system's own readahead is a third as fast
+            self._ahead = self.bytes + AHEAD_BYTES // 2
+            file.system.advise(file.fd, self.bytes, AHEAD_BYTES, "willneed")
+        data = file.read_at(UNIT, self.bytes)
         header = _unpack(data)
-        if header is None or (*self._interval, self.frames) != header[:3]:
-            raise self._judge(fd, data == ZEROS[:UNIT])
+        if header is None or (*self._transaction, self.frames) != header[:3]:
+            raise self._judge(file, data == ZEROS[:UNIT])
         here = f"frame {self.frames} at byte {self.bytes}"
         used = UNIT + header.n * (8 + 4 * header.stride)
         if header.stride != self._stride or header.size < used or header.size % UNIT:
             raise _End("damaged", f"{here} is of another table")
         payload = np.empty(used - UNIT, np.uint8)
-        whole = os.preadv(fd, [payload.data], self.bytes + UNIT) == payload.size
+        whole = file.read_into(payload, self.bytes + UNIT) == payload.size
         numbers, floats = payload[: 8 * header.n], payload[8 * header.n :]
         if not whole or (_crc(numbers), _crc(floats)) != (header.rows_crc, header.old_crc):
-            raise self._judge(fd, False)
+            raise self._judge(file, False)
         rows, old = numbers.view(np.int64), floats.view(np.float32)
         if rows.size and not (rows.min() >= 0 and rows.max() < self._rows):
             raise _End("damaged", f"{here} has rows outside 0..{self._rows - 1}")
@@ -406,23 +395,23 @@ class Replay:
         self.bytes += header.size
         return rows, old.reshape(header.n, self._stride)
 
-    def _judge(self, fd: int, zeros: bool) -> _End:
-        """There is no valid frame here: what does that mean?"""
+    def _judge(self, file: File, zeros: bool) -> _End:
+        """Say what it means that there is no valid frame here."""
         if self.frames == 0:
-            return _End("damaged", "it does not begin with a frame of this interval")
-        here, later = f"frame {self.frames} at byte {self.bytes}", self._settled_after(fd)
+            return _End("damaged", "it does not begin with a frame of this transaction")
+        here, later = f"frame {self.frames} at byte {self.bytes}", self._settled_after(file)
         if later is not None:
             return _End("damaged", f"{here} is lost, and was safe before that at byte {later}")
         return _End("complete", "") if zeros else _End("torn", f"{here} was being written")
 
-    def _settled_after(self, fd: int) -> int | None:
-        """The first later frame of this interval that was begun when the one here was safe."""
-        end, salt = os.fstat(fd).st_size, np.uint64(self._interval[0])
-        for start in range(self.bytes + UNIT, end, SCAN_BYTES):
-            data = os.pread(fd, SCAN_BYTES, start)
+    def _settled_after(self, file: File) -> int | None:
+        """Find the first later frame of this transaction that proves the one here was safe."""
+        salt = np.uint64(self._transaction[0])
+        for start in range(self.bytes + UNIT, file.size, SCAN_BYTES):
+            data = file.read_at(SCAN_BYTES, start)
             words = np.frombuffer(data, np.uint64, len(data) // UNIT * UNIT // 8).reshape(-1, 8)
             for unit in np.flatnonzero(words[:, 1] == salt):
                 header = _unpack(data[UNIT * unit : UNIT * (unit + 1)])
-                if header and header[:2] == self._interval and header.settled > self.frames:
+                if header and header[:2] == self._transaction and header.settled > self.frames:
                     return int(start + UNIT * unit)
         return None

@@ -18,12 +18,14 @@ from pathlib import Path
 from pyembed import _core
 from pyembed._checks import F32
 from pyembed.errors import ArgumentError, DTypeError
-from pyembed.storage.fs import HEADER_BYTES
+from pyembed.storage.fs import File
+from pyembed.storage.npy import HEADER_BYTES
 
 POLL_SECONDS = 0.1  # between two looks; at 80,000 pages a second 32 MB have come in
 SLICE_BYTES = 32 << 20  # given back by one call
 WRITE_SLICE_BYTES = 64 << 20  # of the file, looked through for changes by one call
 MIN_LIMIT = 1 << 20
+NEAR = 0.75  # share of the dirty pages at which the system begins to write by itself
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,17 @@ class Stats:
         share = min(1.0, self.resident_bytes / self.nbytes) if self.nbytes else 1.0
         missed = f", {self.hit_rate:.0%} hits" if self.cold_batches else ""
         return f"{100 * share:.0f} % in memory{missed}"
+
+
+def write_back_is_near() -> bool:
+    """Whether the system is about to write dirty pages by itself; False if that is unknown."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return False
+    pages = dict(line.split() for line in lines)
+    threshold = int(pages.get("nr_dirty_background_threshold", 0))
+    return int(pages.get("nr_dirty", 0)) > NEAR * threshold > 0
 
 
 def memory_bytes() -> int:
@@ -124,7 +137,7 @@ def process_io() -> tuple[int, int] | None:
     return int(found["read_bytes"]), int(found["write_bytes"])
 
 
-class Keeper:
+class PageCache:
     """Looks after the pages of one open file: a helper thread, which exists only when needed.
 
     It begins to write changes while a table is trained that does not fit into memory, and keeps
@@ -132,19 +145,19 @@ class Keeper:
 
     Parameters
     ----------
-    fd : int
-        Of the file; a duplicate is used.
+    file : File
+        A duplicate of its descriptor is used.
     rows : float32 array of shape (rows, stride)
         The mapping.
     limit : int or None
         Bytes that may stay resident.
     """
 
-    def __init__(self, fd: int, rows: F32, limit: int | None, writable: bool) -> None:
+    def __init__(self, file: File, rows: F32, limit: int | None, writable: bool) -> None:
         self.pages = _core.Pages()
         self.rows = rows
         self.limit = limit
-        self._fd = os.dup(fd)
+        self._file = File(file.system, file.system.duplicate(file.fd), file.path)
         self._writable = writable
         self._io = process_io()
         self._asked = 0  # pages, at the last look
@@ -183,14 +196,15 @@ class Keeper:
     def _write_back(self) -> None:
         """Begin to write changes for a while, slice by slice, from where the last look ended."""
         end = time.monotonic() + POLL_SECONDS
-        size = os.fstat(self._fd).st_size
+        size = self._file.size
         while time.monotonic() < end and not self._stop.is_set():
-            if not _core.start_write_back(self._fd, self._written, WRITE_SLICE_BYTES):
+            at = self._written
+            if not self._file.system.start_write_back(self._file.fd, at, WRITE_SLICE_BYTES):
                 return
             self._written = (self._written + WRITE_SLICE_BYTES) % max(size, 1)
 
     def _keep_below(self, limit: int) -> None:
-        found = _core.cached_pages(self._fd)
+        found = self._file.system.cached_pages(self._file.fd)
         if found is None:
             self._stop.set()  # a system that does not say: there is nothing to go by
             return
@@ -212,13 +226,13 @@ class Keeper:
             _core.page_out(rows[self._hand : end])
             # That sees mapped pages alone, and unmaps changed ones instead of freeing them.
             first, size = self._hand * 4 * rows.shape[1], (end - self._hand) * 4 * rows.shape[1]
-            os.posix_fadvise(self._fd, HEADER_BYTES + first, size, os.POSIX_FADV_DONTNEED)
+            self._file.system.advise(self._file.fd, HEADER_BYTES + first, size, "dontneed")
             left -= end - self._hand
             self._hand = end % rows.shape[0]
 
     def stats(self) -> Stats:
         """The numbers of this moment."""
-        found, io, pages = _core.cached_pages(self._fd), process_io(), self.pages
+        found, io, pages = self._file.system.cached_pages(self._file.fd), process_io(), self.pages
         read = wrote = None
         if io is not None and self._io is not None:
             read, wrote = io[0] - self._io[0], io[1] - self._io[1]
@@ -239,9 +253,7 @@ class Keeper:
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
 def in_memory(nbytes: int) -> Stats:

@@ -1,4 +1,4 @@
-"""From a dirty table back to its last commit: can its journal do that, and doing it."""
+"""Recovery: bring a dirty table back to its last commit, if its journal can do that."""
 
 from __future__ import annotations
 
@@ -6,53 +6,69 @@ import errno
 import mmap
 import secrets
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from pyembed import _core
 from pyembed._checks import F32
 from pyembed.errors import DirtyError
-from pyembed.storage.fs import HEADER_BYTES, write_at
-from pyembed.storage.journal import Replay, undo_path
+from pyembed.storage.fs import File, Folder
+from pyembed.storage.journal import Replay
 from pyembed.storage.manifest import Manifest
+from pyembed.storage.npy import HEADER_BYTES
 
 I64 = NDArray[np.int64]
+Frames = Iterable[tuple[I64, F32]]
+# Wraps an iterable of frames and gets a description: it shows a progress bar, or does nothing.
+Progress = Callable[[Frames, str], Frames]
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-TOGETHER_BYTES = 256 << 20  # of frames that are sorted, as a sweep reads faster than they would
-SWEEP_ROWS, AHEAD = 4096, 8  # of a part of a sweep; parts whose pages are on their way
-DENSE = 4  # times what is needed is read where it lies together: a disk is that much faster then
+TOGETHER_BYTES = 256 << 20  # of frames that are sorted, as a sweep over the table reads faster
+SWEEP_ROWS, AHEAD = 4096, 8  # rows of a part of a sweep; parts whose pages are being read
+DENSE = 4  # a part reads all pages of its range if they are at most so many times those it needs
+
+
+def silent(frames: Frames, what: str) -> Frames:
+    """Show no progress."""
+    return frames
 
 
 def boot_id() -> str:
-    """Which start of the machine this is; one of its own for every call where nobody knows."""
+    """Return the id of this start of the machine; a new one for each call if it is unknown."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:
         return f"unknown {secrets.token_hex(8)}"
 
 
-def judge(folder: Path, state: Manifest, written: int = 0) -> Replay:
-    """The frames that bring a dirty table back to its last commit, read once to the end.
+def judge(folder: Folder, state: Manifest, written: int = 0, progress: Progress = silent) -> Replay:
+    """Return the frames that bring a dirty table back, after reading them once to the end.
 
-    `written` is how many there are, as far as that is known.
+    Parameters
+    ----------
+    folder : Folder
+    state : Manifest
+        The dirty one.
+    written : int
+        Number of frames that must be there, as far as it is known.
+    progress : function
+        See `Progress`.
 
     Raises
     ------
     DirtyError
-        If they cannot: there is no journal, or what it kept is lost.
+        If there is no journal, or frames of it are lost.
     """
     number, salt, why = state.generation, int(state.salt or "0", 16), ""
-    replay = Replay(undo_path(folder, number), salt, number, state.stride, state.rows)
+    replay = Replay(folder, salt, number, state.stride, state.rows)
     if state.durability == "none":
         why = f"a commit after generation {number}, and it keeps no journal"
     elif state.durability == "process" and state.boot != boot_id():
         why = f"a commit after generation {number}, and then the machine went down"
     else:
-        for _ in _frames(replay, "checking the journal"):
+        for _ in progress(replay, "checking the journal"):
             pass
         if replay.end == "damaged":
             why = f"a commit after generation {number}, and {replay.problem}"
@@ -61,32 +77,39 @@ def judge(folder: Path, state: Manifest, written: int = 0) -> Replay:
             errno.EUCLEAN,
             f"the last writer ended without {why}: rows may be from any time since; "
             "restore a copy, or open it as it is with salvage=True",
-            str(folder),
+            str(folder.path),
         )
     if replay.frames < written:
         what = f"{replay.frames} of {written} frames of the journal are left"
-        raise DirtyError(errno.EUCLEAN, f"{what}; close the table", str(folder))
+        raise DirtyError(errno.EUCLEAN, f"{what}; close the table", str(folder.path))
     return replay
 
 
-def put_back(array: F32, replay: Replay, fd: int = -1) -> None:
-    """Rows as the journal has them, in a mapping of shape (rows, stride) of the last commit.
+def put_back(
+    array: F32, replay: Replay, file: File | None = None, progress: Progress = silent
+) -> None:
+    """Write the rows of a journal into the mapping of a table.
 
-    Neighbours go through the file, where there is one, whose pages need not be read for that.
+    Frames of neighbouring rows are written to the file, if one is given: then the pages that they
+    cover need not be read first.
 
     Parameters
     ----------
     array : float32 array of shape (rows, stride)
+        The mapping of the last commit.
     replay : Replay
-    fd : int
-        Of the file that is mapped, if it shall change.
+    file : File, optional
+        The mapped file, if it is to change.
+    progress : function
+        See `Progress`.
     """
     some: list[tuple[I64, F32]] = []
-    for rows, old in _frames(replay, "recovering"):
-        if fd >= 0 and (np.diff(rows) == 1).all():
+    for rows, old in progress(replay, "recovering"):
+        if file is not None and (np.diff(rows) == 1).all():
             at = HEADER_BYTES + int(rows[0]) * old[0].nbytes
-            write_at(fd, [old.reshape(-1).view(np.uint8)], at)
-            _core.start_write_back(fd, at, old.nbytes)  # while the next are read
+            file.write_at([old.reshape(-1).view(np.uint8)], at)
+            # While the next frames are read.
+            file.system.start_write_back(file.fd, at, old.nbytes)
             continue
         some.append((rows, old))
         if sum(old.nbytes for _, old in some) >= TOGETHER_BYTES:
@@ -97,7 +120,7 @@ def put_back(array: F32, replay: Replay, fd: int = -1) -> None:
 
 
 def _put_back_sorted(array: F32, frames: list[tuple[I64, F32]]) -> None:
-    """Many frames in one sweep over the table, with its pages asked for ahead."""
+    """Write many frames in one sweep over the table, with readahead of its pages."""
     whole = _core.Column(array, _core.Pages())
     rows, old = (np.concatenate(parts) for parts in zip(*frames, strict=True))
     order = np.argsort(rows)
@@ -114,7 +137,3 @@ def _put_back_sorted(array: F32, frames: list[tuple[I64, F32]]) -> None:
             array[rows[part]] = old[part]
     for part in coming:
         array[rows[part]] = old[part]
-
-
-def _frames(replay: Replay, what: str) -> Iterable[tuple[I64, F32]]:
-    return tqdm(replay, desc=what, unit="frame", disable=None, delay=1, leave=False)

@@ -56,7 +56,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import fcntl
 import mmap
 import os
 import secrets
@@ -73,24 +72,15 @@ from pyembed._checks import F32, IdArray
 from pyembed.errors import ArgumentError, FormatError, LockedError, ReadOnlyError, TableError
 from pyembed.storage import checksums, id_map, recovery
 from pyembed.storage import manifest as manifests
-from pyembed.storage.fs import (
-    HEADER_BYTES,
-    allocate,
-    map_rows,
-    npy_header,
-    read_npy_header,
-    replace_file,
-    sync,
-    write_all,
-)
-from pyembed.storage.journal import Replay, undo_path
+from pyembed.storage.fs import FULL, File, Folder, open_file
+from pyembed.storage.journal import FILES, Replay
 from pyembed.storage.manifest import Manifest
-from pyembed.storage.page_cache import Keeper
+from pyembed.storage.npy import HEAD_BYTES, HEADER_BYTES, read_rows, rows_header
+from pyembed.storage.page_cache import PageCache
 from pyembed.storage.transaction import Interval
 
 I64 = NDArray[np.int64]
 CLEAN = {"state": "clean", "salt": "", "boot": ""}
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Store:
@@ -117,7 +107,7 @@ class Store:
         The manifest's, to be changed in place; the next commit stores it.
     array : float32 array of shape (rows, stride)
         The mapping.
-    keeper : residency.Keeper
+    keeper : PageCache
         Looks after the mapping's pages.
     id_map : int64 array of shape (rows,) or None
         The mapping of ``id_map.npy``, read-only.
@@ -133,27 +123,37 @@ class Store:
         durability: str | None = None,
         threads: int = 1,
     ) -> None:
-        self.path, self.mode = path, mode
-        self.keeper: Keeper | None = None
+        self.path, self.mode = path.absolute(), mode
+        self.keeper: PageCache | None = None
         self.folder = path.is_dir()
-        self._lock_fd = self._fd = -1
+        self._folder: Folder | None = None
+        self._lock: File | None = None
+        self._file: File = None  # type: ignore[assignment]
         self._pid = os.getpid()
         self._failed_sync = self._writes = False
         self._interval: Interval | None = None
         self._salt = secrets.token_hex(8)  # of the next interval, however often it is begun
         self._threads = threads
         self._mutex = threading.Lock()  # of whoever records, or ends an interval
-        flags = (os.O_RDWR if mode == "r+" else os.O_RDONLY) | os.O_CLOEXEC
+        flags = os.O_RDWR if mode == "r+" else os.O_RDONLY
         try:
-            self._file = path / "rows.npy" if self.folder else path
-            self._lock_fd = os.open(path / "lock" if self.folder else path, flags)
+            if self.folder:
+                self._folder = Folder(path)
+                self._lock = self._folder.open("lock", flags)
+            else:
+                self._lock = open_file(path, flags)
             if not live:
-                self._take_lock()
-            self._fd = os.open(self._file, flags)
+                self._take_lock(self._lock)
+            if self._folder is not None:
+                self._file = self._folder.open("rows.npy", flags)
+            else:
+                self._file = self._lock
             self._open_rows(live, salvage)
             self.optimizer = copy.deepcopy(self.manifest.optimizer)
-            self.id_map = self._map_ids()
-            self.keeper = Keeper(self._fd, self.array, memory_limit, mode == "r+")
+            self.id_map = None
+            if self._folder is not None:
+                self.id_map = id_map.load(self._folder, self.manifest.rows)
+            self.keeper = PageCache(self._file, self.array, memory_limit, mode == "r+")
             self._pages = self.keeper.pages
             self._open_interval(durability)
             self._writes = self.folder and mode == "r+"
@@ -163,10 +163,9 @@ class Store:
 
     # --- opening ------------------------------------------------------------------------------
 
-    def _take_lock(self) -> None:
-        kind = fcntl.LOCK_EX if self.mode == "r+" else fcntl.LOCK_SH
+    def _take_lock(self, lock: File) -> None:
         try:
-            fcntl.flock(self._lock_fd, kind | fcntl.LOCK_NB)
+            lock.system.lock(lock.fd, self.mode == "r+")
         except BlockingIOError:
             if self.mode == "r+":
                 what = "another process or handle has it open; close it first"
@@ -176,19 +175,19 @@ class Store:
 
     def _open_rows(self, live: bool, salvage: bool) -> None:
         """Map the rows of the last commit, recovered if need be; or as they are."""
-        if not self.folder:
-            rows, stride, self._offset = read_npy_header(self._file, self._fd)
+        if self._folder is None:
+            rows, stride, self._offset = self._read_header()
             self.manifest = Manifest(rows, {"weight": stride})
             self.array = self._map(rows)
             return
-        source = self.path / "manifest.json"
-        self.manifest = manifests.decode(source.read_bytes(), str(source))
+        text = self._folder.read("manifest.json")
+        self.manifest = manifests.decode(text, str(self.path / "manifest.json"))
         if self.manifest.state == "dirty" and not salvage:
             # An undo that the machine did not survive may have cut off rows that the header on
             # the disk still counts. The next undo writes it anew.
             rows, stride, self._offset = self.manifest.rows, self.manifest.stride, HEADER_BYTES
         else:
-            rows, stride, self._offset = read_npy_header(self._file, self._fd)
+            rows, stride, self._offset = self._read_header()
         self._check_sizes(rows, stride)
         if self.manifest.state == "clean" or live:
             self.array = self._map(self.manifest.rows)
@@ -196,12 +195,16 @@ class Store:
             self.array = self._map(rows)
             self._adopt(rows)
         else:
-            replay = recovery.judge(self.path, self.manifest)
+            replay = recovery.judge(self._folder, self.manifest)
             self.array = self._map(self.manifest.rows, private=self.mode != "r+")
             self._put_back(replay)
 
+    def _read_header(self) -> tuple[int, int, int]:
+        file = self._file
+        return read_rows(file.read_at(HEAD_BYTES, 0), file.size, file.path)
+
     def _check_sizes(self, rows: int, stride: int) -> None:
-        state, size = self.manifest, os.fstat(self._fd).st_size
+        state, size = self.manifest, self._file.size
         expected = HEADER_BYTES + 4 * state.rows * state.stride
         if state.state == "clean":
             sound = rows == state.rows and size == expected
@@ -209,7 +212,7 @@ class Store:
             sound = rows >= state.rows and size >= HEADER_BYTES + 4 * rows * stride
         if not sound or (stride, self._offset) != (state.stride, HEADER_BYTES):
             raise FormatError(
-                f"{self._file}: {size} bytes with a header of {self._offset} for "
+                f"{self._file.path}: {size} bytes with a header of {self._offset} for "
                 f"({rows}, {stride}); its manifest asks for {expected} with {HEADER_BYTES} for "
                 f"({state.rows}, {state.stride}): "
                 "it was cut short, or is of another table; restore it from a copy"
@@ -218,45 +221,33 @@ class Store:
     def _map(self, rows: int, private: bool = False) -> F32:
         access = {"r": mmap.ACCESS_READ, "r+": mmap.ACCESS_WRITE, "c": mmap.ACCESS_COPY}[self.mode]
         access = mmap.ACCESS_COPY if private else access
-        return map_rows(self._fd, self._offset, rows, self.manifest.stride, access)
-
-    def _map_ids(self) -> NDArray[np.int64] | None:
-        file, rows = self.path / id_map.FILE, self.manifest.rows
-        if not self.folder or not file.exists():
-            return None
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            offset = id_map.data_offset(file, fd, rows)
-            memory = mmap.mmap(fd, offset + 8 * rows, access=mmap.ACCESS_READ)
-        finally:
-            os.close(fd)
-        return np.frombuffer(memory, np.int64, rows, offset)
+        return self._file.map_rows(self._offset, rows, self.manifest.stride, access)
 
     def _open_interval(self, durability: str | None) -> None:
-        if self.mode != "r+" or not self.folder:
+        if self.mode != "r+" or self._folder is None:
             return
         if durability is not None and durability != self.manifest.durability:
             self._set(self.manifest.with_changes(durability=durability))
         if self.manifest.durability != "none":
-            self._interval = Interval(self.path, self.manifest)
+            self._interval = Interval(self._folder, self.manifest)
 
     # --- undo ---------------------------------------------------------------------------------
 
     def _put_back(self, replay: Replay) -> None:
         """Rows as the journal has them; in the file, only then clean; or in a private mapping."""
-        recovery.put_back(self.array, replay, self._fd if self.mode == "r+" else -1)
+        recovery.put_back(self.array, replay, self._file if self.mode == "r+" else None)
         if self.mode != "r+":
             self.array.flags.writeable = self.mode == "c"
             return
         state = self.manifest
-        os.pwrite(self._fd, npy_header(state.rows, state.stride), 0)
-        os.ftruncate(self._fd, HEADER_BYTES + 4 * state.rows * state.stride)
+        self._file.write_at([rows_header(state.rows, state.stride)], 0)
+        self._file.truncate(HEADER_BYTES + 4 * state.rows * state.stride)
         self._finish_interval(state.with_changes(**CLEAN))
 
     def _adopt(self, rows: int) -> None:
         """Rows that no commit vouches for are committed as they are, if they may be changed."""
         if self.mode == "r+":
-            os.ftruncate(self._fd, HEADER_BYTES + 4 * rows * self.manifest.stride)
+            self._file.truncate(HEADER_BYTES + 4 * rows * self.manifest.stride)
             new = self.manifest.with_changes(rows=rows, seal="", **CLEAN)
             number, commit = new.generation + 1, secrets.token_hex(8)
             self._finish_interval(new.with_changes(generation=number, commit=commit))
@@ -270,7 +261,7 @@ class Store:
     def _sync_rows(self) -> None:
         """The first failure is final, and so is an interruption: a second try proves nothing."""
         try:
-            sync(self._fd)
+            self._file.sync()
         except BaseException:
             self._failed_sync = True
             raise
@@ -286,7 +277,7 @@ class Store:
             If the journal is damaged; nothing is changed then.
         """
         self._require_writer()
-        if self._interval is None:
+        if self._interval is None or self._folder is None:
             raise ArgumentError(
                 f"{self.path} keeps no journal; make or open it with durability='process'"
             )
@@ -294,7 +285,7 @@ class Store:
             self._forget_steps()
             return
         with self._turn():
-            replay = recovery.judge(self.path, self.manifest, self._interval.journal.frames)
+            replay = recovery.judge(self._folder, self.manifest, self._interval.journal.frames)
             rows = self.manifest.rows
             try:
                 self._put_back(replay)
@@ -302,7 +293,7 @@ class Store:
                 self._failed_sync = True
                 raise
             self._forget_steps()
-            self._interval.touched.clear()
+            self._interval.dirty_rows.clear()
             if rows != self.array.shape[0]:
                 self._remap(rows)
 
@@ -361,7 +352,7 @@ class Store:
         self._require_writer()
         interval = self._interval
         if interval is not None and self.manifest.state == "dirty":
-            rows = interval.touched.new(rows)
+            rows = interval.dirty_rows.new(rows)
             if not rows.size:
                 return  # whatever the helper is at
         with self._turn():
@@ -369,7 +360,7 @@ class Store:
                 return
             if self.manifest.state == "clean":
                 if interval is not None:
-                    interval.touched.commit(self.manifest.rows)  # if Ctrl-C kept the end from it
+                    interval.dirty_rows.commit(self.manifest.rows)  # if Ctrl-C kept the end from it
                     interval.journal.begin(self.manifest.generation, int(self._salt, 16))
                 dirty = {"state": "dirty", "salt": self._salt, "boot": recovery.boot_id()}
                 self._set(self.manifest.with_changes(**dirty))
@@ -415,7 +406,7 @@ class Store:
                 self._interval.log(before, state)
             self._finish_interval(state)
             if self._interval is not None:
-                self._interval.touched.commit(state.rows)
+                self._interval.dirty_rows.commit(state.rows)
 
     def append(self, chunks: Iterable[F32], count: int) -> None:
         """Add `count` rows: allocate, write, sync, then the header; the next commit counts them."""
@@ -427,15 +418,15 @@ class Store:
         end = HEADER_BYTES + 4 * before * stride
         self.protect(np.zeros(0, np.int64))
         try:
-            allocate(self._fd, end, 4 * count * stride, self._file)
-            os.lseek(self._fd, end, os.SEEK_SET)
+            self._file.allocate(end, 4 * count * stride)
+            at = end
             for chunk in chunks:
-                write_all(self._fd, chunk)
+                at = self._file.write_at([chunk], at)
             self._sync_rows()  # of changes that were made before, too
-            os.pwrite(self._fd, npy_header(before + count, stride), 0)
+            self._file.write_at([rows_header(before + count, stride)], 0)
         except BaseException:
-            os.pwrite(self._fd, npy_header(before, stride), 0)
-            os.ftruncate(self._fd, end)
+            self._file.write_at([rows_header(before, stride)], 0)
+            self._file.truncate(end)
             raise
         self._remap(before + count)
 
@@ -445,9 +436,9 @@ class Store:
             self.keeper.rows = self.array
 
     def _set(self, state: Manifest) -> None:
-        if self.folder:
+        if self._folder is not None:
             try:
-                replace_file(self.path / "manifest.json", [manifests.encode(state)])
+                self._folder.replace("manifest.json", [manifests.encode(state)])
             except BaseException as error:
                 # The file may say so already, or not: rows must not change any more. But a full
                 # disk is met before the new manifest has its name.
@@ -471,18 +462,16 @@ class Store:
             self.keeper.rows = self.array
         if self._writes and self.manifest.state == "clean" and not self._failed:
             self._remove_useless()
-        for fd in (self._fd, self._lock_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._lock_fd = -1
+        for opened in (self._file, self._lock, self._folder):
+            if opened is not None:
+                opened.close()
 
     def _remove_useless(self) -> None:
         """Nobody needs what these hold, so they may stay as well."""
-        useless = [undo_path(self.path, number) for number in range(2)]
-        useless += [] if self.manifest.seal else [self.path / checksums.FILE]
-        for file in useless if self._pid == os.getpid() else ():
+        useless = [*FILES] if self.manifest.seal else [*FILES, checksums.FILE]
+        for name in useless if self._pid == os.getpid() else ():
             with contextlib.suppress(OSError):
-                file.unlink()
+                self._folder.unlink(name)  # type: ignore[union-attr]
 
     def abandon(self) -> None:
         """The table was dropped, or is open at exit: no work is lost for a forgotten close."""

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +17,10 @@ from numpy.typing import NDArray
 from pyembed import _core, grouping
 from pyembed._checks import F32, IdArray
 from pyembed._threads import for_work
-from pyembed.storage import fs
-from pyembed.storage.change_log import Changes
-from pyembed.storage.dirty_rows import Touched
+from pyembed.storage import page_cache
+from pyembed.storage.change_log import ChangeLog
+from pyembed.storage.dirty_rows import DirtyRows
+from pyembed.storage.fs import Folder
 from pyembed.storage.journal import Journal
 from pyembed.storage.manifest import Manifest
 
@@ -50,26 +49,26 @@ class Interval:
 
     Parameters
     ----------
-    folder : Path
+    folder : Folder
     state : Manifest
         Of the table; its durability is not "none".
 
     Attributes
     ----------
     journal : Journal
-    touched : Touched
-    changes : Changes
+    dirty_rows : DirtyRows
+    change_log : ChangeLog
     power : bool
         Whether what is recorded is synced, too.
     """
 
-    def __init__(self, folder: Path, state: Manifest) -> None:
+    def __init__(self, folder: Folder, state: Manifest) -> None:
         self.journal = Journal(folder, state.stride, state.durability)
-        self.touched = Touched(state.rows)
-        self.changes = Changes(folder, state.durability)
+        self.dirty_rows = DirtyRows(state.rows)
+        self.change_log = ChangeLog(folder, state.durability)
         self.power = state.durability == "power"
         self._asked = deque[IdArray](maxlen=MAX_ASKED)
-        self._helper = ThreadPoolExecutor(1, "pyembed-journal")  # starts with its first task
+        self._helper = folder.system.helper("pyembed-journal", 1)  # starts with its first task
         self._behind = 0  # the journal's bytes_written when its pages were last sent to the disk
 
     def record(self, array: F32, pages: _core.Pages, rows: I64, threads: int) -> None:
@@ -91,7 +90,7 @@ class Interval:
         OSError
             If a sync failed: `Journal.failed_sync` then says so for good.
         """
-        rows = self.touched.new(rows)
+        rows = self.dirty_rows.new(rows)
         if not rows.size:
             return
         threads = for_work(rows.size * array.shape[1], threads)
@@ -100,7 +99,7 @@ class Interval:
             self.journal.sync()
         else:
             self._write_behind()
-        self.touched.mark(rows)
+        self.dirty_rows.mark(rows)
 
     def _write_behind(self) -> None:
         """Send frames to the disk where the system is about to choose pages for that by itself.
@@ -110,7 +109,7 @@ class Interval:
         """
         if self.journal.bytes_written - self._behind >= BEHIND_BYTES:
             self._behind = self.journal.bytes_written
-            if fs.write_back_is_near():
+            if page_cache.write_back_is_near():
                 self._helper.submit(self.journal.start_write_back)
 
     def ask(self, ids: IdArray, record: Callable[[Interval], None], owner: object) -> None:
@@ -131,7 +130,7 @@ class Interval:
 
     def log(self, before: Manifest, after: Manifest) -> None:
         """Before a manifest commits what was changed since the one before it."""
-        self.changes.append(before, after, self.touched.parts())
+        self.change_log.append(before, after, self.dirty_rows.parts())
 
     def close(self) -> None:
         """Let go of the files. What is in them stays.

@@ -26,6 +26,7 @@ from pyembed.formats import VectorSource, open_vectors
 from pyembed.init import Initializer
 from pyembed.storage import create, id_map, manifest
 from pyembed.storage.columns import fresh_rows, row_columns
+from pyembed.storage.fs import Folder
 from pyembed.words.vocab import Vocab
 
 
@@ -131,9 +132,9 @@ def from_vectors(
     columns = row_columns(source.dim, optimizer, None)
     tokens: list[str] = []
 
-    def save_vocab(folder: Path) -> None:
+    def save_vocab(folder: Folder) -> None:
         try:
-            Vocab(tokens).save(folder)
+            Vocab(tokens).save(folder.path)
         except PyembedError as error:
             raise FormatError(f"{source.path}: {error}") from None
 

@@ -22,7 +22,7 @@ from pyembed import _core
 from pyembed._checks import F32
 from pyembed._progress import progress_bar
 from pyembed.errors import ArgumentError, FormatError
-from pyembed.storage import create, fs, id_map
+from pyembed.storage import create, fs, id_map, npy
 from pyembed.storage.columns import CHUNK_FLOATS, require_rule, state_widths
 from pyembed.storage.manifest import check_columns
 from pyembed.table import Table
@@ -85,7 +85,7 @@ def convert(
                 columns,
                 copied_rows(source if bare else source / "rows.npy", table, columns, bar),
                 table.rows,
-                None if bare else lambda folder: copy_files(source, folder),
+                None if bare else lambda folder: copy_files(source, folder.path),
                 "process" if bare else table.durability,
                 {"meta": table.meta, "optimizer": _kept_state(table, columns)},
             )
@@ -139,8 +139,7 @@ def copied_rows(
     step = max(1, CHUNK_FLOATS // max(stride, new_stride))
     read, made = np.empty((step, stride), np.float32), np.zeros((step, new_stride), np.float32)
     with file.open("rb") as opened:
-        _, _, offset = fs.read_npy_header(file, opened.fileno())
-        opened.seek(offset)
+        opened.seek(npy.read(opened.read(npy.HEAD_BYTES), file).offset)
         for first in range(0, table.rows, step):
             n = min(step, table.rows - first)
             fill_rows(opened, read[:n])

@@ -28,9 +28,10 @@ from tqdm import tqdm
 from pyembed._checks import F32
 from pyembed._progress import progress_bar
 from pyembed.errors import ArgumentError, FormatError, TableError
-from pyembed.storage import checksums, create, fs
-from pyembed.storage.change_log import Since, commit_of
+from pyembed.storage import checksums, create, npy
+from pyembed.storage.change_log import ChangedRows, commit_of
 from pyembed.storage.columns import CHUNK_FLOATS
+from pyembed.storage.fs import Folder
 from pyembed.storage.manifest import Delta, decode_delta, encode_delta
 from pyembed.storage.store import Store
 from pyembed.table import Table
@@ -50,19 +51,20 @@ def write_delta(t: Table, target: Path, since: int, progress: bool | None) -> No
         If the change log does not reach back to `since`.
     """
     state = t.committed
-    found = Since(Path(str(t.path)), state, since)
-    with (
-        progress_bar("export", state.rows, "row", progress) as bar,
-        create.appearing(target) as folder,
-    ):
-        rows = _rows_at(t, found, bar)
-        count, name = create.write_rows(folder, state.stride, rows, None)
-        found.save(folder)
-        delta = Delta(since, count, name, state)
-        fs.replace_file(folder / FILE, [encode_delta(delta)])
+    with Folder(Path(str(t.path))) as source:
+        found = ChangedRows(source, state, since)
+        with (
+            progress_bar("export", state.rows, "row", progress) as bar,
+            create.appearing(target) as folder,
+        ):
+            rows = _rows_at(t, found, bar)
+            count, name = create.write_rows(folder, state.stride, rows, None)
+            found.save(folder)
+            delta = Delta(since, count, name, state)
+            folder.replace(FILE, [encode_delta(delta)])
 
 
-def _pieces(found: Since, stride: int) -> Iterator[I64]:
+def _pieces(found: ChangedRows, stride: int) -> Iterator[I64]:
     """Yield the row numbers of a delta, a few megabytes of rows at a time."""
     step = max(1, CHUNK_FLOATS // stride)
     for rows in found.rows():
@@ -70,7 +72,7 @@ def _pieces(found: Since, stride: int) -> Iterator[I64]:
             yield rows[first : first + step]
 
 
-def _rows_at(t: Table, found: Since, bar: tqdm[Any]) -> Iterator[F32]:
+def _rows_at(t: Table, found: ChangedRows, bar: tqdm[Any]) -> Iterator[F32]:
     for rows in _pieces(found, t.committed.stride):
         t.prefetch(rows)
         yield np.concatenate([t.column(name)[rows] for name in t.columns], axis=1)
@@ -135,15 +137,16 @@ def apply(
     LockedError, DirtyError
         If the copy cannot be opened for writing.
     """
-    folder, described = Path(delta), read_delta(delta)
+    described = read_delta(delta)
     copy = Store(Path(table), "r+")
     try:
         if commit_of(copy.manifest) == commit_of(described.table):
             return False
-        found = _require_next(folder, described, copy)
         try:
-            with progress_bar("apply", described.count, "row", progress) as bar:
-                _write(folder, described, found, copy, bar)
+            with Folder(Path(delta)) as folder:
+                found = _require_next(folder, described, copy)
+                with progress_bar("apply", described.count, "row", progress) as bar:
+                    _write(folder.path, described, found, copy, bar)
         except BaseException:
             if copy.keeps_journal:
                 with contextlib.suppress(OSError):  # the next writer to open it rolls it back
@@ -154,44 +157,44 @@ def apply(
     return True
 
 
-def _require_next(folder: Path, delta: Delta, copy: Store) -> Since:
+def _require_next(folder: Folder, delta: Delta, copy: Store) -> ChangedRows:
     """Check a delta whole, and that it starts from the commit of the copy; return its rows."""
     to, state = delta.table, copy.manifest
     try:
-        found = Since(folder, to, delta.since)
+        found = ChangedRows(folder, to, delta.since)
     except ArgumentError as error:
-        raise FormatError(f"{folder}: the row numbers are damaged ({error})") from None
+        raise FormatError(f"{folder.path}: the row numbers are damaged ({error})") from None
     if commit_of(state) != found.commit:
         what = f"it is at generation {state.generation}"
         if state.generation in (delta.since, to.generation):
             what += ", but of another table, or it has commits of its own"
         raise TableError(
             errno.EINVAL,
-            f"{what}; {folder} leads from generation {delta.since} to {to.generation}: apply the "
-            "deltas between, or copy the whole table",
+            f"{what}; {folder.path} leads from generation {delta.since} to {to.generation}: apply "
+            "the deltas between, or copy the whole table",
             str(copy.path),
         )
-    file = folder / "rows.npy"
-    with file.open("rb") as opened:
-        shape = fs.read_npy_header(file, opened.fileno())
-    if shape != (delta.count, to.stride, fs.HEADER_BYTES):
-        raise FormatError(f"{file}: {shape[0]} rows of {shape[1]} floats; expected {delta.count}")
-    sums = [each for some in checksums.read(file) for each in some]
-    checksums.compare(file, sums, checksums.load(folder, delta.seal), to.stride)
+    with folder.open("rows.npy") as file:
+        shape = npy.read_rows(file.read_at(npy.HEAD_BYTES, 0), file.size, file.path)
+        if shape != (delta.count, to.stride, npy.HEADER_BYTES):
+            what = f"{shape[0]} rows of {shape[1]} floats; expected {delta.count}"
+            raise FormatError(f"{file.path}: {what}")
+        sums = [each for some in checksums.read(file) for each in some]
+        checksums.compare(file, sums, checksums.load(folder, delta.seal), to.stride)
     try:
         count = sum(rows.size for rows in found.rows())
     except ArgumentError as error:
         raise FormatError(str(error)) from None
     if count != delta.count or not found.rows_before <= state.rows <= to.rows:
-        raise FormatError(f"{folder}: it names {count} rows and has {delta.count}")
+        raise FormatError(f"{folder.path}: it names {count} rows and has {delta.count}")
     return found
 
 
-def _write(folder: Path, delta: Delta, found: Since, copy: Store, bar: tqdm[Any]) -> None:
+def _write(folder: Path, delta: Delta, found: ChangedRows, copy: Store, bar: tqdm[Any]) -> None:
     """Write the changed rows, append the new ones, and commit under the delta's numbers."""
     to, old = delta.table, copy.manifest.rows
     with (folder / "rows.npy").open("rb") as file:
-        file.seek(fs.HEADER_BYTES)
+        file.seek(npy.HEADER_BYTES)
         for rows in _pieces(found, to.stride):
             rows = rows[: np.searchsorted(rows, old)]
             if not rows.size:
@@ -200,7 +203,7 @@ def _write(folder: Path, delta: Delta, found: Since, copy: Store, bar: tqdm[Any]
             copy.array[rows] = fill_rows(file, np.empty((rows.size, to.stride), np.float32))
             bar.update(rows.size)
         if to.rows > old:  # the new rows are the last ones of the delta
-            file.seek(fs.HEADER_BYTES + 4 * to.stride * (delta.count - (to.rows - old)))
+            file.seek(npy.HEADER_BYTES + 4 * to.stride * (delta.count - (to.rows - old)))
             step = max(1, CHUNK_FLOATS // to.stride)
             sizes = (min(step, to.rows - first) for first in range(old, to.rows, step))
             empty = (np.empty((size, to.stride), np.float32) for size in sizes)

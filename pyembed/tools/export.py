@@ -23,6 +23,7 @@ from pyembed._checks import require_count
 from pyembed._progress import progress_bar
 from pyembed.errors import ArgumentError
 from pyembed.storage import checksums, create
+from pyembed.storage.fs import Folder
 from pyembed.table import Table
 from pyembed.tools.convert import copied_rows, copy_files, open_committed
 from pyembed.tools.delta import apply, read_delta, write_delta
@@ -117,13 +118,12 @@ def _require_folder(table: Table) -> Table:
 def _copy(t: Table, target: Path, progress: bool | None) -> None:
     state, source = t.committed, Path(str(t.path))
 
-    def finish(folder: Path) -> None:
-        copy_files(source, folder)
+    def finish(folder: Folder) -> None:
+        copy_files(source, folder.path)
         if state.seal:  # damaged rows must not get fresh checksums
-            found = np.load(folder / checksums.FILE)
-            checksums.compare(
-                source / "rows.npy", found, checksums.load(source, state.seal), state.stride
-            )
+            found = np.load(folder.path / checksums.FILE)
+            with Folder(source) as held, held.open("rows.npy") as file:
+                checksums.compare(file, found, checksums.load(held, state.seal), state.stride)
 
     with progress_bar("export", t.nbytes, "B", progress) as bar:
         rows = copied_rows(source / "rows.npy", t, state.columns, bar)

@@ -13,6 +13,7 @@ import numpy as np
 from pyembed._checks import F32
 from pyembed._progress import progress_bar
 from pyembed.storage import checksums
+from pyembed.storage.fs import Folder
 from pyembed.table import Table
 
 CHUNK_FLOATS = 4 << 20  # checked for NaN and infinity at a time
@@ -84,12 +85,14 @@ def _check_blocks(table: Table, progress: bool | None) -> int | None:
     name = table.committed.seal
     if table.path is None or not name or table.state == "dirty":
         return None
-    expected, file, found = checksums.load(table.path, name), table.path / "rows.npy", list[int]()
-    with progress_bar("verify", expected.size, "block", progress) as bar:
-        for sums in checksums.read(file):
-            found += sums
-            bar.update(len(sums))
-    checksums.compare(file, found, expected, sum(table.columns.values()))
+    found = list[int]()
+    with Folder(table.path) as folder, folder.open("rows.npy") as file:
+        expected = checksums.load(folder, name)
+        with progress_bar("verify", expected.size, "block", progress) as bar:
+            for sums in checksums.read(file):
+                found += sums
+                bar.update(len(sums))
+        checksums.compare(file, found, expected, sum(table.columns.values()))
     return len(found)
 
 

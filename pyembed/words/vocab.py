@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from io import BytesIO
 from os import PathLike, fspath
 from pathlib import Path
 from typing import SupportsIndex
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
 from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError
-from pyembed.storage import fs
+from pyembed.storage import fs, npy
 
 _TEXT = "vocab.txt"
 _COUNTS = "vocab.counts.npy"
@@ -120,26 +118,25 @@ class Vocab:
         changes nothing. Old counts go before new tokens come and new counts come last: after a
         crash, counts never stand beside tokens that they do not belong to.
         """
-        path = Path(fspath(folder))
         text = "".join(f"{token}\n" for token in self._tokens)
         contents = {_TEXT: text.encode("utf-8", "surrogateescape")}
         if self.counts is not None:
-            buffer = BytesIO()
-            npy.write_array(buffer, self.counts.astype("<i8", copy=False), version=(1, 0))
-            contents[_COUNTS] = buffer.getvalue()
-        temporary = {name: path / f"{name}.tmp" for name in contents}
-        try:
-            for name, data in contents.items():
-                _write_synced(temporary[name], data)
-            (path / _COUNTS).unlink(missing_ok=True)
-            fs.sync_folder(path)
-            for name in contents:
-                temporary[name].replace(path / name)
-                fs.sync_folder(path)
-        except BaseException:
-            for leftover in temporary.values():
-                leftover.unlink(missing_ok=True)
-            raise
+            counts = self.counts.astype("<i8", copy=False)
+            contents[_COUNTS] = npy.header_of(counts) + counts.tobytes()
+        temporary = {name: f"{name}.tmp" for name in contents}
+        with fs.Folder(Path(fspath(folder))) as target:
+            try:
+                for name, data in contents.items():
+                    target.write(temporary[name], [data])
+                target.unlink(_COUNTS, missing_ok=True)
+                target.sync()
+                for name in contents:
+                    target.rename(temporary[name], name)
+                    target.sync()
+            except BaseException:
+                for leftover in temporary.values():
+                    target.unlink(leftover, missing_ok=True)
+                raise
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> Vocab:
@@ -234,21 +231,14 @@ def _checked_counts(counts: ArrayLike, rows: int) -> NDArray[np.int64]:
 
 def _load_counts(path: Path, rows: int) -> NDArray[np.int64]:
     """Read a .npy of counts; nothing is unpickled, and no claim of its header allocates."""
-    file = BytesIO(path.read_bytes())
-    again = "Save the vocabulary again"
-    try:
-        version = npy.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"version {version}")
-        shape, _, dtype = npy.read_array_header_1_0(file)
-    except Exception as error:  # numpy evaluates the header as Python: anything can come of it
-        raise FormatError(f"{path} is not a .npy file, version (1, 0): {error}. {again}") from error
-    if dtype != np.dtype("<i8") or shape != (rows,):
+    data, again = path.read_bytes(), "Save the vocabulary again"
+    header = npy.read(data[: npy.HEAD_BYTES], path)
+    if header.dtype != np.dtype("<i8") or header.shape != (rows,):
         raise FormatError(
-            f"{path} holds {dtype} of shape {shape}; allowed: int64 of shape ({rows},), a count "
-            f"for each line of {_TEXT}. {again}"
+            f"{path} holds {header.dtype} of shape {header.shape}; allowed: int64 of shape "
+            f"({rows},), a count for each line of {_TEXT}. {again}"
         )
-    data = file.read()
+    data = data[header.offset :]
     if len(data) != 8 * rows:
         raise FormatError(
             f"{path} has {len(data)} bytes of counts; its header allows {8 * rows}. {again}"
@@ -259,10 +249,3 @@ def _load_counts(path: Path, rows: int) -> NDArray[np.int64]:
         row = int(negative[0])
         raise FormatError(f"{path}: count {row} is {counts[row]}; allowed: 0 or more. {again}")
     return counts.astype(np.int64)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        fs.sync(file.fileno())
