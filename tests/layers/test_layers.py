@@ -13,7 +13,7 @@ import pytest
 
 from pyembed import Embedding, EmbeddingBag, Table, functional
 from pyembed.errors import ArgumentError, IdError, LockedError
-from pyembed.storage import fs
+from pyembed.storage import npy
 
 LAYERS: list[Any] = [Embedding, EmbeddingBag]
 
@@ -214,8 +214,8 @@ def test_ids_beyond_two_billion(tmp_path: Path) -> None:
     """Rows past 2^31, and bytes past 2^33, are where they should be (a sparse file of 12 GB)."""
     file, rows = tmp_path / "large.npy", 3 * 2**30
     with file.open("wb") as f:
-        f.write(fs.npy_header(rows, 1))
-        f.truncate(fs.HEADER_BYTES + 4 * rows)
+        f.write(npy.rows_header(rows, 1))
+        f.truncate(npy.HEADER_BYTES + 4 * rows)
     if file.stat().st_blocks * 512 > 2**30:
         pytest.skip("the file system has no sparse files")
     with Table.open(file) as t:

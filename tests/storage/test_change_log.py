@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,18 +15,20 @@ from hypothesis import strategies as st
 
 from pyembed import Table, _core
 from pyembed.errors import ArgumentError
-from pyembed.storage import change_log, fs, store
-from pyembed.storage.change_log import Since
+from pyembed.storage import change_log, fs
+from pyembed.storage.change_log import ChangedRows
+from pyembed.storage.fs import Folder
 from pyembed.storage.manifest import Manifest
+from tests.helpers.file_systems import Faults, Unsynced
 
 ROWS = 40
 
 
 @pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of commits in seconds: what the machine's death leaves is tested elsewhere."""
-    monkeypatch.setattr(fs, "sync", lambda fd: None)
-    monkeypatch.setattr(store, "sync", lambda fd: None)
+def unsynced() -> Iterator[None]:
+    """Make thousands of commits in seconds: power cuts are tested elsewhere."""
+    with fs.using(Unsynced()):
+        yield
 
 
 def change(t: Table, rows: list[int]) -> None:
@@ -39,8 +40,9 @@ def since(path: Path, generation: int) -> list[int] | None:
     """Rows that may differ; None if it is not known."""
     with Table.open(path, "r") as t:
         try:
-            found = Since(path, t.committed, generation)
-            return [int(row) for rows in found.rows() for row in rows]
+            with Folder(path) as folder:
+                found = ChangedRows(folder, t.committed, generation)
+                return [int(row) for rows in found.rows() for row in rows]
         except ArgumentError:
             return None
 
@@ -93,9 +95,8 @@ def test_the_log_stays_small(path: Path) -> None:
         for step in range(400):
             change(t, [step])
             t.commit()
-    fd = os.open(path / "changes", os.O_RDONLY)
-    records = change_log._read(fd)
-    os.close(fd)
+    with Folder(path) as folder, folder.open("changes") as file:
+        records = change_log._read(file)
     assert len(records) <= change_log.MOST
     assert [record.commits[0][0] for record in records[-16:]] == list(range(384, 400))
     for generation in (0, 1, 200, 384, 399, 400):
@@ -129,12 +130,14 @@ def test_any_rows(rows: list[int]) -> None:
             for number, part in sorted(bits.items())
         ]
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+            folder = Folder(Path(name))
             data = list(change_log.encode(parts, 2**28, [(3, 1), (4, 2)]))
-            fs.replace_file(folder / "changes", data)
+            folder.replace("changes", data)
             assert sum(map(len, data)) < 37 * (1 + len(parts)) + 32 + min(6 * len(numbers), 4_000)
             state = Manifest(2**28, {"weight": 1}, generation=4, commit=f"{2:016x}")
-            found = [row for part in Since(folder, state, 3).rows() for row in part.tolist()]
+            parts_found = ChangedRows(folder, state, 3).rows()
+            found = [row for part in parts_found for row in part.tolist()]
+            folder.close()
             assert found == numbers.tolist()
 
 
@@ -197,7 +200,7 @@ def test_right_sums_of_odd_content(tmp_path: Path, entry: bytes) -> None:
     (tmp_path / "changes").write_bytes(entry + done)
     state = Manifest(ROWS, {"weight": 1}, generation=4, commit=f"{2:016x}")
     with pytest.raises(ArgumentError, match="export the whole table"):
-        list(Since(tmp_path, state, 3).rows())
+        list(ChangedRows(Folder(tmp_path), state, 3).rows())
 
 
 def _end(headers: bytes) -> bytes:
@@ -259,18 +262,15 @@ def test_a_gap(path: Path, how: str) -> None:
     assert (since(path, 1), since(path, 2)) == (None, [3])
 
 
-def test_a_log_that_cannot_be_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fails no commit; what changed then is not known, and what changes later is."""
-
-    def fail(fd: int, view: memoryview, at: int) -> None:
-        raise OSError(28, "injected")
-
+def test_a_log_that_cannot_be_written(path: Path) -> None:
+    """It fails no commit; the changes of then are unknown, and later ones are known."""
     history(path, [[1]])
-    with Table.open(path) as t:
-        with monkeypatch.context() as patch:
-            patch.setattr(change_log, "write_at", fail)
-            change(t, [2])
-            t.commit()
+    system = Faults()
+    with fs.using(system), Table.open(path) as t:
+        change(t, [2])
+        system.fail("open", error=28, when=lambda file, *_: file.name == "changes")
+        t.commit()
+        system.work()
         change(t, [3])
         t.commit()
     assert t.generation == 3

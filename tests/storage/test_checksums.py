@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyembed import Table, _core, build, init
 from pyembed.cli import main
 from pyembed.errors import FormatError, LockedError
-from pyembed.storage import checksums, fs
+from pyembed.storage import checksums, direct_writer
 from pyembed.tools.convert import convert
 from pyembed.tools.verify import verify
 
@@ -124,7 +124,7 @@ def test_the_command_says_what_it_checked(sealed: Path, capsys: pytest.CaptureFi
 
 def test_short_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer's pieces and the reader's give the same sums, whatever their sizes."""
-    monkeypatch.setattr(fs, "PIECE_BYTES", 2 * MIB)
+    monkeypatch.setattr(direct_writer, "PIECE_BYTES", 2 * MIB)
     Table.create(tmp_path / "t", 40_000, 33, init=init.normal()).close()
     monkeypatch.setattr(checksums, "READ_BYTES", MIB)
     assert verify(tmp_path / "t").checked_blocks == 6

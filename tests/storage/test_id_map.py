@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import re
@@ -22,7 +21,8 @@ from numpy.typing import NDArray
 from pyembed import Table, build, init, optim
 from pyembed.cli import main
 from pyembed.errors import ArgumentError, ClosedError, DTypeError, FormatError, IdError
-from pyembed.storage import create, fs, id_map
+from pyembed.storage import fs, id_map
+from tests.helpers.file_systems import Faults
 from tests.strategies import bad_ids
 
 COUNTS = [3, 9, 0, 3, 1]
@@ -256,21 +256,15 @@ def test_map_of_another_table(ordered: Path, other: NDArray[np.int64]) -> None:
     Table.open(ordered).close()
 
 
-def test_interrupted_build_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_build_leaves_nothing(path: Path) -> None:
     """Whichever sync fails before the table appears, the id map's included, nothing is left."""
     survived = 0
     for fail_at in range(20):
-        calls = iter(range(1000))
-
-        def failing(fd: int, calls=calls, fail_at=fail_at) -> None:  # type: ignore[no-untyped-def]
-            if next(calls) == fail_at:
-                raise OSError(errno.EIO, "injected")
-            os.fsync(fd)
-
-        monkeypatch.setattr(fs, "sync", failing)
-        monkeypatch.setattr(create, "sync", failing)
+        system = Faults()
+        system.fail("sync", after=fail_at)
         try:
-            build.from_initializer(path, 5, 2, counts=COUNTS)
+            with fs.using(system):
+                build.from_initializer(path, 5, 2, counts=COUNTS)
             survived = fail_at
             break
         except OSError:

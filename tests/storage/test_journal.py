@@ -1,10 +1,11 @@
-"""The journal's bytes, what damage does to them, and the marks of touched rows."""
+"""The bytes of the rollback journal, damage to them, and the marks of dirty rows."""
 
 from __future__ import annotations
 
 import os
 import struct
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 
 from pyembed import _core
 from pyembed.errors import ArgumentError, FormatError
-from pyembed.storage import journal
-from pyembed.storage.dirty_rows import Touched
-from pyembed.storage.journal import Journal, Replay, undo_path
+from pyembed.storage import fs, journal
+from pyembed.storage.dirty_rows import DirtyRows
+from pyembed.storage.fs import Folder
+from pyembed.storage.journal import Journal, Replay
 
 SALT, GENERATION, STRIDE, ROWS = 0x0123456789ABCDEF, 4, 3, 1000
 Frames = list[tuple[list[int], bytes]]
@@ -30,9 +32,14 @@ def row_numbers(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int64)
 
 
+def journal_path(folder: Path, generation: int = GENERATION) -> Path:
+    """The file with the frames after a generation."""
+    return folder / journal.file_name(generation)
+
+
 def write(folder: Path, counts: list[int], durability: str = "process") -> tuple[Frames, list[int]]:
     """A journal with a frame of rows for each count: what is in it, and where each frame begins."""
-    undo = Journal(folder, STRIDE, durability)
+    undo = Journal(Folder(folder), STRIDE, durability)
     undo.begin(GENERATION, SALT)
     frames: Frames = []
     starts = [0, undo._at]
@@ -48,7 +55,7 @@ def write(folder: Path, counts: list[int], durability: str = "process") -> tuple
 
 
 def read(path: Path, salt: int = SALT, generation: int = GENERATION) -> tuple[Frames, Replay]:
-    replay = Replay(path, salt, generation, STRIDE, ROWS)
+    replay = Replay(Folder(path.parent), salt, generation, STRIDE, ROWS)
     return [(rows.tolist(), old.tobytes()) for rows, old in replay], replay
 
 
@@ -58,8 +65,8 @@ def read(path: Path, salt: int = SALT, generation: int = GENERATION) -> tuple[Fr
 def test_layout(tmp_path: Path) -> None:
     """A frame is what the picture says, byte for byte; another program can be written from it."""
     write(tmp_path, [2])
-    data = undo_path(tmp_path, GENERATION).read_bytes()
-    assert undo_path(tmp_path, GENERATION).name == "undo0"
+    data = journal_path(tmp_path, GENERATION).read_bytes()
+    assert journal_path(tmp_path, GENERATION).name == "undo0"
     payload = [np.arange(2, dtype="<i8").tobytes(), old_rows(2).astype("<f4").tobytes()]
     sums = [_core.crc32c(part) for part in payload]
     body = struct.pack("<8s4Q5I", b"PYUNDO1\n", SALT, GENERATION, 1, 1, 128, 2, STRIDE, *sums)
@@ -79,7 +86,7 @@ def test_round_trip(counts: list[int], stride: int, durability: str, frame_bytes
     """Rows come back in order and bit for bit, in frames of bounded size, as often as one reads."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "FRAME_BYTES", frame_bytes)
-        undo = Journal(Path(folder), stride, durability)
+        undo = Journal(Folder(Path(folder)), stride, durability)
         undo.begin(7, SALT)
         rows = np.cumsum(np.arange(1, sum(counts) + 1))
         old = old_rows(rows.size, stride)
@@ -87,7 +94,7 @@ def test_round_trip(counts: list[int], stride: int, durability: str, frame_bytes
         for n in counts:
             undo.record(rows[at : at + n], old[at : at + n])
             at += n
-        replay = Replay(undo.path, SALT, 7, stride, 1 << 20)
+        replay = Replay(Folder(Path(folder)), SALT, 7, stride, 1 << 20)
         for _ in range(2):
             frames = list(replay)
             assert (replay.end, replay.problem, replay.frames) == ("complete", "", undo.frames)
@@ -102,10 +109,10 @@ def test_special_floats(tmp_path: Path) -> None:
     """NaN, infinity and -0 come back with their bits."""
     old = np.array([[np.nan, np.inf, -0.0]], np.float32)
     old.view(np.uint32)[0, 0] = 0x7F800001  # a signalling NaN
-    undo = Journal(tmp_path, STRIDE)
+    undo = Journal(Folder(tmp_path), STRIDE)
     undo.begin(GENERATION, SALT)
     undo.record(row_numbers(5), old)
-    assert read(undo.path)[0] == [([5], old.tobytes())]
+    assert read(tmp_path / undo.name)[0] == [([5], old.tobytes())]
     undo.close()
 
 
@@ -113,29 +120,33 @@ def test_rows_fit_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Rows are cut into frames of bounded size; a row wider than that has one of its own."""
     monkeypatch.setattr(journal, "FRAME_BYTES", 100)
     for stride, sizes in ((STRIDE, [5, 5, 2]), (1000, [1] * 12)):
-        undo = Journal(tmp_path, stride)
+        undo = Journal(Folder(tmp_path), stride)
         undo.begin(GENERATION, SALT)
         undo.record(np.arange(12), old_rows(12, stride))
-        replay = Replay(undo.path, SALT, GENERATION, stride, ROWS)
+        replay = Replay(Folder(tmp_path), SALT, GENERATION, stride, ROWS)
         assert [rows.size for rows, _ in replay] == sizes
         undo.close()
 
 
-def test_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that takes a few bytes at a time gets all of them, each in its place."""
+class ShortWrites(fs.FileSystem):
+    """Takes 13 bytes at a time."""
 
-    def some(fd: int, parts: list[memoryview], at: int) -> int:
+    def pwrite(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
+        """Write a few bytes."""
         return os.pwrite(fd, b"".join(parts)[:13], at)
 
-    monkeypatch.setattr(journal.os, "pwritev", some)
-    frames, _ = write(tmp_path, [2, 1])
-    found, replay = read(undo_path(tmp_path, GENERATION))
+
+def test_short_writes(tmp_path: Path) -> None:
+    """A system that takes a few bytes at a time gets all of them, each in its place."""
+    with fs.using(ShortWrites()):
+        frames, _ = write(tmp_path, [2, 1])
+    found, replay = read(journal_path(tmp_path, GENERATION))
     assert (found, replay.end) == (frames, "complete")
 
 
 def test_odd_arrays_are_refused(tmp_path: Path) -> None:
     """Arrays that would be read back as something else are refused before a byte is written."""
-    undo = Journal(tmp_path, STRIDE)
+    undo = Journal(Folder(tmp_path), STRIDE)
     with pytest.raises(ArgumentError, match="record before begin"):
         undo.record(row_numbers(1), old_rows(1))
     undo.begin(GENERATION, SALT)
@@ -155,7 +166,7 @@ def test_odd_arrays_are_refused(tmp_path: Path) -> None:
 def test_files_are_used_again(tmp_path: Path) -> None:
     """Intervals take turns with two files, which keep their size and their place on the disk; the
     end of a short one is not confused by what a longer one left behind it."""
-    undo = Journal(tmp_path, STRIDE)
+    undo = Journal(Folder(tmp_path), STRIDE)
     places = set()
     for generation in range(6):
         undo.begin(generation, SALT)
@@ -163,10 +174,10 @@ def test_files_are_used_again(tmp_path: Path) -> None:
         for row in range(20 - 3 * generation):
             undo.record(row_numbers(row), old_rows(1, seed=generation))
             written.append(([row], old_rows(1, seed=generation).tobytes()))
-        found, replay = read(undo.path, SALT, generation)
+        found, replay = read(tmp_path / undo.name, SALT, generation)
         assert (found, replay.end) == (written, "complete")
-        status = undo.path.stat()
-        places.add((undo.path.name, status.st_ino, status.st_size))
+        status = (tmp_path / undo.name).stat()
+        places.add(((tmp_path / undo.name).name, status.st_ino, status.st_size))
     names, _, sizes = zip(*sorted(places), strict=True)
     assert names == ("undo0", "undo1")
     assert set(sizes) == {64 << 10}  # allocated ahead
@@ -181,7 +192,7 @@ def test_files_are_used_again(tmp_path: Path) -> None:
 def corruption_is_noticed(folder: Path) -> bool:
     """Whether each byte, flipped, costs frames from there on at most, and that is said."""
     frames, starts = write(folder, [2, 1, 4])
-    path = undo_path(folder, GENERATION)
+    path = journal_path(folder, GENERATION)
     end = starts[-1] + 64
     os.truncate(path, end)
     used = [64, *(64 + 20 * n for n in (2, 1, 4))]  # without the zeros up to the next frame
@@ -225,7 +236,7 @@ def test_the_check_of_corruption_can_fail(
 def test_cut_at_every_byte(tmp_path: Path) -> None:
     """However short the file is, the whole frames in it come back, and the end is not complete."""
     frames, starts = write(tmp_path, [2, 1, 4])
-    path = undo_path(tmp_path, GENERATION)
+    path = journal_path(tmp_path, GENERATION)
     for size in reversed(range(starts[-1] + 64)):
         os.truncate(path, size)
         found, replay = read(path)
@@ -244,7 +255,7 @@ def test_a_lost_frame(
 ) -> None:
     """A frame that reads as zeros is damage if a later one was begun when it was safe."""
     monkeypatch.setattr(journal, "SCAN_BYTES", 128)
-    undo = Journal(tmp_path, STRIDE, durability)
+    undo = Journal(Folder(tmp_path), STRIDE, durability)
     undo.begin(GENERATION, SALT)
     starts = [0]
     for at in range(3):
@@ -252,10 +263,10 @@ def test_a_lost_frame(
         undo.record(row_numbers(at), old_rows(1))
         if durability == "power":
             undo.sync()
-    data = bytearray(undo.path.read_bytes())
+    data = bytearray((tmp_path / undo.name).read_bytes())
     data[starts[frame] : [*starts, undo._at][frame + 1]] = bytes(undo._at - starts[-1])
-    undo.path.write_bytes(data)
-    found, replay = read(undo.path)
+    (tmp_path / undo.name).write_bytes(data)
+    found, replay = read(tmp_path / undo.name)
     assert len(found) == max(0, frame - 1)
     assert replay.end == ("complete" if frame == 3 else "damaged")
     undo.close()
@@ -264,7 +275,7 @@ def test_a_lost_frame(
 def test_frames_in_another_order(tmp_path: Path) -> None:
     """Whole frames that are not in their place are damage."""
     _, starts = write(tmp_path, [1, 1, 1])
-    path = undo_path(tmp_path, GENERATION)
+    path = journal_path(tmp_path, GENERATION)
     data = path.read_bytes()
     first, second, third = starts[1:4]
     path.write_bytes(data[:first] + data[second:third] + data[first:second] + data[third:])
@@ -274,7 +285,7 @@ def test_frames_in_another_order(tmp_path: Path) -> None:
 
 def test_no_journal_where_one_must_be(tmp_path: Path) -> None:
     """A journal that is missing, empty or of another table is damage, not an empty one."""
-    path = undo_path(tmp_path, GENERATION)
+    path = journal_path(tmp_path, GENERATION)
     found, replay = read(path)
     assert (found, replay.end) == ([], "damaged")
     assert "missing" in replay.problem
@@ -291,11 +302,13 @@ def test_no_journal_where_one_must_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 64, 100, 131])
 def test_right_sums_of_odd_sizes(tmp_path: Path, size: int) -> None:
     """A header whose sums are right and whose size is less than its rows, or odd, is damage."""
-    undo = Journal(tmp_path, STRIDE)
+    undo = Journal(Folder(tmp_path), STRIDE)
     undo.begin(GENERATION, SALT)
     header = journal._Header(SALT, GENERATION, 1, 1, size, 1, STRIDE, _core.crc32c(bytes(8)), 0)
-    undo.path.write_bytes(undo.path.read_bytes()[:64] + journal._pack(header) + bytes(200))
-    found, replay = read(undo.path)
+    (tmp_path / undo.name).write_bytes(
+        (tmp_path / undo.name).read_bytes()[:64] + journal._pack(header) + bytes(200)
+    )
+    found, replay = read(tmp_path / undo.name)
     assert (found, replay.end) == ([], "damaged")
     undo.close()
 
@@ -303,16 +316,15 @@ def test_right_sums_of_odd_sizes(tmp_path: Path, size: int) -> None:
 def test_right_sums_of_another_table(tmp_path: Path) -> None:
     """Frames that are whole, but of another width or of rows that do not exist, are damage."""
     write(tmp_path, [3])
-    path = undo_path(tmp_path, GENERATION)
     for stride, rows, message in ((STRIDE + 1, ROWS, "another table"), (STRIDE, 2, "0..1")):
-        replay = Replay(path, SALT, GENERATION, stride, rows)
+        replay = Replay(Folder(tmp_path), SALT, GENERATION, stride, rows)
         assert list(replay) == []
         assert replay.end == "damaged"
         assert message in replay.problem
-    undo = Journal(tmp_path, STRIDE)
+    undo = Journal(Folder(tmp_path), STRIDE)
     undo.begin(GENERATION, SALT)
     undo.record(row_numbers(-1), old_rows(1))
-    assert (read(undo.path)[0], read(undo.path)[1].end) == ([], "damaged")
+    assert (read(tmp_path / undo.name)[0], read(tmp_path / undo.name)[1].end) == ([], "damaged")
     undo.close()
 
 
@@ -322,7 +334,7 @@ def test_junk(data: bytes, at: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         frames, _ = write(folder, [2, 1, 4])
-        path = undo_path(folder, GENERATION)
+        path = journal_path(folder, GENERATION)
         before = path.read_bytes()[:448]
         path.write_bytes(before[:at] + data + before[at + len(data) :])
         found, replay = read(path)
@@ -334,9 +346,9 @@ def test_only_regular_files(tmp_path: Path) -> None:
     """A link or a pipe under the journal's name is not followed."""
     target = tmp_path / "precious"
     target.write_bytes(b"x" * 1000)
-    undo_path(tmp_path, 0).symlink_to(target)
-    os.mkfifo(undo_path(tmp_path, 1))
-    undo = Journal(tmp_path, STRIDE)
+    journal_path(tmp_path, 0).symlink_to(target)
+    os.mkfifo(journal_path(tmp_path, 1))
+    undo = Journal(Folder(tmp_path), STRIDE)
     with pytest.raises(OSError, match="symbolic"):
         undo.begin(0, SALT)
     with pytest.raises(FormatError, match="not a regular file"):
@@ -346,15 +358,15 @@ def test_only_regular_files(tmp_path: Path) -> None:
     assert target.read_bytes() == b"x" * 1000
 
 
-# --- which rows were touched ----------------------------------------------------------------------
+# --- dirty rows -----------------------------------------------------------------------------------
 
 BATCH = st.lists(st.integers(0, 100_000), max_size=30).map(lambda ids: np.unique(ids).astype("i8"))
 
 
-def marks(touched: Touched) -> list[int]:
+def marks(dirty: DirtyRows) -> list[int]:
     """The rows that the parts say."""
     rows: list[int] = []
-    for number, offsets, values in touched.parts():
+    for number, offsets, values in dirty.parts():
         assert np.all(np.diff(offsets.astype(int)) > 0)
         bits = np.unpackbits(values, bitorder="little").reshape(-1, 8)
         rows += [(number << 24) + 8 * int(offsets[i]) + int(bit) for i, bit in np.argwhere(bits)]
@@ -362,33 +374,33 @@ def marks(touched: Touched) -> list[int]:
 
 
 @given(turns=st.lists(st.tuples(BATCH, st.sampled_from(["", "commit", "clear"])), max_size=12))
-def test_touched_is_a_set(turns: list[tuple[np.ndarray, str]]) -> None:
+def test_dirty_rows_are_a_set(turns: list[tuple[np.ndarray, str]]) -> None:
     """Marks are a set of rows that a commit and a rollback empty; rows that are new have none."""
-    touched, rows, interval = Touched(70_000), 70_000, set[int]()
+    dirty, rows, changed = DirtyRows(70_000), 70_000, set[int]()
     for batch, what in turns:
-        new = touched.new(batch)
-        assert new.tolist() == [r for r in batch.tolist() if r < rows and r not in interval]
-        assert touched.new(batch).tolist() == new.tolist()  # asking does not mark
-        touched.mark(new)
-        interval |= set(new.tolist())
-        assert touched.new(batch).tolist() == []
-        assert marks(touched) == sorted(interval)
+        new = dirty.new(batch)
+        assert new.tolist() == [r for r in batch.tolist() if r < rows and r not in changed]
+        assert dirty.new(batch).tolist() == new.tolist()  # asking does not mark
+        dirty.mark(new)
+        changed |= set(new.tolist())
+        assert dirty.new(batch).tolist() == []
+        assert marks(dirty) == sorted(changed)
         if what:
             rows += 10_000 if what == "commit" else 0
-            interval = set()
-            touched.commit(rows) if what == "commit" else touched.clear()
-            assert marks(touched) == []
+            changed = set()
+            dirty.commit(rows) if what == "commit" else dirty.clear()
+            assert marks(dirty) == []
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 32768, 32769, 1 << 32])
-def test_touched_at_the_edges(rows: int) -> None:
+def test_dirty_rows_at_the_edges(rows: int) -> None:
     """The last row is one like the others; a table without rows has none; 2^32 rows are quick."""
-    touched = Touched(rows)
+    dirty = DirtyRows(rows)
     last = row_numbers(rows - 1, rows) if rows else row_numbers(0)
-    assert touched.new(last).tolist() == [rows - 1] * (rows > 0)
-    touched.mark(touched.new(last))
-    assert touched.new(last).size == 0
-    assert marks(touched) == [rows - 1] * (rows > 0)
-    touched.commit(rows)
-    assert not touched._touched.any()  # so the next one has as little to clear
-    assert touched.new(last).tolist() == [rows - 1] * (rows > 0)
+    assert dirty.new(last).tolist() == [rows - 1] * (rows > 0)
+    dirty.mark(dirty.new(last))
+    assert dirty.new(last).size == 0
+    assert marks(dirty) == [rows - 1] * (rows > 0)
+    dirty.commit(rows)
+    assert not dirty._dirty.any()  # so the next one has as little to clear
+    assert dirty.new(last).tolist() == [rows - 1] * (rows > 0)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import numpy as np
 import pytest
 
 from pyembed.errors import ArgumentError, TableError
-from pyembed.storage import journal
-from pyembed.storage.dirty_rows import Touched
-from pyembed.storage.journal import Journal, Replay, undo_path
+from pyembed.storage import fs, journal
+from pyembed.storage.dirty_rows import DirtyRows
+from pyembed.storage.fs import Folder
+from pyembed.storage.journal import Journal, Replay
+from tests.helpers.file_systems import Faults, Unsynced, Watched
 
 SALT, GENERATION, STRIDE, ROWS = 0x0123456789ABCDEF, 4, 3, 1000
 Frames = list[tuple[list[int], bytes]]
@@ -66,11 +69,11 @@ def test_full_disk(small_disk: Path) -> None:
     stride = 1000
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(300_000))
-    undo = Journal(small_disk, stride)
+    undo = Journal(Folder(small_disk), stride)
     undo.begin(GENERATION, SALT)
     taken = fill(undo)
     assert 140 < taken < 190  # of 4 kB each: what there is is used, whatever the growth by steps
-    replay = Replay(undo.path, SALT, GENERATION, stride, ROWS)
+    replay = Replay(Folder(small_disk), SALT, GENERATION, stride, ROWS)
     assert [int(rows[0]) for rows, _ in replay] == list(range(taken))
     assert replay.end == "complete"
     ballast.unlink()
@@ -85,7 +88,7 @@ def test_full_disk(small_disk: Path) -> None:
 def test_full_disk_at_begin(small_disk: Path) -> None:
     """The first interval on a full disk is refused before anything calls the table dirty."""
     (small_disk / "ballast").write_bytes(bytes((1 << 20) - 4096))
-    undo = Journal(small_disk, STRIDE)
+    undo = Journal(Folder(small_disk), STRIDE)
     with pytest.raises(TableError, match="make room"):
         for generation in range(2):
             undo.begin(generation, SALT)
@@ -97,7 +100,7 @@ def test_full_disk_at_begin(small_disk: Path) -> None:
 def test_limit_of_file_size(tmp_path: Path) -> None:
     """A limit of the system is met like a full disk (and needs no right to mount)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    undo = Journal(tmp_path, 1000)
+    undo = Journal(Folder(tmp_path), 1000)
     undo.begin(GENERATION, SALT)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
@@ -105,24 +108,22 @@ def test_limit_of_file_size(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert 40 < taken < 50
-    replay = Replay(undo.path, SALT, GENERATION, 1000, ROWS)
+    replay = Replay(Folder(tmp_path), SALT, GENERATION, 1000, ROWS)
     assert (len(list(replay)), replay.end) == (taken, "complete")
     undo.close()
 
 
-def test_a_failed_sync_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a sync that failed nothing is taken any more: what it lost is reported once."""
-
-    def failing(fd: int) -> None:
-        raise OSError(errno.EIO, "injected")
-
-    undo = Journal(tmp_path, STRIDE, "power")
+def test_a_failed_sync_is_final(tmp_path: Path) -> None:
+    """After a failed sync nothing is recorded: the system reports only once what it lost."""
+    system = Faults()
+    folder = Folder(tmp_path, system)
+    undo = Journal(folder, STRIDE, "power")
     undo.begin(GENERATION, SALT)
     undo.record(row_numbers(1), old_rows(1))
-    with monkeypatch.context() as patch:
-        patch.setattr(journal, "sync", failing)
-        with pytest.raises(OSError, match="injected"):
-            undo.sync()
+    system.fail("sync")
+    with pytest.raises(OSError, match="injected"):
+        undo.sync()
+    system.work()
     for call in (
         undo.sync,
         lambda: undo.record(row_numbers(2), old_rows(1)),
@@ -131,28 +132,37 @@ def test_a_failed_sync_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(TableError, match="a sync of the journal failed"):
             call()
     undo.close()
-    undo = Journal(tmp_path, STRIDE, "power")
-    with monkeypatch.context() as patch:
-        patch.setattr(journal, "sync_folder", failing)
-        with pytest.raises(OSError, match="injected"):
-            undo.begin(GENERATION, SALT)
+    undo = Journal(folder, STRIDE, "power")
+    system.fail("sync")
+    with pytest.raises(OSError, match="injected"):
+        undo.begin(GENERATION, SALT)
+    system.work()
     with pytest.raises(TableError, match="a sync of the journal failed"):
         undo.begin(GENERATION, SALT)
     undo.close()
 
 
-def test_what_begin_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class SyncedKinds(Watched):
+    """Notes of each sync whether it is that of a file or of a folder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: list[str] = []
+
+    def act(self, name: str, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        if name == "sync":
+            folder = stat.S_ISDIR(os.fstat(args[0]).st_mode)
+            self.kinds.append("folder" if folder else "file")
+        return make()
+
+
+def test_what_begin_syncs(tmp_path: Path) -> None:
     """ "power": the file's name and frame 0 are durable before the table can be called dirty."""
-    calls: list[str] = []
-    real, real_folder = journal.sync, journal.sync_folder
-    monkeypatch.setattr(journal, "sync", lambda fd: (calls.append("file"), real(fd)))
-    monkeypatch.setattr(
-        journal, "sync_folder", lambda path: (calls.append("folder"), real_folder(path))
-    )
     for durability, expected in (("process", []), ("power", ["folder", "file"])):
-        undo = Journal(tmp_path, STRIDE, durability)
+        system = SyncedKinds()
+        undo = Journal(Folder(tmp_path, system), STRIDE, durability)
         undo.begin(GENERATION, SALT)
-        assert calls == expected
+        assert system.kinds == expected
         undo.close()
 
 
@@ -166,7 +176,7 @@ class Died(BaseException):
 class Writer:
     """A table in memory that calls the journal as `store` is to call it, or as a mutant does."""
 
-    def __init__(self, folder: Path, durability: str, mutant: str) -> None:
+    def __init__(self, folder: Folder, durability: str, mutant: str) -> None:
         self.folder, self.mutant = folder, mutant
         self.power = durability == "power"
         self.rows = old_rows(40)
@@ -174,7 +184,7 @@ class Writer:
         self.state, self.generation, self.salt = "clean", 1, 1
         self.salts = iter(range(2, 1000))
         self.undo = Journal(folder, STRIDE, durability)
-        self.touched = Touched(40)
+        self.dirty = DirtyRows(40)
 
     def step(self, rows: np.ndarray) -> None:
         """Change rows, as an optimizer does."""
@@ -186,9 +196,9 @@ class Writer:
                 self.state, self.salt = "dirty", salt
             self.undo.begin(self.generation, salt)
             self.state, self.salt = "dirty", salt
-        new = rows if self.mutant == "every change" else self.touched.new(rows)
+        new = rows if self.mutant == "every change" else self.dirty.new(rows)
         if self.mutant == "marked first":
-            self.touched.mark(new)
+            self.dirty.mark(new)
         if self.mutant == "rows first":
             self.rows[rows] += 1
         if new.size:
@@ -196,7 +206,7 @@ class Writer:
         if self.power and new.size:
             self.undo.sync()
         if self.mutant != "every change":
-            self.touched.mark(new)
+            self.dirty.mark(new)
         if self.mutant != "rows first":
             self.rows[rows] += 1
 
@@ -204,20 +214,18 @@ class Writer:
         self.committed = self.rows.copy()
         self.state, self.generation = "clean", self.generation + 1
         if self.mutant != "marks kept":
-            self.touched.commit(40)
+            self.dirty.commit(40)
 
     def recover(self) -> bool:
         """Roll back; whether the rows are those of the last commit."""
         if self.state == "dirty":
-            replay = Replay(
-                undo_path(self.folder, self.generation), self.salt, self.generation, STRIDE, 40
-            )
+            replay = Replay(self.folder, self.salt, self.generation, STRIDE, 40)
             for rows, old in replay:
                 self.rows[rows] = old
             if replay.end == "damaged":
                 return False
         self.state = "clean"
-        self.touched.clear()
+        self.dirty.clear()
         return np.array_equal(self.rows, self.committed)
 
 
@@ -238,23 +246,30 @@ def train(writer: Writer, forgive: bool) -> bool:
     return writer.recover()
 
 
+class CutWrite(Unsynced):
+    """Cuts one write short, at some byte; the process then dies, or finds the disk full."""
+
+    def __init__(self, cut: int, after: str) -> None:
+        self.writes, self._cut, self._after = 0, cut, after
+
+    def pwrite(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
+        """Write all, or a part and fail."""
+        self.writes += 1
+        if self.writes != self._cut + 1:
+            return super().pwrite(fd, parts, at)
+        data = b"".join(parts)
+        os.pwrite(fd, data[: self._cut * 37 % len(data)], at)
+        raise Died if self._after == "die" else OSError(errno.ENOSPC, "injected")
+
+
 def survives(mutant: str, durability: str, after: str) -> bool:
     """Cut every write of a run short, at some byte; go on, or die, then roll back."""
     writes = 0
     while True:
-        calls, cut = iter(range(10_000)), writes
-
-        def pwritev(fd: int, parts: list[Any], at: int, calls: Any = calls, cut: int = cut) -> int:
-            if next(calls) != cut:
-                return os.writev(fd, parts) if os.lseek(fd, at, 0) >= 0 else 0
-            data = b"".join(parts)
-            os.pwrite(fd, data[: cut * 37 % len(data)], at)
-            raise Died if after == "die" else OSError(errno.ENOSPC, "injected")
-
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        system = CutWrite(writes, after)
+        with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
             patch.setattr(journal, "FRAME_BYTES", 100)
-            patch.setattr(journal.os, "pwritev", pwritev)
-            writer = Writer(Path(folder), durability, mutant)
+            writer = Writer(Folder(Path(name), system), durability, mutant)
             try:
                 sound = train(writer, forgive=True)
             except Died:
@@ -262,19 +277,11 @@ def survives(mutant: str, durability: str, after: str) -> bool:
             writer.undo.close()
         if not sound:
             return False
-        if next(calls) <= cut:  # the run ended before the write that was to be cut
+        if system.writes <= writes:  # the run ended before the write that was to be cut
             return writes > 60
         writes += 1
 
 
-@pytest.fixture
-def quick_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dead process loses nothing that was written; so these tests need not wait for a disk."""
-    monkeypatch.setattr(journal, "sync", lambda fd: None)
-    monkeypatch.setattr(journal, "sync_folder", lambda path: None)
-
-
-@pytest.mark.usefixtures("quick_sync")
 @pytest.mark.parametrize("durability", ["process", "power"])
 @pytest.mark.parametrize("after", ["die", "go on"])
 def test_every_write_cut_short(durability: str, after: str) -> None:
@@ -282,7 +289,6 @@ def test_every_write_cut_short(durability: str, after: str) -> None:
     assert survives("", durability, after)
 
 
-@pytest.mark.usefixtures("quick_sync")
 @pytest.mark.parametrize(
     "mutant",
     ["rows first", "marked first", "every change", "marks kept", "salt kept", "dirty first"],
@@ -292,20 +298,25 @@ def test_the_check_of_crashes_can_fail(mutant: str) -> None:
     assert not (survives(mutant, "process", "die") and survives(mutant, "process", "go on"))
 
 
+class Snapshots(fs.FileSystem):
+    """Keeps what a file holds at each sync: that much is on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.synced = path, b""
+
+    def sync(self, fd: int) -> None:
+        """Take the content for durable."""
+        self.synced = self._path.read_bytes()
+
+
 def survives_power_cuts(folder: Path, rounds: int = 40) -> bool:
     """Lose any part of what was not synced, and what shares a block with it, after each write."""
     rng = np.random.default_rng(1)
     folder.mkdir()
-    undo = Journal(folder, STRIDE, "power")
-    synced = b""
+    system = Snapshots(folder / journal.file_name(GENERATION))
+    undo = Journal(Folder(folder, system), STRIDE, "power")
     safe: Frames = []
-
-    def snapshot(fd: int) -> None:
-        nonlocal synced
-        synced = undo.path.read_bytes()
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "sync", snapshot)
         patch.setattr(journal, "FRAME_BYTES", 100)
         undo.begin(GENERATION, SALT)
         for turn in range(rounds):
@@ -315,7 +326,7 @@ def survives_power_cuts(folder: Path, rounds: int = 40) -> bool:
                 undo.record(piece, old)
                 written.append((piece.tolist(), old.tobytes()))
             for _ in range(4):
-                if not power_cut(undo.path, synced, safe, written, rng):
+                if not power_cut(folder, system.synced, safe, written, rng):
                     return False
             undo.sync()
             safe = written
@@ -324,10 +335,11 @@ def survives_power_cuts(folder: Path, rounds: int = 40) -> bool:
 
 
 def power_cut(
-    path: Path, synced: bytes, safe: Frames, written: Frames, rng: np.random.Generator
+    folder: Path, synced: bytes, safe: Frames, written: Frames, rng: np.random.Generator
 ) -> bool:
     """Whether a journal that is partly on the disk gives all that is safe, and nothing wrong."""
-    now = path.read_bytes()
+    name = journal.file_name(GENERATION)
+    now = (folder / name).read_bytes()
     disk = bytearray(synced.ljust(len(now), b"\0"))
     for at in range(0, len(now), 4096):
         block = slice(at, at + 4096)
@@ -337,9 +349,10 @@ def power_cut(
                 disk[block] = now[block]
             elif fate == 2:  # torn: no bytes of the block are sure
                 disk[block] = rng.bytes(len(now[block]))
-    image = path.with_name("image")
-    image.write_bytes(disk)
-    replay = Replay(image, SALT, GENERATION, STRIDE, ROWS)
+    image = folder / "image"
+    image.mkdir(exist_ok=True)
+    (image / name).write_bytes(disk)
+    replay = Replay(Folder(image), SALT, GENERATION, STRIDE, ROWS)
     found = [(rows.tolist(), old.tobytes()) for rows, old in replay]
     return len(safe) <= len(found) and found == written[: len(found)] and replay.end != "damaged"
 

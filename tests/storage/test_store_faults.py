@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,30 +15,29 @@ import pytest
 
 from pyembed import Table
 from pyembed.errors import ArgumentError, FormatError, ReadOnlyError, TableError
-from pyembed.storage import fs, store
+from pyembed.storage import fs
+from tests.helpers.file_systems import Faults
 
 ONES = np.ones((1, 2), np.float32)
 
 
+@pytest.fixture
+def system() -> Iterator[Faults]:
+    """The file system of the tables that a test opens."""
+    with fs.using(Faults()) as system:
+        assert isinstance(system, Faults)
+        yield system
+
+
 @pytest.mark.parametrize("fail_at", range(3))
-def test_failed_append_leaves_the_table(
-    table: Path, fail_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_append_leaves_the_table(table: Path, fail_at: int, system: Faults) -> None:
     """Whichever sync of an append fails, the rows are those before, and the table can be opened."""
-    calls = iter(range(1000))
-
-    def failing(fd: int) -> None:
-        if next(calls) == fail_at:
-            raise OSError(errno.EIO, "injected")
-        os.fsync(fd)
-
     t = Table.open(table)
     before = t.weight.copy()
-    monkeypatch.setattr(store, "sync", failing)
-    monkeypatch.setattr(fs, "sync", failing)
+    system.fail("sync", after=fail_at)
     with pytest.raises(OSError, match="injected"):
         t.append(3)
-    monkeypatch.undo()
+    system.work()
     with contextlib.suppress(OSError):
         t.close()
     with Table.open(table) as t:
@@ -64,18 +63,14 @@ def test_killed_append(table: Path, salvage: bool) -> None:
         assert t.rows == 5
 
 
-def test_failed_sync_is_not_forgotten(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a sync that failed no later commit succeeds: the system reports a lost page once."""
-
-    def failing(fd: int) -> None:
-        raise OSError(errno.EIO, "injected")
-
+def test_failed_sync_is_not_forgotten(table: Path, system: Faults) -> None:
+    """After a failed sync no later commit succeeds: the system reports a lost page only once."""
     t = Table.open(table)
     t.scatter_add([0], ONES)
-    monkeypatch.setattr(store, "sync", failing)
+    system.fail("sync")
     with pytest.raises(OSError, match="injected"):
         t.commit()
-    monkeypatch.undo()
+    system.work()
     for call in (t.commit, lambda: t.scatter_add([0], ONES), t.rollback, t.close):
         with pytest.raises(TableError, match="a sync or an undo failed"):
             call()
@@ -83,28 +78,14 @@ def test_failed_sync_is_not_forgotten(table: Path, monkeypatch: pytest.MonkeyPat
         assert t.gather(0).tolist() == [0, 1]
 
 
-def fail_once(patch: pytest.MonkeyPatch, name: str, number: int, code: int) -> None:
-    """The call of this number, from 0, of a function of `os` fails."""
-    real, calls = getattr(os, name), iter(range(1000))
-
-    def failing(*args: object, **more: object) -> object:
-        if next(calls) == number:
-            raise OSError(code, "injected")
-        return real(*args, **more)
-
-    patch.setattr(os, name, failing)
-
-
-def test_failed_sync_of_an_append_is_not_forgotten(
-    table: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may have lost rows that steps changed before: they are not committed by a later sync."""
+def test_failed_sync_of_an_append_is_not_forgotten(table: Path, system: Faults) -> None:
+    """It may have lost rows that steps changed before: no later sync commits them."""
     t = Table.open(table)
     t.scatter_add([0], ONES)
-    with monkeypatch.context() as patch:
-        fail_once(patch, "fsync", 0, errno.EIO)
-        with pytest.raises(OSError, match="injected"):
-            t.append(3)
+    system.fail("sync")
+    with pytest.raises(OSError, match="injected"):
+        t.append(3)
+    system.work()
     for call in (t.commit, lambda: t.append(3), t.close):
         with pytest.raises(TableError, match="a sync or an undo failed"):
             call()
@@ -112,37 +93,33 @@ def test_failed_sync_of_an_append_is_not_forgotten(
         assert (t.rows, t.gather(0).tolist()) == (4, [0, 1])
 
 
-@pytest.mark.parametrize("name", ["pwrite", "ftruncate", "fsync"])
-def test_half_an_undo_is_not_committed(
-    table: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A rollback that fails in the middle: to open the table again ends it, `close` does not."""
+@pytest.mark.parametrize("name", ["pwrite", "truncate", "sync"])
+def test_half_a_rollback_is_not_committed(table: Path, name: str, system: Faults) -> None:
+    """After a rollback that failed in the middle, `close` commits nothing; to open recovers."""
     t = Table.open(table)
     t.scatter_add([0], ONES)
     t.append(3)
-    with monkeypatch.context() as patch:
-        fail_once(patch, name, 0, errno.EIO)
-        with pytest.raises(OSError, match="injected"):
-            t.rollback()
+    system.fail(name)
+    with pytest.raises(OSError, match="injected"):
+        t.rollback()
+    system.work()
     with pytest.raises(TableError, match="a sync or an undo failed"):
         t.close()
     with Table.open(table) as t:
         assert (t.rows, t.gather(0).tolist()) == (4, [0, 1])
 
 
-def test_full_disk_after_the_manifest_has_its_name(
-    table: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The folder's sync may fail for want of room: the manifest says dirty then, or committed."""
+def test_full_disk_after_the_manifest_has_its_name(table: Path, system: Faults) -> None:
+    """The folder's sync may find the disk full: the manifest says dirty, or committed, already."""
     for number, change in (
         (1, lambda t: t.scatter_add([0], ONES)),
         (2, lambda t: t.commit({"a": 1})),
     ):
         t = Table.open(table)
-        with monkeypatch.context() as patch:
-            fail_once(patch, "fsync", number, errno.ENOSPC)
-            with pytest.raises(OSError, match="may be lost with the machine"):
-                change(t)
+        system.fail("sync", after=number, error=errno.ENOSPC)
+        with pytest.raises(OSError, match="may be lost with the machine"):
+            change(t)
+        system.work()
         with pytest.raises(TableError, match="a sync or an undo failed"):
             t.scatter_add([0], ONES)
         with contextlib.suppress(OSError):
@@ -151,13 +128,13 @@ def test_full_disk_after_the_manifest_has_its_name(
             assert t.gather(0).tolist() == [0, 1]
 
 
-def test_a_journal_that_cannot_be_removed(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is in nobody's way: the table is closed all the same, and its lock is free."""
+def test_a_journal_that_cannot_be_removed(table: Path, system: Faults) -> None:
+    """The table closes all the same, and its lock is free."""
     t = Table.open(table)
     t.scatter_add([0], ONES)
-    with monkeypatch.context() as patch:
-        fail_once(patch, "unlink", 0, errno.EIO)
-        t.close()
+    system.fail("unlink")
+    t.close()
+    system.work()
     with Table.open(table) as t:
         assert t.gather(0).tolist() == [1, 2]
 
@@ -185,9 +162,9 @@ def test_header_after_half_an_undo(table: Path, header: bytes) -> None:
     assert np.load(file).shape == (4, 4)
 
 
-def test_failed_creation_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even a whole table, of which it is not sure that its name is safe."""
-    fail_once(monkeypatch, "fsync", 3, errno.EIO)
+def test_failed_creation_leaves_nothing(path: Path, system: Faults) -> None:
+    """A whole table is removed as well, if its name may not be durable."""
+    system.fail("sync", after=3)
     with pytest.raises(OSError, match="injected"):
         Table.create(path, 4, 2)
     assert list(path.parent.iterdir()) == []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
-import subprocess
-import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 
 from pyembed import Table, init, lookahead, optim
-from pyembed.errors import TableError
-from pyembed.storage import fs, journal
+from pyembed.errors import LockedError, ReadOnlyError, TableError
+from pyembed.storage import fs
 from pyembed.storage.transaction import MAX_ASKED
+from tests.helpers import child
+from tests.helpers.file_systems import Faults, HeldHelper, on_helper
 
 ROWS, DIM = 400, 4
 
@@ -56,51 +59,30 @@ def busy_helper(table: Table) -> Iterator[None]:
         wait(table)
 
 
-class Held:
-    """Holds the helper up in a sync, with the mutex, until `go_on`; then perhaps fails it."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, fails: bool = False) -> None:
-        self._begun, self._go_on, self._fails = threading.Event(), threading.Event(), fails
-        patch.setattr(journal, "sync", self._sync)
-
-    def _sync(self, fd: int) -> None:
-        if on_helper():
-            self._begun.set()
-            self._go_on.wait()
-            if self._fails:
-                raise OSError(errno.EIO, "injected")
-
-    def there(self) -> None:
-        self._begun.wait()
-
-    def go_on(self, after: float = 0.0) -> None:
-        threading.Timer(after, self._go_on.set).start()
-
-    @property
-    def still(self) -> bool:
-        return not self._go_on.is_set()
-
-
-def on_helper() -> bool:
-    return threading.current_thread().name.startswith("pyembed-journal")
-
-
 def frames(table: Table) -> int:
     return table._store._interval.journal.frames  # type: ignore[union-attr]
 
 
 @pytest.fixture
-def syncs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each sync, whether it was the helper's."""
-    found = list[bool]()
+def held() -> Iterator[HeldHelper]:
+    """The file system of the tables that a test opens."""
+    with fs.using(HeldHelper()) as system:
+        assert isinstance(system, HeldHelper)
+        yield system
 
-    def sync(fd: int) -> None:
-        found.append(on_helper())
-        os.fsync(fd)
 
-    for module in (fs, journal):
-        monkeypatch.setattr(module, "sync", sync)
-    return found
+@pytest.fixture
+def syncs(held: HeldHelper) -> list[bool]:
+    """Of each sync, whether the helper made it."""
+    return held.syncs
+
+
+@pytest.fixture
+def system() -> Iterator[Faults]:
+    """The file system of the tables that a test opens."""
+    with fs.using(Faults()) as system:
+        assert isinstance(system, Faults)
+        yield system
 
 
 def test_a_step_finds_it_done(path: Path, syncs: list[bool]) -> None:
@@ -189,16 +171,16 @@ def test_late_for_its_interval(path: Path, end: Callable[[Table], None], again: 
 
 @pytest.mark.parametrize("end", [Table.commit, Table.rollback])
 def test_an_interval_does_not_end_amid_it(
-    path: Path, end: Callable[[Table], None], monkeypatch: pytest.MonkeyPatch
+    path: Path, end: Callable[[Table], None], held: HeldHelper
 ) -> None:
     """No row is marked for the next interval whose old content lies in the journal of this."""
     with make(path) as t:
-        held = Held(monkeypatch)
+        held.hold()
         ask(t, [5])
-        held.there()
+        held.wait_until_held()
         held.go_on(after=0.2)
         end(t)
-        assert not held.still
+        assert not held.is_holding
         change(t, [1])
         before = t.gather(5).tolist()
         change(t, [5])
@@ -206,15 +188,15 @@ def test_an_interval_does_not_end_amid_it(
         assert t.gather(5).tolist() == before
 
 
-def test_what_is_safe_does_not_wait(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_safe_does_not_wait(path: Path, held: HeldHelper) -> None:
     """A step on rows that are marked goes on beside a sync of others."""
     with make(path) as t:
-        held = Held(monkeypatch)
+        held.hold()
         ask(t, [5])
-        held.there()
+        held.wait_until_held()
         held.go_on(after=5)
         change(t, [0])
-        assert held.still
+        assert held.is_holding
         held.go_on()
 
 
@@ -229,40 +211,29 @@ def test_rows_that_are_gone(path: Path) -> None:
         assert (t.rows, frames(t)) == (ROWS, 2)
 
 
-def fail_on_helper(patch: pytest.MonkeyPatch, name: str, code: int) -> None:
-    real = getattr(os, name)
-
-    def failing(*args: object) -> object:
-        if on_helper():
-            raise OSError(code, "injected")
-        return real(*args)
-
-    patch.setattr(os, name, failing)
-
-
-def test_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no error of who asked: the step meets it, if there is no room for it either."""
+def test_full_disk(path: Path, system: Faults) -> None:
+    """A helper that finds the disk full raises nothing: the step reports it, if it does as well."""
     with make(path) as t:
         before = t.weight.copy()
         t.commit()
         change(t, [0])
-        with monkeypatch.context() as patch:
-            fail_on_helper(patch, "pwritev", errno.ENOSPC)
-            ask(t, [5])
-            wait(t)
+        system.fail("pwrite", error=errno.ENOSPC, when=lambda *_: on_helper())
+        ask(t, [5])
+        wait(t)
+        system.work()
         change(t, [5])
         t.rollback()
         assert np.array_equal(t.weight, before)
 
 
-def test_failed_sync(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_sync(path: Path, system: Faults) -> None:
     """After one on the helper no row changes, nothing is committed; opened again, all is well."""
     t = make(path)
     before = t.gather(5).tolist()
-    with monkeypatch.context() as patch:
-        fail_on_helper(patch, "fsync", errno.EIO)
-        ask(t, [5])
-        wait(t)
+    system.fail("sync", when=lambda *_: on_helper())
+    ask(t, [5])
+    wait(t)
+    system.work()
     ask(t, [6])
     for call in (lambda: change(t, [5]), t.commit, t.rollback, t.close):
         with pytest.raises(TableError, match="a sync or an undo failed"):
@@ -271,16 +242,15 @@ def test_failed_sync(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert t.gather(5).tolist() == before
 
 
-def test_a_commit_that_waits_hears_of_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_waits_hears_of_it(path: Path, held: HeldHelper) -> None:
     """A sync that fails on the helper while a commit waits for its end: nothing is committed."""
     t = make(path)
-    with monkeypatch.context() as patch:
-        held = Held(patch, fails=True)
-        ask(t, [5])
-        held.there()
-        held.go_on(after=0.05)
-        with pytest.raises(TableError, match="a sync or an undo failed"):
-            t.commit()
+    held.hold(fails=True)
+    ask(t, [5])
+    held.wait_until_held()
+    held.go_on(after=0.05)
+    with pytest.raises(TableError, match="a sync or an undo failed"):
+        t.commit()
     with pytest.raises(TableError):
         t.close()
     with Table.open(path, "r") as t:
@@ -290,7 +260,7 @@ def test_a_commit_that_waits_hears_of_it(path: Path, monkeypatch: pytest.MonkeyP
 def test_interrupted_end_of_an_interval(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C right after a commit was written: the next interval begins without marks of this."""
     with make(path) as t:
-        touched = t._store._interval.touched  # type: ignore[union-attr]
+        touched = t._store._interval.dirty_rows  # type: ignore[union-attr]
 
         def interrupted(rows: int) -> None:
             raise KeyboardInterrupt
@@ -305,64 +275,65 @@ def test_interrupted_end_of_an_interval(path: Path, monkeypatch: pytest.MonkeyPa
         assert t.gather(0).tolist() == before
 
 
-@pytest.mark.parametrize("drop", ["del t", "t.loop = t; del t; gc.collect()"])
-def test_a_forgotten_table(path: Path, drop: str) -> None:
-    """Dropped while the helper is at work, it is committed, and its lock is free after that."""
+def drop_while_the_helper_works(path: Path, in_a_cycle: bool) -> None:
+    """Drop a table during a sync of its helper, and wait until it can be opened again."""
+    warnings.simplefilter("ignore")
+    with fs.using(HeldHelper()) as held:
+        assert isinstance(held, HeldHelper)
+        t = Table.open(path)
+        change(t, [1])
+        held.hold()
+        ask(t, [5])
+        held.wait_until_held()
+        if in_a_cycle:
+            t.loop = t  # type: ignore[attr-defined]
+        del t
+        gc.collect()
+        held.go_on()
+        for _ in range(1000):
+            gc.collect()
+            with contextlib.suppress(LockedError), Table.open(path) as t:
+                assert t.generation == 2
+                return
+            time.sleep(0.01)
+    raise AssertionError("locked")
+
+
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_a_forgotten_table(path: Path, in_a_cycle: bool) -> None:
+    """A table that is dropped while its helper works is committed, and its lock is free then."""
     make(path).close()
-    code = (
-        "import gc, os, time, threading, warnings, numpy, pyembed\n"
-        "from pyembed.storage import journal\n"
-        "warnings.simplefilter('ignore')\n"
-        f"t = pyembed.Table.open({str(path)!r})\n"
-        "t.scatter_add([1], numpy.full((1, 4), 50, numpy.float32))\n"
-        "begun, go_on = threading.Event(), threading.Event()\n"
-        "journal.sync = lambda fd: (begun.set(), go_on.wait())\n"
-        "t.prefetch([5], wait=True)\n"
-        "begun.wait()\n"
-        f"{drop}\n"
-        "go_on.set()\n"
-        "for _ in range(1000):\n"
-        "    gc.collect()\n"
-        "    try:\n"
-        f"        with pyembed.Table.open({str(path)!r}) as t:\n"
-        "            assert t.gather(1).min() > 40\n"
-        "        break\n"
-        "    except pyembed.errors.LockedError:\n"
-        "        time.sleep(0.01)\n"
-        "else:\n"
-        "    raise AssertionError('locked')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    child.run(drop_while_the_helper_works, path, in_a_cycle)
+
+
+def fork_while_the_helper_works(path: Path) -> None:
+    """Fork during a sync of the helper; the child may neither change nor end the transaction."""
+    with fs.using(HeldHelper()) as held:
+        assert isinstance(held, HeldHelper)
+        t = Table.open(path)
+        change(t, [1])
+        held.hold()
+        ask(t, [5])
+        held.wait_until_held()
+        if os.fork() == 0:
+            ask(t, [6])
+            for call in (t.commit, t.rollback, t.close):
+                try:
+                    call()
+                except ReadOnlyError:
+                    continue
+                os._exit(1)
+            os._exit(7)
+        _, status = os.wait()
+        assert os.waitstatus_to_exitcode(status) == 7
+        held.go_on()
+        t.close()
 
 
 def test_fork_while_the_helper_works(path: Path) -> None:
-    """A child asks nobody, waits for nothing, and leaves the table to its parent."""
+    """A child does not wait for the helper, and leaves the table to its parent."""
     make(path).close()
-    code = (
-        "import os, sys, threading, numpy, pyembed\n"
-        "from pyembed.storage import journal\n"
-        f"t = pyembed.Table.open({str(path)!r})\n"
-        "t.scatter_add([1], numpy.ones((1, 4), numpy.float32))\n"
-        "begun, go_on, sync = threading.Event(), threading.Event(), journal.sync\n"
-        "journal.sync = lambda fd: (begun.set(), go_on.wait(), sync(fd))\n"
-        "t.prefetch([5], wait=True)\n"
-        "begun.wait()\n"
-        "if os.fork() == 0:\n"
-        "    t.prefetch([6], wait=True)\n"
-        "    assert not t._store._interval._asked\n"
-        "    for call in (t.commit, t.rollback, t.close):\n"
-        "        try:\n"
-        "            call()\n"
-        "        except pyembed.errors.ReadOnlyError:\n"
-        "            continue\n"
-        "        os._exit(1)\n"
-        "    os._exit(7)\n"
-        "_, status = os.wait()\n"
-        "assert os.waitstatus_to_exitcode(status) == 7\n"
-        "go_on.set()\n"
-        "t.close()\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    child.run(fork_while_the_helper_works, path)
     with Table.open(path, "r") as t:
         assert t.generation == 2
 

@@ -10,7 +10,7 @@ import pytest
 import pyembed
 from pyembed import Table, build, init
 from pyembed.errors import FormatError
-from pyembed.storage import fs
+from pyembed.storage import direct_writer
 from pyembed.words.vocab import Vocab
 from tests.helpers import child
 
@@ -78,7 +78,7 @@ def test_peak_memory_does_not_grow(tmp_path: Path) -> None:
 
 def test_large_tables_are_written_whole(tmp_path: Path) -> None:
     """Pieces that are written past the page cache, several at a time, end where they belong."""
-    rows, dim = 3 * fs.PIECE_BYTES // (4 * 37), 37
+    rows, dim = 3 * direct_writer.PIECE_BYTES // (4 * 37), 37
     build.from_initializer(tmp_path / "t", rows, dim, init.normal(), seed=8)
     with Table.open(tmp_path / "t", "r") as t:
         assert np.array_equal(t.weight, Table.memory(rows, dim, init=init.normal(), seed=8).weight)

@@ -16,6 +16,7 @@ from pyembed.errors import ArgumentError, LockedError
 from pyembed.storage import fs
 from pyembed.tools.convert import convert
 from tests.helpers.child import kill_writer
+from tests.helpers.file_systems import Faults
 
 
 @pytest.fixture
@@ -112,18 +113,12 @@ def test_names_that_are_taken(trained: Path) -> None:
         convert(trained, f"{trained}2")
 
 
-def test_a_failed_copy_leaves_nothing(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_copy_leaves_nothing(trained: Path, tmp_path: Path) -> None:
     """A sync that fails at the end leaves no table, and the old one as it was."""
     before = (trained / "rows.npy").read_bytes()
-
-    def fail(fd: int) -> None:
-        raise OSError(5, "input/output error")
-
-    monkeypatch.setattr(fs, "sync", fail)
-    monkeypatch.setattr("pyembed.storage.create.sync", fail)
-    with pytest.raises(OSError, match="input/output"):
+    system = Faults()
+    system.fail("sync")
+    with fs.using(system), pytest.raises(OSError, match="injected"):
         convert(trained, tmp_path / "new", optimizer="adam")
     assert [file.name for file in tmp_path.iterdir()] == [trained.name]
     assert (trained / "rows.npy").read_bytes() == before

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from pyembed import Table, Vocab, build, init, optim
 from pyembed.cli import main
 from pyembed.errors import ArgumentError, FormatError, LockedError, TableError
-from pyembed.storage import fs, store
+from pyembed.storage import fs
 from pyembed.storage.store import Store
 from pyembed.tools.export import apply, export
 from pyembed.tools.verify import verify
+from tests.helpers.file_systems import Unsynced
 
 
 @pytest.fixture
@@ -273,9 +274,7 @@ ACTIONS = st.lists(
 @given(actions=ACTIONS)
 def test_a_copy_that_is_brought_forward(actions: list[tuple[str, list[int]]]) -> None:
     """Whatever happens between exports, a copy that gets the deltas is the table, bit for bit."""
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fs, "sync", lambda fd: None)  # nobody dies here
-        patch.setattr(store, "sync", lambda fd: None)
+    with tempfile.TemporaryDirectory() as name, fs.using(Unsynced()):
         folder = Path(name)
         t = Table.create(folder / "t", 20, 3, "adagrad", init=init.normal())
         export(t, folder / "copy")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import tempfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, SupportsIndex
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +16,9 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
 from pyembed.errors import ArgumentError, DTypeError, FormatError, IdError
+from pyembed.storage import fs
 from pyembed.words.vocab import Vocab
+from tests.helpers.file_systems import Faults, Watched
 
 INT64 = np.iinfo(np.int64)
 TOKEN = st.binary(max_size=6).map(lambda token: token.replace(b"\n", b""))
@@ -186,27 +187,27 @@ def test_saving_again_replaces_counts_too(tmp_path: Path) -> None:
     assert loaded.counts is None
 
 
+class Dying(Watched):
+    """Fails all syncs, renames and removals after the first ones."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self._left = left
+
+    def act(self, name: str, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """Make the call while there are some left."""
+        if name in ("sync", "rename", "unlink"):
+            self._left -= 1
+            if self._left < 0:
+                raise OSError("no space left on device")
+        return make()
+
+
 @pytest.mark.parametrize("step", range(9))
 def test_a_crash_while_saving_leaves_one_vocabulary_or_the_other(step: int, tmp_path: Path) -> None:
     """Whichever call to the system is the last, what is loaded is old or new and never mixed."""
     Vocab(["a", "b"], [3, 2]).save(tmp_path)
-    calls = 0
-
-    def failing(real: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls > step:
-                raise OSError("no space left on device")
-            return real(*args, **kwargs)
-
-        return call
-
-    with (
-        mock.patch.object(os, "fsync", failing(os.fsync)),
-        mock.patch.object(Path, "replace", failing(Path.replace)),
-        mock.patch.object(Path, "unlink", failing(Path.unlink)),
-    ):
+    with fs.using(Dying(step)):
         if step < 8:
             with pytest.raises(OSError, match="no space"):
                 Vocab(["c", "d"], [9, 8]).save(tmp_path)
@@ -228,7 +229,9 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path) -> None:
     """A full disk changes no file and leaves no temporary one."""
     Vocab(["a", "b"], [3, 2]).save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with mock.patch.object(os, "fsync", side_effect=OSError("full")), pytest.raises(OSError):
+    system = Faults()
+    system.fail("sync", error=errno.ENOSPC)
+    with fs.using(system), pytest.raises(OSError, match="injected"):
         Vocab(["c"], [1]).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -258,11 +261,11 @@ def npy(array: NDArray[Any]) -> bytes:
 
 GOOD = npy(np.array([3, 2]))
 BAD_COUNTS = {
-    "empty": (b"", "is not a .npy file"),
-    "no magic": (b"x" * 200, "is not a .npy file"),
-    "other version": (GOOD[:6] + b"\x02" + GOOD[7:], r"version \(2, 0\)"),
-    "cut header": (GOOD[:50], "is not a .npy file"),
-    "broken header": (GOOD.replace(b"{", b"(", 1), "is not a .npy file"),
+    "empty": (b"", "not an .npy file"),
+    "no magic": (b"x" * 200, "not an .npy file"),
+    "other version": (GOOD[:6] + b"\x02" + GOOD[7:], r"not an .npy file"),
+    "cut header": (GOOD[:50], "not an .npy file"),
+    "broken header": (GOOD.replace(b"{", b"(", 1), "not an .npy file"),
     "cut": (GOOD[:-1], "15 bytes of counts; its header allows 16"),
     "surplus": (GOOD + b"\0", "17 bytes of counts; its header allows 16"),
     "another length": (npy(np.array([3, 2, 1])), r"shape \(3,\); allowed: int64 of shape \(2,\)"),
