@@ -31,11 +31,13 @@ lint: build
 	$(PY) -m mypy && $(PY) -m mypy.stubtest --ignore-missing-stub pyembed._core
 
 # Run the kernels' conformance suite with bounds checks, the address sanitizer and the undefined-behaviour sanitizer.
+# importlib: pytest's other modes put this folder, with the release build, in front of the path.
 debug: build
 	PYEMBED_DEBUG=1 CFLAGS=-fsanitize=address,undefined LDFLAGS=-fsanitize=address,undefined \
 	  $(PY) setup.py -q build --build-base build/debug --build-lib build/debug/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/debug/lib $(PY) -P -m pytest tests/test_core.py tests/test_init.py tests/layers/test_embedding.py
+	  PYTHONPATH=build/debug/lib:$(CURDIR) $(PY) -P -m pytest --import-mode=importlib \
+	  tests/test_core.py tests/test_init.py tests/test_renorm.py tests/layers/test_embedding.py
 
 build: $(VENV)/ready
 	@true
