@@ -1,6 +1,6 @@
-"""What a caller's ids and values must be, checked in one place, before a kernel sees them.
+"""Checks of the arguments of public calls, all made before a kernel reads or writes anything.
 
-ids: integers of any width and any shape. values: float32 of exactly the expected shape.
+Ids are integers of any width and any shape; values are float32 of exactly the expected shape.
 Nothing is rounded, wrapped or broadcast.
 """
 
@@ -25,14 +25,14 @@ F32 = NDArray[np.float32]
 
 
 def as_ids(ids: ArrayLike) -> IdArray:
-    """Ids as a C-contiguous int64 or int32 array: as they are if they are one, else a copy.
+    """Ids as a C-contiguous int64 or int32 array, copied only if they are not one already.
 
     Raises
     ------
     DTypeError
-        If they are not integers (bool is not).
+        If they are not integers; bool is not an integer here.
     IdError
-        If an unsigned id is beyond int64.
+        If an unsigned id does not fit into int64.
     """
     if type(ids) is np.ndarray and (ids.dtype is INT64 or ids.dtype is INT32):
         return _plain(ids)
@@ -48,7 +48,7 @@ def as_ids(ids: ArrayLike) -> IdArray:
             raise DTypeError(
                 f"ids are {array.dtype}; allowed: integers of any width; use ids.astype(np.int64)"
             )
-        array = array.astype(np.int64)  # an empty list has no type of its own
+        array = array.astype(np.int64)  # numpy makes an empty list float64
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         where = tuple(int(i) for i in np.argwhere(array > np.iinfo(np.int64).max)[0])
         raise IdError(f"ids[{', '.join(map(str, where))}] = {array[where]} is beyond any table")
@@ -56,7 +56,7 @@ def as_ids(ids: ArrayLike) -> IdArray:
 
 
 def _plain(array: NDArray[Any]) -> NDArray[Any]:
-    """C-contiguous and aligned; a copy only if it is not."""
+    """A C-contiguous and aligned array, copied only if it is not one already."""
     flags = array.flags
     return array if flags.c_contiguous and flags.aligned else np.array(array, order="C")
 
@@ -82,12 +82,12 @@ def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
 
 
 def as_output(out: Any, shape: tuple[int, ...]) -> F32:
-    """A writable C-contiguous float32 array of exactly `shape`, given by the caller to be filled.
+    """The caller's `out`: a writable C-contiguous float32 array of exactly `shape`.
 
     Raises
     ------
     DTypeError, ArgumentError
-        If it is anything else; a copy would not be what the caller asked for.
+        If it is anything else; filling a copy would not fill the caller's array.
     """
     require_float32(out, "out")
     if out.shape != shape:
@@ -99,22 +99,24 @@ def as_output(out: Any, shape: tuple[int, ...]) -> F32:
 
 
 def require_apart(values: F32, columns: tuple[_core.Column, ...], name: str) -> None:
-    """Refuse values that are the rows they are to change: they would change under the loop.
+    """Refuse values that share memory with the rows, as they would change during the loop.
 
     Raises
     ------
     ArgumentError
+        If they share memory.
     """
     if _core.overlaps(columns, values):
         raise ArgumentError(f"{name} shares memory with the table; use {name}.copy()")
 
 
 def require_float32(array: Any, name: str) -> None:
-    """Refuse anything but a float32 ndarray: a copy would not be what the caller asked for.
+    """Refuse anything but a float32 ndarray, where a copy would lose what is written to it.
 
     Raises
     ------
     DTypeError
+        If it is anything else.
     """
     if not isinstance(array, np.ndarray) or array.dtype != FLOAT32:
         kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
@@ -127,7 +129,7 @@ def require_finite(values: F32, name: str, num_threads: int) -> None:
     Raises
     ------
     NonFiniteError
-        Naming the first such element.
+        If there is one; the message names the first.
     """
     if not _core.all_finite(values, num_threads):
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
@@ -138,14 +140,14 @@ def require_finite(values: F32, name: str, num_threads: int) -> None:
 
 
 def require_count(value: Any, name: str, low: int, high: int) -> int:
-    """An integer argument within low..high.
+    """An integer argument in low..high.
 
     Raises
     ------
     ArgumentError
         If it is out of range.
     DTypeError
-        If it is no integer.
+        If it is not an integer.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise DTypeError(f"{name} = {value!r} is a {type(value).__name__}; allowed: an integer")
@@ -155,16 +157,17 @@ def require_count(value: Any, name: str, low: int, high: int) -> int:
 
 
 def in_range(name: str, value: float, low: float, below: float = math.inf) -> float:
-    """A finite hyper-parameter of at least `low`, and less than `below`.
+    """A finite hyper-parameter of at least `low` and less than `below`.
 
     Raises
     ------
     ArgumentError
+        If it is anything else, or float32 cannot hold it.
     """
     used = math.nan
     if isinstance(value, numbers.Real):
         with np.errstate(over="ignore"):
-            used = float(np.float32(value))  # what the kernels compute with
+            used = float(np.float32(value))  # the kernels compute with this
     if not (math.isfinite(used) and used >= low and value < below):
         limit = "" if below == math.inf else f" and < {below:g}"
         raise ArgumentError(

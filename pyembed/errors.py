@@ -1,4 +1,4 @@
-"""Every error that pyembed raises by intent, so that a caller can catch the library or the builtin.
+"""All errors of pyembed; each is also the builtin that a caller would catch.
 
 ::
 
@@ -13,18 +13,17 @@
     └── TableError         (OSError)      a table on disk that cannot be used as asked
         ├── LockedError                   another process or handle holds it
         ├── DirtyError                    its last writer ended without a commit
-        └── ReadOnlyError                 a write to a table that was opened to be read
+        └── ReadOnlyError                 a write to a table that was opened for reading
 
-A message says what is wrong, which element, what is allowed and what to do about it.
-Errors of the operating system (a missing file, a disk that fails) pass through as the `OSError`
-that they are.
+A message says what is wrong, which element, what is allowed and what to do about it. Errors of the
+operating system (a missing file, a failing disk) are not wrapped: they stay `OSError`.
 """
 
 from __future__ import annotations
 
 
 class PyembedError(Exception):
-    """Base of every error below."""
+    """The base of all errors of pyembed."""
 
 
 class IdError(PyembedError, IndexError):
@@ -44,7 +43,7 @@ class DTypeError(PyembedError, TypeError):
 
 
 class ClosedError(PyembedError, ValueError):
-    """The table was closed."""
+    """A table was used after it was closed."""
 
 
 class FormatError(PyembedError, ValueError):
@@ -64,7 +63,7 @@ class LockedError(TableError):
 
 
 class DirtyError(TableError):
-    """The last writer ended without a commit: rows may be from any time since the commit before."""
+    """The last writer ended without a commit, and rows may have changed since the last one."""
 
 
 class ReadOnlyError(TableError):

@@ -23,7 +23,7 @@ _READERS: dict[str, type[Word2VecText | Word2VecBinary | Glove]] = {
     reader.format: reader for reader in (Word2VecText, Word2VecBinary, Glove)
 }
 
-# Files that people hold for one of ours; each would otherwise fail with a puzzling line 1.
+# Files that are often mistaken for vectors; without this, each fails with a puzzling line 1.
 _FOREIGN = {
     rb"\xba\x16\x4f\x2f": "a fastText model (its .vec file is word2vec text)",
     rb"\x93NUMPY": "a .npy array",
@@ -39,24 +39,26 @@ def open_vectors(path: str | PathLike[str], format: str = "auto") -> VectorSourc
 
     Parameters
     ----------
-    path : str or path
+    path : path-like
         A regular file, plain or gzip.
     format : {"auto", "word2vec", "word2vec-binary", "glove"}
-        "auto" decides from the content. Say "word2vec" for a text of dim 1, whose header line
-        looks like a row, and "glove" for a file of GloVe's ``-write-header 1`` that ends in an
-        uncounted ``<unk>``.
+        "auto" decides from the content. Give "word2vec" for a text of dim 1, because its header
+        line looks like a row, and "glove" for a file of GloVe's ``-write-header 1`` that ends in
+        an uncounted ``<unk>``.
 
     Returns
     -------
     VectorSource
-        Iterating gives ``(tokens, values)``: a list of bytes and a float32 array (len(tokens),
-        dim) of about 4 MB.
+        It yields pairs of tokens, a list of bytes, and values, a float32 array of shape
+        (len(tokens), dim) and about 4 MB.
 
     Raises
     ------
     FormatError
-        The content is not what the format says; raised here for the first line, and while
-        iterating for the rest.
+        If the content is not what the format says; raised here for the first line, and during
+        iteration for the rest.
+    ArgumentError
+        If `format` is unknown, or `path` is not a regular file.
 
     Examples
     --------

@@ -1,18 +1,17 @@
-"""What every reader of vector files shares: byte stream, first look, and parser of text rows.
+"""The parts that all readers of vector files share: byte stream, head, and parser of text rows.
 
-Everything works on bytes. A line ends at 0x0A and at nothing else, a field ends at 0x20 and at
-nothing else, so a token may hold any other byte: U+0085, a no-break space, half a code point. One
-trailing space and a carriage return before the line end are dropped, as the original C tool and
-Windows editors write them, and so is a byte order mark at the start of a file.
+Everything works on bytes. Lines end at 0x0A alone and fields at 0x20 alone, so a token may hold
+any other byte: U+0085, a no-break space, half a code point. One trailing space and a carriage
+return before the line end are dropped, because the original C tool and Windows editors write them,
+and so is a byte order mark at the start of a file.
 
-Speed comes from handling a block of lines at once: numpy finds where each token ends, the numbers
-of all lines are joined and parsed by one call. Whatever that call does not take goes line by line
-through `_parse_lines`, which is the definition of the format and writes the error that a person
-can act on.
+Speed comes from parsing a block of lines at once: numpy finds the end of each token, and one call
+parses the joined numbers of all lines. A block that this call refuses goes line by line through
+`_parse_lines`, which defines the format and raises errors that a person can act on.
 
-It refuses to guess: nothing is skipped, filled in, cut off or rounded to a neighbour that the file
-does not name. It never allocates from a number that a file claims. Memory is a few blocks, plus
-the set of tokens that finds duplicates.
+The readers never guess: they skip, fill in and cut off nothing. They never allocate by a number
+that a file claims. They need the memory of a few blocks, and of the set of tokens that finds
+duplicates.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ BLOCK = 8 << 20  # bytes per read: at 7 to 9 characters a value, text for 4 MB o
 CHUNK_VALUES = 1 << 20  # float32 values per chunk: 4 MB
 MAX_DIM = 65536
 LINE_LIMIT = 4 << 20  # bytes: MAX_DIM values of 24 characters take 1.6 MB
-DEFLATE_RATIO = 1032  # deflate expands a byte to no more than that, which bounds what a .gz holds
+DEFLATE_RATIO = 1032  # the most bytes that deflate expands one to; it bounds the size of a .gz
 
 NUMBER_BYTES = b"0123456789+-.eE "
 _NUMBER = re.compile(rb"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -82,7 +81,7 @@ class Stream:
 
 
 class Head:
-    """The first look at a file: how large it is, what line 1 says, and a sample of what follows."""
+    """The head of a file: its size, line 1, and a sample of the lines that follow."""
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not path.is_file() and not path.is_dir():
@@ -109,18 +108,18 @@ class Head:
 
     @property
     def claims(self) -> tuple[bytes, bytes] | None:
-        """The two integers of line 1, when it is two integers and nothing else."""
+        """The two integers of line 1; None if it is anything else."""
         fields = self.line.split(b" ")
         if len(fields) == 2 and all(_INTEGER.fullmatch(field) for field in fields):
             return fields[0], fields[1]
         return None
 
     def header(self, row_bytes_per_dim: int) -> tuple[int, int]:
-        """Check ``rows dim`` of line 1 against the file's size, before anything is allocated."""
+        """Check ``rows dim`` of line 1 against the size of the file, and return both."""
         if self.claims is None:
             raise FormatError(
                 f"{self.path}: line 1 is {show(self.line)}; allowed: '<rows> <dim>', two integers. "
-                "A file without this line is format='glove'"
+                "For a file without this line give format='glove'"
             )
         digits, dim = self.claims[0], int(self.claims[1][:20])
         if not 1 <= dim <= MAX_DIM:
@@ -128,7 +127,7 @@ class Head:
                 f"{self.path}: line 1 declares dim {show(self.claims[1])}; allowed: 1 to "
                 f"{MAX_DIM}. Correct line 1"
             )
-        count = int(digits[:20])  # 20 digits are past any file, and int() stays cheap
+        count = int(digits[:20])  # 20 digits exceed any file, and bound the cost of int()
         # The shortest row has an empty token: a space, then the values. The last may lack its end.
         fits = (self.bytes_max - self.body + 1) // (dim * row_bytes_per_dim + 1)
         if not 1 <= count <= fits:
@@ -147,20 +146,20 @@ class VectorSource:
     ----------
     path : Path
         The file.
-    format : str
-        ``"word2vec"``, ``"word2vec-binary"`` or ``"glove"``.
+    format : {"word2vec", "word2vec-binary", "glove"}
+        The format of the file.
     dim : int
         Values per row.
     declared_rows : int or None
-        The rows that the file promises. Where it is not None, a complete iteration gives exactly
-        as many or raises.
+        The number of rows that line 1 declares. If it is not None, a complete iteration yields
+        exactly as many, or raises.
     bytes_total, bytes_read : int
-        Size of the file, and how much of it the iteration under way has read: for ``.gz``, packed
-        bytes.
+        The size of the file, and how much of it the current iteration has read; of a ``.gz``,
+        compressed bytes.
     """
 
     format: str
-    _unit: str  # what the third part of `_rows` counts, as a person looks it up
+    _unit: str  # of the places that `_rows` yields: "line" or "byte"
 
     def __init__(self, head: Head, dim: int, declared_rows: int | None, body: int) -> None:
         self.path = head.path
@@ -171,7 +170,7 @@ class VectorSource:
         self._body = body
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Give ``(tokens, values)``: a list of bytes, and about 4 MB of float32, a row each."""
+        """Yield ``(tokens, values)``: a list of bytes, and about 4 MB of float32, one row each."""
         seen: set[bytes] = set()
         size = max(1, CHUNK_VALUES // self.dim)
         with Stream(self.path) as stream:
@@ -190,7 +189,7 @@ class VectorSource:
     def _rows(
         self, stream: Stream
     ) -> Iterator[tuple[list[bytes], NDArray[np.float32], Sequence[int]]]:
-        """Give tokens, values, and for each row the line or byte offset where it starts."""
+        """Yield tokens, values, and the line or byte offset where each row starts."""
         raise NotImplementedError
 
     def _check_unique(self, tokens: list[bytes], seen: set[bytes], places: Sequence[int]) -> None:
@@ -219,8 +218,8 @@ class VectorSource:
 class TextSource(VectorSource):
     """Rows of ``token value … value``, one a line; the base of the two text formats.
 
-    `count` is the number of rows that line 1 declared. A row beyond it is an error, save for one
-    last row with the token `uncounted`.
+    `count` is the number of rows that line 1 declares. One more row is an error, unless it is the
+    last one and its token is `uncounted`.
     """
 
     _unit = "line"
@@ -250,14 +249,14 @@ class TextSource(VectorSource):
             )
 
     def _check_surplus(self, tokens: list[bytes], before: int, line: int) -> None:
-        """Refuse the first row beyond the count, or beyond the one uncounted row after it."""
+        """Refuse the first row beyond the count and beyond the uncounted row after it."""
         limit = count = cast(int, self._count)
         end = before + len(tokens)
         if before > count or (end > count and tokens[count - before] == self.uncounted):
             limit += 1
         if end <= limit:
             return
-        glove = ", or say format='glove' if the row is an <unk> that GloVe did not count"
+        glove = ", or give format='glove' if the row is an <unk> that GloVe did not count"
         self._fail(
             line + limit - before,
             "one more row",
@@ -266,7 +265,7 @@ class TextSource(VectorSource):
         )
 
     def _parse_block(self, block: bytes, line: int) -> Chunk:
-        """Parse whole lines at once; the same result as `_parse_lines`, or its error."""
+        """Parse whole lines at once, with the result or the error of `_parse_lines`."""
         block = block.replace(b"\r\n", b"\n").replace(b" \n", b"\n")
         raw = np.frombuffer(block, np.uint8)
         ends = np.flatnonzero(raw == 0x0A)
@@ -274,7 +273,7 @@ class TextSource(VectorSource):
         starts = np.concatenate(([0], ends[:-1] + 1))
         after = np.searchsorted(spaces, ends)  # spaces before the end of each line
         before = np.concatenate(([0], after[:-1]))
-        cut = after - self.dim  # which space ends the token: the dim-th from the right
+        cut = after - self.dim  # the space that ends the token is the dim-th from the right
         if (cut < before).any():
             return self._parse_lines(block, line)
         cuts = spaces[cut].tolist()
@@ -297,7 +296,7 @@ class TextSource(VectorSource):
         return tokens, values
 
     def parse_line(self, line: bytes, number: int) -> tuple[bytes, list[float]]:
-        """Parse one line, or raise the error that names its line and column."""
+        """Parse one line, or raise an error that names its line and column."""
         fields = line.rsplit(b" ", self.dim)
         allowed = f"a token and {self.dim} values with one space between them ({self._dim_origin})"
         if len(fields) <= self.dim:
@@ -331,26 +330,26 @@ class TextSource(VectorSource):
 
 
 def show(field: bytes) -> str:
-    """Write a field for an error message, cut where it would flood the terminal."""
+    """Format a field for an error message, cut to 60 characters."""
     text = repr(field)[1:]
     return text if len(text) <= 60 else f"{text[:57]}…'"
 
 
 def strip_line(line: bytes) -> bytes:
-    """Drop what the C tool and Windows put before a line end: a space and a carriage return."""
+    """Drop the space and the carriage return that the C tool and Windows write at line ends."""
     return line.removesuffix(b"\r").removesuffix(b" ")
 
 
 def fail_line_length(path: Path, line: int) -> NoReturn:
     raise FormatError(
         f"{path}: line {line} has no end within {LINE_LIMIT} bytes; allowed: one row a line. "
-        "The file is not a text of vectors; if it is word2vec's binary form, say "
+        "The file is not a text of vectors; if it is word2vec's binary form, give "
         "format='word2vec-binary'"
     )
 
 
 def _blocks(stream: Stream, path: Path, line: int) -> Iterator[bytes]:
-    """Give the stream in runs of whole lines; a last line without its end gets one."""
+    """Yield the stream in blocks of whole lines; a last line without an end gets one."""
     tail = b""
     while data := stream.read(BLOCK):
         end = data.rfind(b"\n") + 1
@@ -368,19 +367,19 @@ def _blocks(stream: Stream, path: Path, line: int) -> Iterator[bytes]:
 
 
 def _parse_numbers(tails: list[bytes], count: int) -> NDArray[np.float32] | None:
-    """Parse fields between single spaces as ``float32(float(field))``; None if that fails for any.
+    """Parse fields between single spaces as ``float32(float(field))``; None if one is no number.
 
     Only bytes of decimal numbers pass, so no NaN, hexadecimal, underscore or other whitespace
-    reaches numpy. There is no empty field, and numpy stops at the first field that is not a
-    number, so a full count means that each field was one. The appended 0 is what a stop inside the
-    last field would lose.
+    reaches numpy. No field is empty, and numpy stops at the first field that is not a number, so
+    a full count proves that each field was one. If numpy stops inside the last field, the appended
+    0 is missing from the count.
     """
     text = b" ".join([*tails, b"0"])
     if text.translate(None, NUMBER_BYTES) or b"  " in text or text.startswith(b" "):
         return None
     try:
         values = np.fromstring(text, np.float32, sep=" ")
-    except (ValueError, DeprecationWarning):  # which one depends on numpy's version
+    except (ValueError, DeprecationWarning):  # it depends on the version of numpy
         return None
     if len(values) != count + 1 or not np.isfinite(values).all():
         return None
@@ -388,7 +387,7 @@ def _parse_numbers(tails: list[bytes], count: int) -> NDArray[np.float32] | None
 
 
 def _ambiguous(token: bytes) -> bool:
-    """Tell whether a token of several words ends in what could be one value too many."""
+    """Whether a token of several words ends in a number, which may be one value too many."""
     _, space, last = token.rpartition(b" ")
     return bool(space) and (
         not last or bool(_NUMBER.fullmatch(last) or _NOT_FINITE.fullmatch(last))
@@ -396,7 +395,7 @@ def _ambiguous(token: bytes) -> bool:
 
 
 def _reason(word: bytes) -> str | None:
-    """Say why a field is no value of a vector, or None if it is one."""
+    """The reason why a field is no value of a vector; None if it is one."""
     if _NUMBER.fullmatch(word):
         with np.errstate(over="ignore"):
             return None if np.isfinite(np.float32(float(word))) else "too large for float32"

@@ -1,9 +1,9 @@
-"""GloVe text: ``token value … value`` a line, with no line that says how many.
+"""GloVe text: ``token value … value`` a line, usually without a header line.
 
 The width of line 1 decides the dim of the file. GloVe's ``-write-header 1`` puts ``rows dim`` on
-line 1; it counts the words but not the ``<unk>`` row that GloVe may write last, so such a file may
-have one row more than it declares, and only that row. Hence `declared_rows` is None even then:
-nobody should size a table from a number that is off by one.
+line 1; it counts the words, but not the ``<unk>`` row that GloVe may write last. Therefore such a
+file may have one row more than it declares, if that row is ``<unk>``, and `declared_rows` is None:
+a table must not be sized by a number that may be off by one.
 
 Line 1 is a header only if it is exactly two integers and line 2 has more fields, because a token
 can be a number.
@@ -34,10 +34,10 @@ class Glove(TextSource):
                 f"and 1 to {MAX_DIM} values with one space between them. {remedy}"
             )
         super().__init__(head, dim, None, declared_rows=None)
-        self.parse_line(head.line, 1)  # before anything is built on a width that came from prose
+        self.parse_line(head.line, 1)  # refuses prose before its width is used
 
 
 def has_header(head: Head) -> bool:
-    """Tell whether line 1 is ``rows dim`` and not a token that is a number with one value."""
+    """Whether line 1 is ``rows dim``, and not a token that is a number with one value."""
     second = strip_line(head.rest.partition(b"\n")[0])
     return head.claims is not None and second.count(b" ") > 1

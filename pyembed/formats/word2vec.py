@@ -5,10 +5,10 @@ Binary is ``token 0x20 float32 … float32`` a row in little-endian order, with 
 row from the C tool and none from gensim. Rows have no fixed length there, so the file is scanned
 from its start.
 
-The binary form has no magic number and no check sum: `is_binary` decides from the bytes of the
-first row, and a damaged file shows as a missing space, a value that is not finite, or bytes
-missing or left over at the end. A token that begins with a newline cannot be told from one after
-the newline that the C tool writes, so one leading newline is never part of it.
+The binary form has no magic number and no checksum: `is_binary` decides by the bytes of the first
+row, and damage shows as a missing space, a value that is not finite, or missing or surplus bytes
+at the end. One leading newline is never part of a token, because it cannot be told from the
+newline that the C tool writes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Word2VecBinary(VectorSource):
     def _values(
         self, tokens: list[bytes], rows: list[bytes], places: list[int]
     ) -> NDArray[np.float32]:
-        # A bytearray, because the chunk is the caller's to write in.
+        # From a bytearray the array is writable, which callers may rely on.
         little = np.frombuffer(bytearray().join(rows), "<f4").reshape(len(rows), self.dim)
         values = little.astype(np.float32, copy=False)
         finite = np.isfinite(values)
@@ -130,11 +130,11 @@ class Word2VecBinary(VectorSource):
 
 
 def is_binary(head: Head, dim: int) -> bool:
-    """Tell from the first row after a header line whether its values are raw float32 and not text.
+    """Whether the values of the first row after a header line are raw float32, and not text.
 
-    Text is sure when line 2 has enough fields and the last `dim` of them are spelled like numbers.
-    Otherwise raw float32 show as control characters or broken UTF-8, while a faulty text (tabs,
-    commas) has neither and is to be reported as the text it is.
+    They are text if line 2 has enough fields and the last `dim` of them look like numbers.
+    Otherwise raw float32 have control characters or broken UTF-8. A faulty text (tabs, commas)
+    has neither, and is reported as the text that it is.
     """
     line = strip_line(head.rest.partition(b"\n")[0])
     words = line.split(b" ")

@@ -90,6 +90,7 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
     Returns
     -------
     Delta
+        The description.
 
     Raises
     ------

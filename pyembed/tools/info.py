@@ -61,6 +61,7 @@ def show_config() -> dict[str, str]:
     Returns
     -------
     dict of str to str
+        Names of facts to their values.
 
     Examples
     --------

@@ -64,6 +64,7 @@ def verify(
     Returns
     -------
     Verified
+        What was checked and found.
 
     Raises
     ------

@@ -1,14 +1,14 @@
-"""Token to row and back, kept beside a table as ``vocab.txt`` that any tool can read.
+"""Token to row and back, in the folder of a table as ``vocab.txt`` that any tool can read.
 
-One token a line, row i is line i, lines end in 0x0A alone. Tokens are `str`; bytes of a file that
-are not UTF-8 are kept by Python's ``surrogateescape``, so what was read is what is written. A
-carriage return, a no-break space or nothing at all is a token like any other. How often each token
-occurred can be kept too, in ``vocab.counts.npy``.
+The file has one token a line, row i in line i, and lines end in 0x0A alone. Tokens are `str`; bytes
+that are not UTF-8 are kept by Python's ``surrogateescape``, so they are written as they were read.
+A carriage return, a no-break space and the empty string are tokens like any other. How often each
+token occurred can be kept too, in ``vocab.counts.npy``.
 
-Save and load are exact, so a token that the file cannot give back is refused when the `Vocab` is
-made: one that holds a newline, and one whose surrogates are not what ``surrogateescape`` makes of
-bytes. Nothing is normalised, and two rows never share a token. It knows no table: that rows and
-tokens are equally many is for whoever holds both.
+Save and load are exact. Therefore a token that cannot be read back is refused when the `Vocab` is
+made: one with a newline, and one with surrogates that ``surrogateescape`` does not make of bytes.
+Nothing is normalised, and two rows never share a token. A `Vocab` knows no table: its caller checks
+that there are as many rows as tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pyembed.storage import fs, npy
 
 _TEXT = "vocab.txt"
 _COUNTS = "vocab.counts.npy"
-FILES = (_TEXT, _COUNTS)  # of a vocabulary, in its folder
+FILES = (_TEXT, _COUNTS)
 _SPELLING_POOL = 20_000  # rows searched for close spellings: milliseconds, as loops catch KeyError
 
 
@@ -37,14 +37,21 @@ class Vocab:
     Parameters
     ----------
     tokens : iterable of str
-        The token of row 0, of row 1 and so on; each once, without newlines.
-    counts : array of integers, optional
-        How often each token occurred; same length as `tokens`, none negative.
+        The token of each row, in the order of rows; each once, without newlines.
+    counts : array of integers, shape (len(tokens),), optional
+        How often each token occurred, 0 or more.
 
     Attributes
     ----------
-    counts : int64 array or None
-        Read-only.
+    counts : ndarray of int64, shape (len(tokens),), or None
+        How often each token occurred; read-only.
+
+    Raises
+    ------
+    ArgumentError
+        If a token occurs twice or cannot be saved, or if a count is negative or missing.
+    DTypeError
+        If a token is not a str, or a count is not an integer.
 
     Examples
     --------
@@ -74,7 +81,7 @@ class Vocab:
         return len(self._tokens)
 
     def __iter__(self) -> Iterator[str]:
-        """Give the tokens in the order of their rows."""
+        """Iterate over the tokens in the order of their rows."""
         return iter(self._tokens)
 
     def __contains__(self, token: object) -> bool:
@@ -84,14 +91,30 @@ class Vocab:
         return f"<Vocab of {len(self)} tokens>"
 
     def __getitem__(self, token: str) -> int:
-        """Give the row of a token; a `KeyError` that names close spellings if there is none."""
+        """Return the row of a token, or raise a `KeyError` that names close spellings."""
         try:
             return self._rows[token]
         except KeyError:
             raise KeyError(f"{token!r} {self._unknown(token)}") from None
 
     def token(self, row: SupportsIndex) -> str:
-        """Give the token of a row."""
+        """Return the token of a row.
+
+        Parameters
+        ----------
+        row : int
+            A row number in 0 .. len(self) - 1.
+
+        Returns
+        -------
+        str
+            The token.
+
+        Raises
+        ------
+        IdError, DTypeError
+            If there is no such row, or `row` is not an integer.
+        """
         if isinstance(row, (bool, np.bool_)) or not isinstance(row, (int, np.integer)):
             raise DTypeError(f"row = {row!r} is {type(row).__name__}; allowed: an integer")
         if not 0 <= row < len(self._tokens):
@@ -99,7 +122,23 @@ class Vocab:
         return self._tokens[row]
 
     def ids(self, tokens: Iterable[str]) -> NDArray[np.int64]:
-        """Give the rows of many tokens as int64; a `KeyError` names the first that has none."""
+        """Return the rows of many tokens.
+
+        Parameters
+        ----------
+        tokens : iterable of str
+            Tokens in any order, repeated or not.
+
+        Returns
+        -------
+        ndarray of int64, shape (len(tokens),)
+            The row of each token.
+
+        Raises
+        ------
+        KeyError
+            If a token is unknown; the message names the first one and close spellings.
+        """
         if isinstance(tokens, str):
             raise DTypeError(f"tokens = {tokens[:40]!r}; allowed: many strings, as ['a', 'b']")
         tokens = list(tokens)
@@ -114,9 +153,14 @@ class Vocab:
     def save(self, folder: str | PathLike[str]) -> None:
         """Write ``vocab.txt``, and with counts ``vocab.counts.npy``, into an existing folder.
 
-        Everything is on disk under another name before anything is replaced, so a full disk
-        changes nothing. Old counts go before new tokens come and new counts come last: after a
-        crash, counts never stand beside tokens that they do not belong to.
+        Both are on disk under other names before a file is replaced, so a full disk changes
+        nothing. Old counts are removed before new tokens appear and new counts appear last:
+        after a crash, counts never belong to other tokens than those in ``vocab.txt``.
+
+        Parameters
+        ----------
+        folder : path-like
+            An existing folder, usually that of a table.
         """
         text = "".join(f"{token}\n" for token in self._tokens)
         contents = {_TEXT: text.encode("utf-8", "surrogateescape")}
@@ -140,7 +184,25 @@ class Vocab:
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> Vocab:
-        """Read what `save` wrote; a `FormatError` if a file is not exactly that."""
+        """Read the files that `save` wrote.
+
+        Parameters
+        ----------
+        folder : path-like
+            The folder that was given to `save`.
+
+        Returns
+        -------
+        Vocab
+            With counts, if they were saved.
+
+        Raises
+        ------
+        FormatError
+            If a file is not exactly as `save` writes it.
+        FileNotFoundError
+            If there is no ``vocab.txt``.
+        """
         path = Path(fspath(folder)) / _TEXT
         text = path.read_bytes().decode("utf-8", "surrogateescape")
         if text and not text.endswith("\n"):
@@ -173,7 +235,7 @@ class Vocab:
 
 
 def _check_writable(tokens: list[str]) -> None:
-    """Refuse tokens that ``vocab.txt`` would not give back as they are."""
+    """Refuse tokens that cannot be read back from ``vocab.txt`` as they are."""
     for row, token in enumerate(tokens):
         if not isinstance(token, str):
             raise DTypeError(
@@ -205,7 +267,7 @@ def _survives(text: str) -> bool:
 
 
 def _find_duplicate(tokens: list[str]) -> tuple[int, int]:
-    """Give the rows of the first token that comes again; there must be one."""
+    """Return both rows of the first token that occurs twice; there must be one."""
     seen: dict[str, int] = {}
     return next((seen[t], row) for row, t in enumerate(tokens) if seen.setdefault(t, row) != row)
 
@@ -230,13 +292,13 @@ def _checked_counts(counts: ArrayLike, rows: int) -> NDArray[np.int64]:
 
 
 def _load_counts(path: Path, rows: int) -> NDArray[np.int64]:
-    """Read a .npy of counts; nothing is unpickled, and no claim of its header allocates."""
+    """Read a .npy of counts; nothing is unpickled, or allocated by what the header claims."""
     data, again = path.read_bytes(), "Save the vocabulary again"
     header = npy.read(data[: npy.HEAD_BYTES], path)
     if header.dtype != np.dtype("<i8") or header.shape != (rows,):
         raise FormatError(
             f"{path} holds {header.dtype} of shape {header.shape}; allowed: int64 of shape "
-            f"({rows},), a count for each line of {_TEXT}. {again}"
+            f"({rows},), one count for each line of {_TEXT}. {again}"
         )
     data = data[header.offset :]
     if len(data) != 8 * rows:
