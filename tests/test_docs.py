@@ -44,3 +44,19 @@ def test_links(page: Path) -> None:
             linked = page.parent / name if name else page
             assert linked.exists(), target
             assert not fragment or fragment in headings(linked), target
+
+
+def test_architecture_cites_what_exists() -> None:
+    """Every test, file and folder that ARCHITECTURE.md names exists, and it names every room."""
+    cited = set(re.findall(r"`([^`\s]+)`", (ROOT / "ARCHITECTURE.md").read_text()))
+    tests = "\n".join(file.read_text() for file in ROOT.glob("tests/**/test_*.py"))
+    for name in cited:
+        if name.startswith("test_"):
+            assert f"def {name}(" in tests, name
+    files = {f"/{file.relative_to(ROOT)}" for file in ROOT.glob("pyembed/**/*")}
+    for name in cited:
+        if re.fullmatch(r"[\w/]+(\.(py|pyx|pxi|h|c)|/)", name):
+            inside = any(file.endswith("/" + name.rstrip("/")) for file in files)
+            assert inside or (ROOT / name).exists(), name
+    rooms = {f"{init.parent.name}/" for init in ROOT.glob("pyembed/*/__init__.py")}
+    assert rooms <= cited
