@@ -1,7 +1,4 @@
-"""The torch adapter: torch.nn's layers and optimizers are the expectation.
-
-Tolerance 1e-5 after steps: both compute in float32, but not in the same order.
-"""
+"""Layers of pyembed.torch train and behave as those of torch.nn, which are the expectation."""
 
 from __future__ import annotations
 
@@ -15,17 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import pyembed.torch as pt
 from pyembed import Table, optim
-from pyembed.errors import (
-    ArgumentError,
-    LockedError,
-)
+from pyembed.errors import ArgumentError, LockedError
+from pyembed.torch import ops, rows
 from tests.torch.models import (
+    COPIES,
     DIM,
     LAYERS,
     OPTIMIZERS,
     ROWS,
+    RULES,
     SGD,
     batches,
     close,
@@ -37,15 +36,10 @@ from tests.torch.models import (
     weights,
 )
 
-torch = pytest.importorskip("torch")
-
-import pyembed.torch as pt  # noqa: E402 -- only where there is torch
-from pyembed.torch import ops, rows  # noqa: E402
-
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
 
 
-# --- training ------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -54,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # tor
     "options", [{}, {"padding_idx": 2}, {"max_norm": 1.5}], ids=["plain", "padding", "max_norm"]
 )
 def test_training_is_torchs(name: str, where: str, options: dict[str, Any], path: Path) -> None:
-    """Rows, and the table after some steps, are those of nn.Embedding(sparse=True)."""
+    """Lookups, and the table after some steps, equal those of nn.Embedding(sparse=True)."""
     ours_of, theirs_of = OPTIMIZERS[name]
     twin = theirs(sparse=True, **options)
     step = theirs_of(twin.parameters())
@@ -65,7 +59,7 @@ def test_training_is_torchs(name: str, where: str, options: dict[str, Any], path
     elif where == "fused":
         layer, mine = ours(optimizer=ours_of, **options), None
     else:
-        rule = {"SGD": "sgd", "Adagrad": "adagrad", "SparseAdam": "adam"}[name]
+        rule = RULES[name]
         on_disk(path, rule)
         layer, mine = pt.Embedding(ROWS, DIM, path=path, optimizer=ours_of, **options), None
     for ids in batches():
@@ -84,7 +78,7 @@ def test_training_is_torchs(name: str, where: str, options: dict[str, Any], path
         close(rows_of(layer), twin.weight.detach())
     layer.table.close()
     if where == "disk":
-        with Table.open(path, "r") as table:  # what was trained is what lies in the file
+        with Table.open(path, "r") as table:  # the trained rows are in the file
             close(torch.from_numpy(np.array(table.weight)), twin.weight.detach())
 
 
@@ -106,7 +100,7 @@ def test_dense_gradient_is_torchs(layer: str) -> None:
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_bags_are_torchs(mode: str, weighted: bool, last: bool, fused: bool) -> None:
-    """Bags with offsets: rows, the table after steps, and the gradient of per_sample_weights."""
+    """Bags with offsets equal torch's: rows, table after steps, gradient of per_sample_weights."""
     if weighted and mode != "sum":
         with pytest.raises(ArgumentError, match="mode='sum'"):
             ours("EmbeddingBag", mode=mode)(batches()[0], None, torch.ones(3, 5))
@@ -131,7 +125,7 @@ def test_bags_are_torchs(mode: str, weighted: bool, last: bool, fused: bool) -> 
 
 
 def test_weights_of_a_frozen_bag_learn() -> None:
-    """per_sample_weights have their gradient where the table has none."""
+    """per_sample_weights of a frozen bag get a gradient, and its weight gets none."""
     bag, ids = ours("EmbeddingBag", mode="sum", _freeze=True), batches()[0]
     psw = torch.ones(3, 5, requires_grad=True)
     bag(ids, None, psw).sum().backward()
@@ -139,8 +133,8 @@ def test_weights_of_a_frozen_bag_learn() -> None:
     assert bag.weight.grad is None
 
 
-def test_beside_dense_layers() -> None:
-    """model.parameters() goes to torch's optimizer as ever: the table steps once, by itself."""
+def test_with_dense_layers() -> None:
+    """A torch optimizer of model.parameters() does not touch the table, which steps once itself."""
     model = torch.nn.Sequential(ours(optimizer=SGD), torch.nn.Linear(DIM, 1))
     for make in (torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad):
         before, ids = rows_of(model[0]), torch.tensor([5])
@@ -154,7 +148,7 @@ def test_beside_dense_layers() -> None:
 
 
 def test_step_and_learning_rate() -> None:
-    """One step for each call of the layer; the optimizer can be reached, and its rate set."""
+    """Each call of the layer is one step, and layer.optimizer.lr sets the learning rate."""
     layer = ours(optimizer=SGD)
     (layer(torch.tensor([1])).sum() + layer(torch.tensor([1])).sum()).backward()
     assert layer.optimizer.steps == 2
@@ -164,12 +158,12 @@ def test_step_and_learning_rate() -> None:
     assert torch.equal(rows_of(layer), before)
 
 
-# --- a drop-in -----------------------------------------------------------------------------------
+# --- a replacement for torch.nn -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_fresh_weights_are_torchs(layer: str) -> None:
-    """The same seed gives the rows of torch.nn, with the padding row zero, fused or not."""
+    """The same seed gives the rows of torch.nn, with a zero padding row, with any placement."""
     found = []
     for make in (getattr(torch.nn, layer), getattr(pt, layer)):
         torch.manual_seed(5)
@@ -182,7 +176,7 @@ def test_fresh_weights_are_torchs(layer: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 3, "max_norm": 2.0, "sparse": True}])
 def test_repr(options: dict[str, Any]) -> None:
-    """The text is torch's; with optimizer= it names the table, also a closed one."""
+    """repr is torch's; with optimizer= it describes the table, a closed one too."""
     assert repr(ours(**options)) == repr(theirs(**options))
     layer = ours(optimizer=SGD, **options)
     assert "12 rows of weight 4" in repr(layer) and "SGD(lr=0.5)" in repr(layer)
@@ -193,7 +187,7 @@ def test_repr(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("optimizer", [None, SGD])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_state_dict_both_ways(layer: str, optimizer: Any) -> None:
-    """state_dict has weight alone, and travels strictly to nn's layer and back, inside a model."""
+    """state_dict has only the weight, and loads strictly into torch's layer and back."""
     mine = torch.nn.ModuleDict({"a": getattr(pt, layer)(ROWS, DIM, optimizer=optimizer)})
     twin = torch.nn.ModuleDict({"a": theirs(layer)})
     assert list(mine.state_dict()) == ["a.weight"]
@@ -207,7 +201,7 @@ def test_state_dict_both_ways(layer: str, optimizer: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", [None, SGD])
 def test_strict_loading(optimizer: Any) -> None:
-    """A missing key, another key and another shape are torch's error, and change nothing."""
+    """A missing key, an unknown key and a wrong shape raise torch's error and change nothing."""
     layer = ours(optimizer=optimizer)
     for state, text in (
         ({}, "Missing key"),
@@ -222,7 +216,7 @@ def test_strict_loading(optimizer: Any) -> None:
 
 
 def test_state_of_a_large_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file is in the state while a copy fits; else the error names what to do, and that works."""
+    """state_dict copies a file that fits; otherwise the error names a remedy, which works."""
     layer = pt.Embedding(ROWS, DIM, path=on_disk(path), optimizer=SGD)
     assert torch.equal(layer.state_dict()["weight"], weights())
     monkeypatch.setattr(rows, "STATE_SHARE", 1e-12)
@@ -234,10 +228,10 @@ def test_state_of_a_large_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("optimizer", [None, SGD])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_copies(layer: str, copied: Any, optimizer: Any) -> None:
-    """deepcopy and pickle give a layer that learns by itself, from the same rows."""
+    """deepcopy and pickle give an independent layer that starts from the same rows."""
     first = ours(layer, optimizer=optimizer, padding_idx=1)
     ids = batches()[0]
     first(ids)
@@ -253,7 +247,7 @@ def test_copies(layer: str, copied: Any, optimizer: Any) -> None:
 
 
 def test_saved_whole() -> None:
-    """torch.save and torch.load of the layer itself."""
+    """torch.save and torch.load keep the rows of a whole layer."""
     buffer = io.BytesIO()
     torch.save(ours(optimizer=SGD), buffer)
     buffer.seek(0)
@@ -261,7 +255,7 @@ def test_saved_whole() -> None:
 
 
 def test_copies_of_a_file(path: Path) -> None:
-    """A written file has no second writer, and says so; a frozen one is opened by its path."""
+    """A copy of a layer that writes a file is refused; a copy of a frozen one opens the path."""
     layer = pt.Embedding(ROWS, DIM, path=on_disk(path), optimizer=SGD)
     with pytest.raises(ArgumentError, match="share the layer"):
         copy.deepcopy(layer)
@@ -277,7 +271,7 @@ def test_copies_of_a_file(path: Path) -> None:
 
 
 def test_pretrained_and_frozen(path: Path) -> None:
-    """from_pretrained takes a tensor, an array, a table and a path; frozen, nothing learns."""
+    """from_pretrained accepts a tensor, an array, a table and a path, frozen by default."""
     ids = batches()[0]
     tensor, array = weights(), weights().numpy()
     array.flags.writeable = False
@@ -294,7 +288,7 @@ def test_pretrained_and_frozen(path: Path) -> None:
 
 
 def test_requires_grad_freezes() -> None:
-    """requires_grad_(False) on a model stops the table, and True lets it go on."""
+    """requires_grad_(False) on a model freezes the table, and requires_grad_(True) thaws it."""
     model = torch.nn.Sequential(ours(optimizer=SGD), torch.nn.Linear(DIM, 1))
     model.requires_grad_(False)
     assert not model(torch.tensor([1])).requires_grad
@@ -307,7 +301,7 @@ def test_requires_grad_freezes() -> None:
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")  # ids have no gradient
 def test_hooks() -> None:
-    """Hooks of modules and of the weight run; a state dict's too."""
+    """Hooks of modules, of the weight and of load_state_dict run."""
     seen = []
     layer, fused = ours(), ours(optimizer=SGD)
     layer.weight.register_hook(lambda grad: seen.append("grad"))
@@ -321,13 +315,13 @@ def test_hooks() -> None:
 
 
 def test_functional_call() -> None:
-    """A Parameter can be replaced for a call, as in torch."""
+    """functional_call replaces a Parameter for one call, as in torch."""
     out = torch.func.functional_call(ours(), {"weight": weights() * 2}, torch.tensor([1]))
     assert torch.equal(out, weights()[1:2] * 2)
 
 
 def test_memory_is_shared_with_the_table() -> None:
-    """A table in memory and the Parameter over it are the same rows."""
+    """A table in memory and the Parameter over it share their memory."""
     table = Table.memory(ROWS, DIM)
     layer = pt.Embedding(ROWS, DIM, table=table)
     with torch.no_grad():
@@ -336,7 +330,7 @@ def test_memory_is_shared_with_the_table() -> None:
 
 
 def test_a_parameter_that_moved() -> None:
-    """The layer looks rows up where the Parameter lies now: replaced, shared, or assigned."""
+    """A lookup finds a Parameter whose memory was replaced, shared, or assigned."""
     layer, ids = ours(sparse=True), batches()[0]
     layer(ids)
     for value in (3.0, 4.0, 5.0):
@@ -352,16 +346,16 @@ def test_a_parameter_that_moved() -> None:
     assert torch.equal(layer(ids), weights()[ids]) and layer.weight.grad.is_sparse
 
 
-# --- torch.compile -------------------------------------------------------------------------------
+# --- torch.compile --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("optimizer", [None, SGD])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 def test_compiled(layer: str, optimizer: Any, max_norm: float | None, backend: str) -> None:
-    """fullgraph=True compiles, and steps as without it, at two shapes."""
+    """A layer compiles with fullgraph=True and trains as in eager mode, at two shapes."""
     torch._dynamo.reset()
     plain = ours(layer, optimizer=optimizer, max_norm=max_norm)
     model = ours(layer, optimizer=optimizer, max_norm=max_norm)
@@ -381,10 +375,10 @@ def test_compiled(layer: str, optimizer: Any, max_norm: float | None, backend: s
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("optimizer", [None, functools.partial(optim.SGD, lr=0.0)])
 def test_ops_are_what_they_say(layer: str, optimizer: Any) -> None:
-    """torch's own check of the lookup: schema, autograd registration, fake kernel, tracing.
+    """opcheck accepts the lookup op: schema, autograd registration, fake kernel, tracing.
 
-    Tracing compares gradients too. That of a table's anchor is the step, and None without tracing,
-    so that no optimizer looks at it; `test_compiled` has this case.
+    Tracing compares gradients too. A table's anchor has a gradient (the step) only while traced, so
+    `test_compiled` checks that case instead.
     """
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     checks += ["test_aot_dispatch_dynamic"] if optimizer is None else []
@@ -395,13 +389,13 @@ def test_ops_are_what_they_say(layer: str, optimizer: Any) -> None:
     )
 
 
-# --- a GPU, the document -------------------------------------------------------------------------
+# --- a GPU and the document -----------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_rows_on_a_gpu(layer: str) -> None:
-    """Rows come to the GPU, gradients go back, and the table learns as on the CPU."""
+    """A table with device="cuda" learns as on the CPU, and its rows arrive on the GPU."""
     gpu, cpu = (ours(layer, optimizer=SGD, device=device) for device in ("cuda", "cpu"))
     for ids in batches():
         rows = gpu(ids.cuda())
@@ -412,7 +406,7 @@ def test_rows_on_a_gpu(layer: str) -> None:
 
 
 def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python of docs/torch-compatibility.md runs as it stands."""
+    """The Python of docs/torch-compatibility.md runs, and the tests that it cites exist."""
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / "torch-compatibility.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
@@ -420,3 +414,8 @@ def test_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks:
         exec(compile(block, "torch-compatibility.md", "exec"), names)
     assert blocks and (tmp_path / "items.pyembed" / "rows.npy").exists()
+    cited = re.findall(r"`((?:\w+/)?test_\w+)(?:::(test_\w+))?`", text)
+    for module, name in cited:
+        source = (Path(__file__).parents[1] / f"{module}.py").read_text()
+        assert f"def {name or 'test_'}" in source, (module, name)
+    assert cited

@@ -1,23 +1,25 @@
-"""What torch's training loops drive: schedulers, states, clipping; a step of several tables.
+"""`pyembed.torch.Optimizer` with schedulers, states, clipping, and steps of several tables.
 
-Torch's nn.Embedding and torch's optimizers are the expectation; tolerance as in `test_torch`.
+Torch's nn.Embedding and torch's optimizers are the expectation.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import pyembed.torch as pt
 from pyembed import Table, optim, schedules
 from pyembed.errors import ArgumentError, ClosedError, NonFiniteError, ReadOnlyError
 from tests.torch.models import (
+    COPIES,
     DIM,
     OPTIMIZERS,
     ROWS,
@@ -31,10 +33,6 @@ from tests.torch.models import (
     theirs,
     weights,
 )
-
-torch = pytest.importorskip("torch")
-
-import pyembed.torch as pt  # noqa: E402 -- only where there is torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
 
@@ -53,7 +51,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedulers(scheduler: str, optimizer: str) -> None:
-    """torch's schedulers change the rate of a table as they change that of nn.Embedding."""
+    """Torch's schedulers change the learning rate of a table as they do for nn.Embedding."""
     ours_of, theirs_of = OPTIMIZERS[optimizer]
     mine, twin = ours(optimizer=ours_of), theirs(sparse=True)
     pairs = [(mine, pt.Optimizer(mine)), (twin, theirs_of(twin.parameters()))]
@@ -65,7 +63,7 @@ def test_schedulers(scheduler: str, optimizer: str) -> None:
             loss = loss_of(layer(ids))
             loss.backward()
             stepper.step()
-            # A constant loss is a plateau.
+            # a constant loss is a plateau
             rate.step(1.0) if scheduler == "ReduceLROnPlateau" else rate.step()
         close(rows_of(mine), twin.weight.detach())
         seen.append(mine.optimizer.lr)
@@ -74,7 +72,7 @@ def test_schedulers(scheduler: str, optimizer: str) -> None:
 
 
 def test_one_group_for_each_table() -> None:
-    """Groups are in the order of the modules; each has the rate of its layer, set by a step."""
+    """Groups have the order of the modules and their learning rates, which a step applies."""
     slow = functools.partial(optim.Adam, lr=0.25)
     model = torch.nn.ModuleList([ours(optimizer=SGD), torch.nn.Linear(2, 2), ours(optimizer=slow)])
     optimizer = pt.Optimizer(model)
@@ -87,7 +85,7 @@ def test_one_group_for_each_table() -> None:
 
 
 def test_state_of_the_groups() -> None:
-    """state_dict has the rates; what loads it goes on with them, and so does its scheduler."""
+    """state_dict holds the learning rates; optimizer and scheduler resume from it."""
     layer = ours(optimizer=SGD)
     optimizer = pt.Optimizer(layer)
     scheduler = rates.StepLR(optimizer, 1, gamma=0.5)
@@ -107,9 +105,9 @@ def test_state_of_the_groups() -> None:
     assert layer.optimizer.lr == 0.5
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("copied", COPIES)
 def test_copies_keep_the_rate(copied: Any) -> None:
-    """A copy of a layer has the rate of now; that of the original may change without it."""
+    """A copy of a layer keeps the learning rate when that of the original changes."""
     layer = ours(optimizer=SGD)
     optimizer = pt.Optimizer(layer)
     second = copied(layer)
@@ -122,7 +120,7 @@ def test_copies_keep_the_rate(copied: Any) -> None:
 
 
 def test_step_has_a_closure() -> None:
-    """A closure is called with gradients enabled, and its loss returned, as in torch."""
+    """step calls a closure with gradients enabled and returns its loss, as in torch."""
     layer = ours(optimizer=SGD)
     optimizer = pt.Optimizer(layer)
 
@@ -138,7 +136,7 @@ def test_step_has_a_closure() -> None:
 
 
 def test_refusals() -> None:
-    """A model without tables, a second schedule, and parameters that would not learn."""
+    """A model without tables, a schedule as lr, and parameters that would not learn are refused."""
     with pytest.raises(ArgumentError, match="no layer"):
         pt.Optimizer(torch.nn.Sequential(ours(), torch.nn.Linear(2, 2)))
     scheduled = functools.partial(optim.SGD, lr=schedules.linear(1.0, 10))
@@ -155,7 +153,7 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("most", [0.5, 1e6])
 def test_clip_norm_is_clip_grad_norm(most: float) -> None:
-    """clip_norm of the table's optimizer is torch's clip_grad_norm_ on nn.Embedding."""
+    """clip_norm of the table's optimizer equals torch's clip_grad_norm_ on nn.Embedding."""
     mine, twin = ours(optimizer=functools.partial(optim.SGD, lr=0.5, clip_norm=most)), theirs()
     stepper = torch.optim.SGD(twin.parameters(), lr=0.5)
     for ids in batches():
@@ -171,7 +169,7 @@ def test_clip_norm_is_clip_grad_norm(most: float) -> None:
 @pytest.mark.parametrize("most", [0.5, 1e6])
 @pytest.mark.parametrize("copied", [lambda x: x, copy.deepcopy])
 def test_one_norm_of_all_tables(most: float, copied: Any) -> None:
-    """clip_norm of an Optimizer is torch's clip_grad_norm_ of all weights, in a copy too."""
+    """clip_norm of an Optimizer equals clip_grad_norm_ of all weights, in a copy too."""
     mine = torch.nn.ModuleList([ours(optimizer=SGD, padding_idx=2), ours(optimizer=SGD)])
     twins = torch.nn.ModuleList([theirs(padding_idx=2), theirs()])
     mine, optimizer = copied((mine, pt.Optimizer(mine, clip_norm=most)))
@@ -189,7 +187,7 @@ def test_one_norm_of_all_tables(most: float, copied: Any) -> None:
 
 
 def test_refusals_of_one_norm() -> None:
-    """A norm that is none, and a second one in a layer's optimizer; layers go on without."""
+    """A bad norm and a second norm are refused, and the layers then still step in backward."""
     model = torch.nn.ModuleList(
         [ours(optimizer=SGD), ours(optimizer=functools.partial(optim.SGD, lr=0.5, clip_norm=2.0))]
     )
@@ -214,9 +212,9 @@ def test_refusals_of_one_norm() -> None:
     ],
 )
 def test_all_tables_or_none(reason: str, error: type[Exception], path: Path) -> None:
-    """What the third table is refused for keeps rows, rates, and what is pending, of all as it was.
+    """If one table refuses a step, rows, rates and pending gradients of all stay as they were.
 
-    Without the third one's gradients the others take their step, and training goes on.
+    Once its gradients are dropped, the other tables take their step and training continues.
     """
     adam, ids = functools.partial(optim.Adam, lr=0.5), torch.tensor([[1, 3], [3, 4]])
     third = ours(optimizer=SGD)
@@ -254,7 +252,7 @@ def test_all_tables_or_none(reason: str, error: type[Exception], path: Path) -> 
 
 
 def test_zero_grad_after_a_refusal() -> None:
-    """zero_grad drops what was refused, of all tables, and the next batch is a step of its own."""
+    """zero_grad drops refused gradients of all tables, and the next batch is a normal step."""
     model = torch.nn.ModuleList([ours(optimizer=SGD), ours(optimizer=SGD)])
     optimizer, ids = pt.Optimizer(model), torch.tensor([1])
     for scale in (1.0, 3e38, 3e38):
@@ -272,7 +270,7 @@ def test_zero_grad_after_a_refusal() -> None:
 
 
 def test_two_layers_over_one_table() -> None:
-    """Each takes a step, in the order of the modules, with its own rate and in one count."""
+    """Two layers over a table each take a step, in module order, with separate rates."""
     fast, slow = (functools.partial(optim.Adam, lr=lr) for lr in (0.5, 0.125))
     first = ours(optimizer=fast)
     second = pt.Embedding(ROWS, DIM, table=first.table, optimizer=slow, padding_idx=1)
@@ -292,7 +290,7 @@ def test_two_layers_over_one_table() -> None:
 
 
 def test_two_layers_with_one_optimizer() -> None:
-    """What both looked up is one step, at the rate of the first."""
+    """Two layers with one optimizer take one step, at the learning rate of the first."""
     first = ours(optimizer=SGD)
     second = pt.Embedding(ROWS, DIM, table=first.table, optimizer=lambda _: first.optimizer)
     optimizer = pt.Optimizer(torch.nn.ModuleList([first, second]))

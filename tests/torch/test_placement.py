@@ -1,6 +1,6 @@
-"""Rows of a table on a device: torch's layers over the same rows are the expectation, bit for bit.
+"""Rows of a table on a device equal torch's layers over the same rows, bit for bit.
 
-The device is the CPU, where torch's kernels are those of torch.nn; a GPU where there is one.
+The device is the CPU, where torch's kernels are those of torch.nn, and a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -11,26 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import pyembed.torch as pt
 from pyembed import Table
 from pyembed.errors import ArgumentError, ClosedError, DTypeError, ReadOnlyError
+from pyembed.torch import device_copy
 from tests.torch.models import DIM, LAYERS, ROWS, SGD, batches, loss_of, on_disk, theirs, weights
-
-torch = pytest.importorskip("torch")
-
-import pyembed.torch as pt  # noqa: E402 -- only where there is torch
-from pyembed.torch import device_copy  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
 
 
 def placed(path: Path, layer: str = "Embedding", **options: Any) -> Any:
-    """A layer on the CPU whose rows are a copy of a table's."""
+    """Make a layer whose rows are a copy of a table's, on the CPU."""
     return getattr(pt, layer)(ROWS, DIM, path=path, placement="device", **options)
 
 
 def rows_at(path: Path) -> Any:
-    """The rows of a table on disk, as a tensor."""
+    """Copy the rows of a table on disk to a tensor."""
     with Table.open(path) as table:
         return torch.from_numpy(np.array(table.weight))
 
@@ -48,7 +46,7 @@ def rows_at(path: Path) -> Any:
     ],
 )
 def test_training_is_torchs(layer: str, options: Any, path: Path) -> None:
-    """Lookups and rows have the bits of torch.nn, and so has the table after a commit."""
+    """Lookups and rows have the bits of torch.nn, and the table has them after a commit."""
     mine, twin = placed(on_disk(path, "adagrad"), layer, **options), theirs(layer, **options)
     steps = [torch.optim.Adagrad(each.parameters(), lr=0.1) for each in (mine, twin)]
     for ids in batches():
@@ -66,12 +64,12 @@ def test_training_is_torchs(layer: str, options: Any, path: Path) -> None:
     mine.table.close()
     with Table.open(path) as table:
         assert table.meta == {"epoch": 1} and table.generation == 2
-        assert not table.column("sum").any()  # the state of torch's optimizer is torch's
+        assert not table.column("sum").any()  # torch's optimizer keeps its state itself
     assert torch.equal(rows_at(path), twin.weight)
 
 
 def test_bags_with_offsets_and_weights(path: Path) -> None:
-    """Offsets, include_last_offset and per_sample_weights go to torch as they are given."""
+    """Offsets, include_last_offset and per_sample_weights reach torch unchanged."""
     options: Any = {"mode": "sum", "include_last_offset": True}
     bag, twin = placed(on_disk(path), "EmbeddingBag", **options), theirs("EmbeddingBag", **options)
     batch = torch.arange(6), torch.tensor([0, 4, 4, 6]), torch.arange(6.0)
@@ -82,7 +80,7 @@ def test_bags_with_offsets_and_weights(path: Path) -> None:
 def test_only_rows_that_differ_are_written(
     chunk_bytes: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A commit journals the rows whose bits changed and no others, in chunks of any size."""
+    """A commit journals exactly the rows whose bits changed, in chunks of any size."""
     monkeypatch.setattr(device_copy, "CHUNK_BYTES", chunk_bytes)
     layer = placed(on_disk(path), padding_idx=0)
     announced: list[int] = []
@@ -109,7 +107,7 @@ def test_only_rows_that_differ_are_written(
 
 
 def test_commit_where_the_rows_are_in_the_table(path: Path) -> None:
-    """The same loop works with both placements: commit commits a table that updates itself."""
+    """layer.commit also commits a table that updates itself, so one loop serves both placements."""
     layer = pt.Embedding(ROWS, DIM, path=on_disk(path), optimizer=SGD)
     assert layer.placement == "table"
     loss_of(layer(batches()[0])).backward()
@@ -120,7 +118,7 @@ def test_commit_where_the_rows_are_in_the_table(path: Path) -> None:
 
 
 def test_a_table_in_memory() -> None:
-    """A table that is given is written by commit alone, and stays the caller's."""
+    """A table that is given is the same object, and only commit writes to it."""
     table = Table.memory(ROWS, DIM)
     layer = pt.Embedding(ROWS, DIM, table=table, placement="device")
     assert layer.table is table
@@ -131,7 +129,7 @@ def test_a_table_in_memory() -> None:
 
 
 def test_protocols(path: Path) -> None:
-    """state_dict, repr, casts and torch.compile are those of a layer with a Parameter."""
+    """state_dict, repr, casts and torch.compile work as for a layer with a Parameter."""
     layer, twin = placed(on_disk(path), padding_idx=2), theirs(padding_idx=2)
     assert list(layer.state_dict()) == ["weight"]
     layer.load_state_dict({"weight": weights() + 1})
@@ -148,7 +146,7 @@ def test_protocols(path: Path) -> None:
 
 
 def test_refusals(path: Path) -> None:
-    """What cannot be is refused when the layer is made, and the table is let go of."""
+    """Impossible combinations are refused when the layer is made, and the table is closed."""
     on_disk(path)
     for options, match in (
         ({"placement": "gpu"}, "allowed: table, device, auto"),
@@ -168,7 +166,7 @@ def test_refusals(path: Path) -> None:
 
 
 def test_commits_that_are_refused(path: Path) -> None:
-    """A frozen layer, another shape and a closed table: nothing is written."""
+    """A commit of a frozen layer, of another shape or to a closed table writes nothing."""
     frozen = pt.Embedding.from_pretrained(on_disk(path), placement="device")
     assert not frozen.weight.requires_grad
     with torch.no_grad():
@@ -188,7 +186,7 @@ def test_commits_that_are_refused(path: Path) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_auto(layer: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows go to the device where they take half of what is free; both places give the same."""
+    """placement="auto" copies rows that take half of the free memory; results are the same."""
     on_disk(path)
     size, found = 4 * ROWS * DIM, {}
     for free, expected in ((2 * size, "device"), (2 * size - 1, "table")):
@@ -206,7 +204,7 @@ def test_auto(layer: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_on_a_gpu(layer: str, path: Path) -> None:
-    """Rows learn on the GPU, and come back bit for bit."""
+    """Rows learn on the GPU, and a commit copies them back bit for bit."""
     module = placed(on_disk(path), layer, device="cuda")
     step = torch.optim.SGD(module.parameters(), lr=0.5)
     for ids in batches():

@@ -1,4 +1,4 @@
-"""What torch does with a layer beside training it: torch.nn's layers are the expectation."""
+"""Protocols of torch other than training: the layers of torch.nn are the expectation."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import pyembed
+import pyembed.torch as pt
 from pyembed import Table
 from pyembed.errors import ArgumentError, LockedError, TableError
+from pyembed.torch import ops
 from tests.torch.models import (
     DIM,
     LAYERS,
@@ -27,16 +30,11 @@ from tests.torch.models import (
     weights,
 )
 
-torch = pytest.importorskip("torch")
-
-import pyembed.torch as pt  # noqa: E402 -- only where there is torch
-from pyembed.torch import ops  # noqa: E402
-
 
 @pytest.mark.parametrize("optimizer", [None, SGD])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_autocast(layer: str, optimizer: Any) -> None:
-    """Rows stay float32, as in torch, and what comes after is cast; the steps are those without."""
+    """Autocast leaves rows and steps in float32 and casts later layers, as in torch."""
     ids = batches()[0]
     mine, twin = ours(layer, optimizer=optimizer), theirs(layer)
     linear = torch.nn.Linear(DIM, 3)
@@ -55,7 +53,7 @@ def test_autocast(layer: str, optimizer: Any) -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("options", [{}, {"optimizer": SGD}, {"_freeze": True}])
 def test_export(layer: str, options: dict[str, Any]) -> None:
-    """torch.export gives a program for other sizes too; without its layer it refuses to run."""
+    """An exported program accepts other sizes, and refuses to run once its layer is gone."""
     module, ids = ours(layer, **options), batches()[0]
     rows = torch.export.Dim("rows", min=2)
     program = torch.export.export(module, (ids,), dynamic_shapes=({0: rows},)).module()
@@ -70,7 +68,7 @@ def test_export(layer: str, options: dict[str, Any]) -> None:
 
 
 def test_weight_tying() -> None:
-    """A Parameter may be shared with a dense layer, as in torch; a weight in a table may not."""
+    """A Parameter can be tied to a dense layer, as in torch; a weight in a table is refused."""
     ids, out = batches()[0], []
     for layer in (ours(), theirs()):
         tied = torch.nn.Linear(DIM, ROWS, bias=False)
@@ -86,7 +84,7 @@ def test_weight_tying() -> None:
 
 
 class _Halved(torch.nn.Module):
-    """A parametrisation."""
+    """A parametrisation that halves the weight."""
 
     def forward(self, weight: Any) -> Any:
         return weight / 2
@@ -94,7 +92,7 @@ class _Halved(torch.nn.Module):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_parametrised_weight(layer: str) -> None:
-    """A weight that is computed from a Parameter is looked up, and passes its gradient on."""
+    """A parametrised weight is looked up and passes its gradient on."""
     ids, found = batches()[0], []
     for each in (ours(layer), theirs(layer)):
         torch.nn.utils.parametrize.register_parametrization(each, "weight", _Halved())
@@ -106,9 +104,9 @@ def test_parametrised_weight(layer: str) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_share_memory(depth: int) -> None:
-    """A Parameter is shared, a frozen table may stay; steps that others would not see are refused.
+    """share_memory shares a Parameter, accepts a frozen table, and refuses a table that learns.
 
-    The refused layer goes on as before.
+    The refused layer works as before.
     """
     shared, frozen = ours(), ours(_freeze=True)
     layer = ours(optimizer=SGD)
@@ -122,7 +120,7 @@ def test_share_memory(depth: int) -> None:
 
 
 def test_checkpointing() -> None:
-    """A checkpointed block runs forward twice, and steps once."""
+    """A checkpointed block runs forward twice and steps once."""
     layer, ids = ours(optimizer=SGD), batches()[0]
     twin = ours(optimizer=SGD)
     checkpoint = torch.utils.checkpoint.checkpoint
@@ -131,11 +129,11 @@ def test_checkpointing() -> None:
     assert layer.optimizer.steps == 1 and torch.equal(rows_of(layer), rows_of(twin))
 
 
-# --- data ----------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 class _Rows(torch.utils.data.Dataset[Any]):
-    """(ids, rows that a worker looked up)."""
+    """A dataset of ids, and of the rows that a worker looked up for them."""
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.ids = layer, torch.stack(batches((4,), 12))
@@ -148,13 +146,13 @@ class _Rows(torch.utils.data.Dataset[Any]):
             return self.ids[at], self.layer(self.ids[at])
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # fork, Python 3.12
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # from Python 3.12 on
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_of_a_data_loader(workers: int, path: Path) -> None:
-    """Workers look rows up in a file, or in memory, while the loop trains another table."""
+    """Workers look up rows in a file or in memory while the loop trains another table."""
     frozen = pt.Embedding.from_pretrained(on_disk(path))
     layer, twin = ours(optimizer=SGD), ours(optimizer=SGD)
-    loss_of(layer(torch.arange(ROWS))).backward()  # threads were started
+    loss_of(layer(torch.arange(ROWS))).backward()  # starts threads
     loss_of(twin(torch.arange(ROWS))).backward()
     for source in (frozen, ours(_freeze=True)):
         data = _Rows(source)
@@ -167,7 +165,7 @@ def test_workers_of_a_data_loader(workers: int, path: Path) -> None:
 
 
 class _Steps(torch.utils.data.Dataset[Any]):
-    """A dataset that tries to write."""
+    """A dataset whose worker tries to write."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -185,7 +183,7 @@ class _Steps(torch.utils.data.Dataset[Any]):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_worker_cannot_write(path: Path) -> None:
-    """A worker was forked beside the writer of a file: its steps are refused."""
+    """A step in a forked worker on the parent's file is refused."""
     layer = pt.Embedding(ROWS, DIM, path=on_disk(path), optimizer=SGD)
     [[text]] = torch.utils.data.DataLoader(_Steps(layer), num_workers=1)
     assert "before a fork" in text
@@ -194,7 +192,7 @@ def test_a_worker_cannot_write(path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", [None, SGD])
 def test_lookahead(optimizer: Any, path: Path) -> None:
-    """A DataLoader's batches come out in order, and train the layer as they do without."""
+    """lookahead yields a DataLoader's batches in order, and training is the same without it."""
     twin = ours(optimizer=optimizer)
     if optimizer is None:
         layer = ours()
@@ -229,13 +227,13 @@ GRADIENTS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Input #")  # that gradcheck is made for float64
+@pytest.mark.filterwarnings("ignore:Input #")  # gradcheck asks for float64
 @pytest.mark.parametrize("layer, options", GRADIENTS, ids=str)
 def test_gradients_are_differences(layer: str, options: dict[str, Any]) -> None:
-    """torch's gradcheck, in float32 and exact.
+    """Gradients equal finite differences exactly, by torch's gradcheck in float32.
 
-    Rows are linear in the weight, where max does not change its mind. Weights are multiples of
-    1/4, the difference is 1/16 and bags have 4 ids, so that nothing is rounded.
+    Rows are linear in the weight, as long as no maximum moves to another row. Weights are multiples
+    of 1/4, the difference is 1/16 and bags have 4 ids, so nothing is rounded.
     """
     ids = torch.tensor([[1, 3, 3, 5], [0, 7, 11, 1]])  # not the padding row: it has no gradient
     values = torch.arange(ROWS * DIM).reshape(ROWS, DIM) * 7 % (ROWS * DIM) / 4
@@ -251,7 +249,7 @@ def test_gradients_are_differences(layer: str, options: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore:Input #")
 @pytest.mark.parametrize("optimizer", [None, SGD])
 def test_gradients_of_weights_are_differences(optimizer: Any) -> None:
-    """The same of per_sample_weights, in which a bag is linear."""
+    """Gradients of per_sample_weights equal finite differences exactly."""
     bag, ids = ours("EmbeddingBag", mode="sum", optimizer=optimizer), batches((2, 4))[0]
     bag.load_state_dict({"weight": (weights() * 4).round() / 4})
     bag.requires_grad_(False)
@@ -264,7 +262,7 @@ def test_gradients_of_weights_are_differences(optimizer: Any) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_ops_of_training(layer: str, weighted: bool) -> None:
-    """torch's own check of what compiled graphs call: backward, and max_norm."""
+    """opcheck accepts the ops that compiled training calls: backward and max_norm."""
     if weighted and layer == "Embedding":
         return
     options = {"mode": "sum"} if layer == "EmbeddingBag" else {}
@@ -277,10 +275,10 @@ def test_the_ops_of_training(layer: str, weighted: bool) -> None:
     torch.library.opcheck(ops.renorm, (weight, ids, module._rows.number), test_utils=checks)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # torch's own, for forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # a warning of torch, in forward mode
 @pytest.mark.parametrize("optimizer", [None, SGD])
 def test_transforms_are_refused(optimizer: Any) -> None:
-    """torch.func and forward-mode differentiation are torch's error, not a wrong derivative."""
+    """torch.func and forward mode raise torch's error and give no wrong derivative."""
     module, ids = ours(optimizer=optimizer), batches()[0]
     before = rows_of(module)
     with pytest.raises(RuntimeError, match="functorch transforms"):
@@ -299,7 +297,7 @@ def test_transforms_are_refused(optimizer: Any) -> None:
 
 
 def test_another_writer(path: Path) -> None:
-    """A table that is written elsewhere is refused by its path, and left as it is."""
+    """A table with another writer is refused with its path in the error, and stays as it is."""
     with Table.open(on_disk(path)) as table:
         for how in ({"optimizer": SGD}, {"_freeze": True}):
             with pytest.raises(LockedError, match="items.pyembed"):
@@ -310,7 +308,7 @@ def test_another_writer(path: Path) -> None:
 @pytest.mark.parametrize("optimizer", [None, SGD])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_gradients_of_another_kind(layer: str, optimizer: Any) -> None:
-    """A hook that makes the gradient another shape or dtype is refused; expanded ones are taken."""
+    """Gradients of a wrong shape or dtype are refused; expanded gradients are accepted."""
     module, ids = ours(layer, optimizer=optimizer), batches()[0]
     twin = theirs(layer)
     for change in (lambda grad: grad[:1], lambda grad: grad.double()):

@@ -1,7 +1,7 @@
-"""DistributedDataParallel over two processes (gloo, on the CPU): tables stay the same on all ranks.
+"""In DistributedDataParallel (two processes, gloo, CPU) tables stay the same on all ranks.
 
-What one process does with the joined batch is the expectation, bit for bit: gradients are halved,
-which is exact, and summed in the order of the ranks.
+One process with the joined batch is the expectation, bit for bit: gradients are halved, which is
+exact, and summed in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -14,19 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
+import pyembed.torch as pt
 from pyembed import Table, optim
 from pyembed.errors import ArgumentError, LockedError
 from tests.torch.models import DIM, ROWS, on_disk, ours, rows_of, weights
 
-torch = pytest.importorskip("torch")
-
-import torch.distributed as dist  # noqa: E402 -- only where there is torch
-
-import pyembed.torch as pt  # noqa: E402
-
 WORLD, STEPS = 2, 3
-SGD = functools.partial(optim.SGD, lr=0.25)  # notices a factor, where Adagrad does not
+SGD = functools.partial(optim.SGD, lr=0.25)  # unlike Adagrad, it shows a wrong factor
 ADAGRAD = functools.partial(optim.Adagrad, lr=0.1)
 BAG = {"mode": "sum", "scale_grad_by_freq": True, "padding_idx": 2}
 Case = dict[str, Any]
@@ -39,7 +36,7 @@ CASES: dict[str, tuple[str, Case]] = {
 
 
 def batch_of(rank: int, step: int, layer: str) -> tuple[Any, ...]:
-    """Another number of ids on each rank, once none; bags with weights."""
+    """Make a batch: another number of ids on each rank, once none."""
     generator = torch.Generator().manual_seed(10 * step + rank)
     count = 0 if (rank, step) == (1, 1) else 5 + rank
     ids = torch.randint(0, ROWS, (count,), generator=generator)
@@ -47,21 +44,21 @@ def batch_of(rank: int, step: int, layer: str) -> tuple[Any, ...]:
 
 
 def arguments(layer: str, options: Case, rank: int, step: int) -> tuple[Any, ...]:
-    """What the layer is called with."""
+    """Make the arguments of the layer: a batch, with weights for a sum of bags."""
     given = batch_of(rank, step, layer)
     weighs = layer == "EmbeddingBag" and options["mode"] == "sum"
     return (*given, given[0] / 8 + 1) if weighs else given
 
 
 def coefficients(rows: Any, rank: int) -> Any:
-    """Each element of a loss has a gradient of its own, which can be halved exactly."""
+    """Make a different gradient for each element, which can be halved exactly."""
     return (torch.arange(rows.numel()).reshape(rows.shape) % 7 - 3 + rank).float()
 
 
 def train(model: Any, layer: str, options: Case, ranks: list[int], once: Any = None) -> None:
-    """Steps; for several ranks on what all of them would be called with, with half of each loss.
+    """Train on the batches of these ranks; for several ranks on the joined batch and mean loss.
 
-    They are one step where an Optimizer is given.
+    Given an Optimizer, all backwards are one step.
     """
     for step in range(STEPS):
         given = [arguments(layer, options, rank, step) for rank in ranks]
@@ -79,7 +76,7 @@ def train(model: Any, layer: str, options: Case, ranks: list[int], once: Any = N
 
 
 def on_a_rank(rank: int, folder: str) -> None:
-    """All cases on one rank; what it found is saved for the test to look at."""
+    """Run all cases on one rank and save the rows for the test."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
@@ -88,7 +85,7 @@ def on_a_rank(rank: int, folder: str) -> None:
         layer = ours(kind, optimizer=SGD, **options)
         if rank:
             with layer.table.writing() as weight:
-                weight += 1  # as DDP does with parameters, rank 0's are sent
+                weight += 1  # rank 0 sends its rows, as DDP does with parameters
         once = pt.Optimizer(layer) if name == "one step" else None
         train(wrapped(layer), kind, options, [rank], once)
         found[name] = rows_of(layer)
@@ -97,13 +94,13 @@ def on_a_rank(rank: int, folder: str) -> None:
         layer = pt.Embedding(ROWS, DIM, table=table, optimizer=ADAGRAD)
         train(wrapped(layer), "Embedding", {}, [rank])
         found["file"] = rows_of(layer)
-    found |= beside_dense_layers(rank, wrapped) | refused(rank, wrapped, Path(folder))
+    found |= with_dense_layers(rank, wrapped) | refused(rank, wrapped, Path(folder))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def beside_dense_layers(rank: int, wrapped: Any) -> dict[str, Any]:
-    """A table, a Parameter and a dense layer in one model, one backward under no_sync()."""
+def with_dense_layers(rank: int, wrapped: Any) -> dict[str, Any]:
+    """Train a table, a Parameter and a dense layer in one model, once under no_sync()."""
     torch.manual_seed(rank)
     parts = [ours(optimizer=ADAGRAD), torch.nn.Linear(DIM, DIM), ours(sparse=False)]
     model = torch.nn.ModuleList(parts)
@@ -118,7 +115,7 @@ def beside_dense_layers(rank: int, wrapped: Any) -> dict[str, Any]:
 
 
 def refused(rank: int, wrapped: Any, folder: Path) -> dict[str, Any]:
-    """What the ranks refuse: the errors' texts."""
+    """Collect the messages of what the ranks refuse."""
     found = []
 
     def attempt(error: type[Exception], call: Callable[[], Any]) -> None:
@@ -150,11 +147,11 @@ def refused(rank: int, wrapped: Any, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs gloo")
 def test_two_processes(tmp_path: Path) -> None:
-    """Every table is that of one process with the joined batch; what cannot be is refused by all.
+    """Every table equals that of one process with the joined batch; all ranks refuse together.
 
-    Batches of another length on each rank, and an empty one; bags with weights, offsets, maxima;
-    scale_grad_by_freq, which counts in the joined batch; a file for each rank; beside dense layers;
-    and three backwards as one step.
+    Cases: batches of different lengths, one of them empty; bags with weights, offsets and maxima;
+    scale_grad_by_freq, which counts in the joined batch; a file for each rank; a model with dense
+    layers; three backwards as one step.
     """
     torch.multiprocessing.spawn(on_a_rank, (str(tmp_path),), nprocs=WORLD)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]

@@ -1,4 +1,4 @@
-"""What the torch adapter refuses: typed errors that leave the rows as they were."""
+"""Refusals of the torch layers are typed errors that leave the rows as they were."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import pyembed.torch as pt
 from pyembed import Table, optim
 from pyembed.errors import (
     ArgumentError,
@@ -31,17 +33,13 @@ from tests.torch.models import (
     weights,
 )
 
-torch = pytest.importorskip("torch")
-
-import pyembed.torch as pt  # noqa: E402 -- only where there is torch
-
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
 
 
 @pytest.mark.parametrize("optimizer", [None, SGD])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_bad_input(layer: str, optimizer: Any) -> None:
-    """dtype, device and range mistakes are typed, and leave the rows as they were."""
+    """A wrong dtype, device or id raises a typed error and changes no row."""
     module = ours(layer, optimizer=optimizer)
     good = batches()[0]
     for bad, error in (
@@ -59,12 +57,12 @@ def test_bad_input(layer: str, optimizer: Any) -> None:
             copy.deepcopy(module).to(cast)(good)
     with pytest.raises(NonFiniteError) if optimizer else pytest.raises(ArithmeticError):
         (module(good) * float("nan")).sum().backward()
-        raise ArithmeticError  # as in torch, a NaN goes into weight.grad
+        raise ArithmeticError  # as in torch, weight.grad takes a NaN
     assert torch.equal(rows_of(module), weights())
 
 
 def test_bad_bags() -> None:
-    """Offsets and weights of bags are checked before a kernel sees them."""
+    """Wrong offsets and weights of bags are refused before a kernel runs."""
     bag, ids = ours("EmbeddingBag", mode="sum"), torch.arange(6)
     for offsets in (None, torch.tensor([1, 3]), torch.tensor([0, 7]), torch.tensor([0, 4, 2])):
         with pytest.raises(ArgumentError):
@@ -98,13 +96,13 @@ def test_bad_bags() -> None:
     ],
 )
 def test_bad_construction(options: dict[str, Any], error: type[Exception]) -> None:
-    """What cannot be is refused when the layer is made."""
+    """Arguments that contradict each other or are out of range are refused."""
     with pytest.raises(error):
         pt.Embedding(ROWS, DIM, **options)
 
 
 def test_files_without_an_optimizer(path: Path) -> None:
-    """A file is no Parameter: it needs optimizer= or a frozen layer, and is let go of."""
+    """A file needs optimizer= or a frozen layer; after the refusal it is free to open."""
     on_disk(path)
     with pytest.raises(ArgumentError, match="optimizer="):
         pt.Embedding(ROWS, DIM, path=path)
@@ -113,7 +111,7 @@ def test_files_without_an_optimizer(path: Path) -> None:
 
 
 def test_read_only_rows_stay_as_they_are(path: Path) -> None:
-    """Torch writes into what it was given, and the file does not change; max_norm is refused."""
+    """Writing to looked-up rows does not change a read-only file, and max_norm is refused."""
     layer = pt.Embedding(ROWS, DIM, path=on_disk(path), _freeze=True)
     layer(torch.arange(ROWS)).fill_(9)
     layer.state_dict()["weight"].fill_(9)
@@ -138,7 +136,7 @@ def test_double_backward(layer: str, optimizer: Any) -> None:
 
 
 def test_use_after_close() -> None:
-    """A closed table is a typed error in forward and in backward."""
+    """A closed table raises a typed error in forward and in backward."""
     layer = ours(optimizer=SGD)
     rows = layer(torch.tensor([1]))
     layer.table.close()
@@ -148,8 +146,8 @@ def test_use_after_close() -> None:
         layer(torch.tensor([1]))
 
 
-def test_weight_that_updates_itself() -> None:
-    """Torch's optimizers refuse the weight of a table, and every use of it says why."""
+def test_weight_in_a_table() -> None:
+    """Every use of a weight in a table raises an error, and torch's optimizers refuse it."""
     layer = ours(optimizer=SGD)
     with pytest.raises(TypeError, match="WeightInTable"):
         torch.optim.SGD([layer.weight], lr=0.1)
@@ -159,7 +157,7 @@ def test_weight_that_updates_itself() -> None:
 
 
 def test_rows_that_changed_in_between() -> None:
-    """Backward of max and of per_sample_weights needs the rows of forward, or says so."""
+    """Backward of max and per_sample_weights refuses rows that changed since forward."""
     ids = batches()[0]
     for options, psw in (({"mode": "max"}, None), ({"mode": "sum"}, torch.ones(3, 5))):
         for optimizer in (SGD, None):
@@ -173,7 +171,7 @@ def test_rows_that_changed_in_between() -> None:
 
 
 def test_layer_may_go_before_backward() -> None:
-    """The graph keeps the layer that it needs."""
+    """The graph keeps the rows that it needs when the layer is deleted."""
     table = Table.from_array(weights().numpy())
     rows = pt.Embedding(ROWS, DIM, table=table, optimizer=SGD)(torch.tensor([1]))
     rows.sum().backward()

@@ -1,27 +1,29 @@
-"""`pyembed.torch.Optimizer` steps as torch's do: once for several lookups and several backwards.
+"""`pyembed.torch.Optimizer` makes one step of several lookups and backwards, as torch's do.
 
-Torch's nn.Embedding and torch's optimizers are the expectation; tolerance as in `test_torch`.
+Torch's nn.Embedding and torch's optimizers are the expectation.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import pyembed.torch as pt
 from pyembed import optim
 from pyembed.errors import ArgumentError, ClosedError, NonFiniteError
 from tests.torch.models import (
+    COPIES,
     DIM,
     LAYERS,
     OPTIMIZERS,
     ROWS,
+    RULES,
     SGD,
     batches,
     close,
@@ -33,21 +35,17 @@ from tests.torch.models import (
     weights,
 )
 
-torch = pytest.importorskip("torch")
-
-import pyembed.torch as pt  # noqa: E402 -- only where there is torch
-
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad
 
 
 def translation(layer: Any, ids: Any) -> Any:
-    """A loss of three lookups, of which the last is larger, as of TransE; ids are in several."""
+    """Compute a loss of three lookups, as TransE does; some ids occur in several of them."""
     head, tail = layer(ids[0]), layer(ids[1])
     return loss_of(head - tail) + loss_of(head - layer(ids[1:]).mean(0))
 
 
 def train(pairs: list[tuple[Any, Any]], loss: Callable[[Any, Any], Any] = translation) -> None:
-    """Steps of ours and of torch's, each over two backwards; the rows are compared."""
+    """Take steps over two backwards each with both layers, and compare the rows."""
     ids = batches()
     for step in range(0, len(ids), 2):
         for layer, optimizer in pairs:
@@ -64,10 +62,10 @@ def train(pairs: list[tuple[Any, Any]], loss: Callable[[Any, Any], Any] = transl
     "options", [{}, {"padding_idx": 2}, {"max_norm": 1.5}], ids=["plain", "padding", "max_norm"]
 )
 def test_one_step_for_all(name: str, on: str, options: dict[str, Any], path: Path) -> None:
-    """Three lookups in a forward and two backwards in a step: the rows are those of torch."""
+    """Three lookups in a forward and two backwards in a step give the rows of torch."""
     ours_of, theirs_of = OPTIMIZERS[name]
     if on == "disk":
-        on_disk(path, {"SGD": "sgd", "Adagrad": "adagrad", "SparseAdam": "adam"}[name])
+        on_disk(path, RULES[name])
         mine = pt.Embedding(ROWS, DIM, path=path, optimizer=ours_of, **options)
     else:
         mine = ours(optimizer=ours_of, **options)
@@ -80,7 +78,7 @@ def test_one_step_for_all(name: str, on: str, options: dict[str, Any], path: Pat
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_bags(mode: str, weighted: bool) -> None:
-    """Bags too, which read rows again in backward: they change in the step alone."""
+    """Bags, whose backward reads rows again, give the rows of torch: rows change in a step only."""
     if weighted and mode != "sum":
         return
     mine = ours("EmbeddingBag", mode=mode, optimizer=SGD)
@@ -98,14 +96,14 @@ def test_bags(mode: str, weighted: bool) -> None:
 
 
 def test_counts_scale_within_a_lookup() -> None:
-    """scale_grad_by_freq counts in each lookup, as torch does, and not in all of a step."""
+    """scale_grad_by_freq counts within each lookup, as torch does."""
     mine, twin = ours(optimizer=SGD, scale_grad_by_freq=True), theirs(scale_grad_by_freq=True)
     train([(mine, pt.Optimizer(mine)), (twin, torch.optim.SGD(twin.parameters(), lr=0.5))])
 
 
 @pytest.mark.parametrize("most", [2.0, 1e6])
 def test_clip_norm_is_that_of_the_step(most: float) -> None:
-    """clip_norm takes the sum of all backwards, as clip_grad_norm_ between backward and step."""
+    """clip_norm clips the sum of all backwards, as clip_grad_norm_ before the step does."""
     mine, twin = ours(optimizer=functools.partial(optim.SGD, lr=0.5, clip_norm=most)), theirs()
     stepper = torch.optim.SGD(twin.parameters(), lr=0.5)
     clips = []
@@ -118,7 +116,7 @@ def test_clip_norm_is_that_of_the_step(most: float) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_lookup_is_the_same_step(name: str) -> None:
-    """With one lookup in each step an Optimizer changes no bit of the rows."""
+    """With one lookup in each step, rows have the same bits with and without an Optimizer."""
     fused, mine = (ours(optimizer=OPTIMIZERS[name][0], padding_idx=2) for _ in range(2))
     optimizer = pt.Optimizer(mine)
     for ids in batches():
@@ -129,9 +127,9 @@ def test_one_lookup_is_the_same_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler
 def test_compiled(backend: str) -> None:
-    """A compiled forward accumulates too, also where the Optimizer is made after compiling."""
+    """A forward that was compiled before the Optimizer was made accumulates too."""
     torch._dynamo.reset()
     mine, twin = ours(optimizer=SGD), theirs(sparse=True)
     compiled = torch.compile(functools.partial(translation, mine), fullgraph=True, backend=backend)
@@ -141,13 +139,13 @@ def test_compiled(backend: str) -> None:
     assert mine.optimizer.steps == 3
 
 
-# --- what is pending ------------------------------------------------------------------------------
+# --- pending gradients ----------------------------------------------------------------------------
 
 
 def test_nothing_pending() -> None:
-    """zero_grad drops; a step takes what it applied away, and without any there is no step.
+    """zero_grad and step drop pending gradients, and a step without any does nothing.
 
-    Of two tables the one that was not looked up takes no step.
+    Of two tables, the one without a lookup takes no step.
     """
     model = torch.nn.ModuleList([ours(optimizer=SGD), ours("EmbeddingBag", optimizer=SGD)])
     optimizer = pt.Optimizer(model)
@@ -166,7 +164,7 @@ def test_nothing_pending() -> None:
 
 
 def test_errors_keep_what_is_pending() -> None:
-    """A backward and a step that are refused change no row; the step can be repeated."""
+    """A refused backward or step changes no row, and the step can be repeated."""
     layer = ours(optimizer=SGD)
     optimizer, ids = pt.Optimizer(layer), torch.tensor([1])
     layer(ids).sum().backward()
@@ -182,7 +180,7 @@ def test_errors_keep_what_is_pending() -> None:
 
 
 def test_rows_that_changed_in_between() -> None:
-    """Backward of mode="max" refuses a graph from before the step, which changed the rows."""
+    """Backward of mode="max" refuses a graph from before the last step."""
     bag, ids = ours("EmbeddingBag", mode="max", optimizer=SGD), batches()[0]
     optimizer = pt.Optimizer(bag)
     first, second = bag(ids), bag(ids)
@@ -196,7 +194,7 @@ def test_rows_that_changed_in_between() -> None:
 
 
 def test_rows_that_are_skipped() -> None:
-    """nonfinite="skip_row" leaves a row alone for which one of the backwards gave a NaN."""
+    """nonfinite="skip_row" does not change a row that got a NaN in one of the backwards."""
     layer = ours(optimizer=functools.partial(optim.SGD, lr=0.5, nonfinite="skip_row"))
     optimizer = pt.Optimizer(layer)
     layer(torch.tensor([1, 3])).sum().backward()
@@ -208,7 +206,7 @@ def test_rows_that_are_skipped() -> None:
 
 
 def test_closed_table() -> None:
-    """Backward and step of a closed table are the typed error; what is pending can be dropped."""
+    """Backward and step of a closed table raise ClosedError; zero_grad still works."""
     layer = ours(optimizer=SGD)
     optimizer, rows = pt.Optimizer(layer), layer(torch.tensor([1]))
     rows.sum().backward(retain_graph=True)
@@ -222,7 +220,7 @@ def test_closed_table() -> None:
 
 
 def test_loss_scaling_is_refused() -> None:
-    """torch's GradScaler, which cannot unscale what is pending, does not step, and says so."""
+    """Torch's GradScaler, which cannot unscale pending gradients, refuses to step."""
     layer = ours(optimizer=SGD)
     optimizer, scaler = pt.Optimizer(layer), torch.amp.GradScaler("cpu")
     scaler.scale(layer(torch.tensor([1])).sum()).backward()
@@ -231,13 +229,13 @@ def test_loss_scaling_is_refused() -> None:
     assert torch.equal(rows_of(layer), weights())
 
 
-# --- what belongs to an Optimizer -----------------------------------------------------------------
+# --- the layers of an Optimizer -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_copies_belong_to_none(layer: str, copied: Any) -> None:
-    """A copy of a layer has nothing pending, and steps in backward; the first goes on."""
+    """A copy of a layer belongs to no Optimizer: it has no pending gradients, and steps at once."""
     first = ours(layer, optimizer=SGD)
     optimizer, ids = pt.Optimizer(first), torch.tensor([[1]])
     first(ids).sum().backward()
@@ -249,9 +247,9 @@ def test_copies_belong_to_none(layer: str, copied: Any) -> None:
     assert torch.equal(rows_of(first), rows_of(second))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("copied", COPIES)
 def test_copies_of_both(copied: Any) -> None:
-    """A model that is copied together with its Optimizer goes on with the copy, as in torch."""
+    """A model and its Optimizer that are copied together train together, as in torch."""
     layer, twin = ours(optimizer=SGD), theirs()
     both = layer, pt.Optimizer(layer)
     train([copied(both), (twin, torch.optim.SGD(twin.parameters(), lr=0.5))])
@@ -259,7 +257,7 @@ def test_copies_of_both(copied: Any) -> None:
 
 
 def test_two_optimizers() -> None:
-    """Each steps with its own rate, as in torch; the first that does takes what is pending."""
+    """Two Optimizers step at separate rates; the first to step takes the pending gradients."""
     layer = ours(optimizer=SGD)
     fast, slow = pt.Optimizer(layer), pt.Optimizer(layer)
     slow.param_groups[0]["lr"] = 0.25
@@ -270,8 +268,8 @@ def test_two_optimizers() -> None:
     assert torch.equal(rows_of(layer)[1], weights()[1] - 0.25 - 0.5)
 
 
-def test_who_keeps_what() -> None:
-    """An Optimizer keeps its layers until they have stepped; both go as soon as nobody has them."""
+def test_lifetimes() -> None:
+    """An Optimizer keeps the tables of its layers alive, and no cycle keeps a layer alive."""
     layer = ours(optimizer=SGD)
     table, gone = layer.table, weakref.ref(layer)
     optimizer = pt.Optimizer(layer)
