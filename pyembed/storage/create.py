@@ -79,7 +79,7 @@ def appearing(path: Path) -> Iterator[Folder]:
     FileExistsError
     """
     with Folder(path.parent) as parent:
-        if parent.exists(path.name):
+        if not path.name or parent.exists(path.name):  # "." and "/" have no name, and exist
             raise FileExistsError(
                 errno.EEXIST, "there is something already; choose a new name", str(path)
             )

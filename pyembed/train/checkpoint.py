@@ -1,9 +1,9 @@
-"""A training that may be stopped anywhere, and goes on from its last checkpoint.
+"""Checkpoints: a training that may be stopped at any moment and continues from its last one.
 
-``OUTPUT.partial`` is the table of the model from the beginning, and gets its name at the end. Its
-lock keeps other trainings out, and its commits are the checkpoints: rows, optimizer state, and in
-meta the settings and the progress change together or not at all. In the same folder lie the
-vocabulary and the text as rows, so that texts are read once.
+``OUTPUT.partial`` is the table of the model from the beginning, and is renamed at the end. Its
+lock keeps other trainings out, and its commits are the checkpoints: rows, optimizer state, and the
+settings and progress in its meta change together or not at all. The folder also has the vocabulary
+and the text as rows, so texts are read once.
 
 State diagram (the function of `skipgram` on each arrow)::
 
@@ -11,12 +11,12 @@ State diagram (the function of `skipgram` on each arrow)::
                                                                            │    ▲
                                                                            └────┘ _train
 
-Each arrow but the first and the last ends in a commit, and the next needs nothing but what is
-committed: whatever is random is a function of the place in the text (`runs.py`), so no state of a
-generator is kept. Without checkpoints the same happens, and the folder does not survive an error.
+Each arrow but the first and the last ends in a commit, and the next one needs committed data alone.
+All random numbers are a function of the place in the text (see `runs`), so the state of a generator
+is not kept. Without checkpoints the steps are the same, and the folder is removed after an error.
 
-Not done here: to notice that texts have changed. Their paths are compared as they were given, and a
-text that was read to its end is not looked at again.
+Changes of the texts are not noticed: their paths are compared as they were given, and a text that
+was read to its end is not read again.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from pyembed.train.runs import Place, Runs
 from pyembed.train.subword import I64
 from pyembed.words.vocab import Vocab
 
-TEXT = "text"  # the text as rows, see `corpus.rewrite_as_rows`
+TEXT = "text"  # the file of the text as rows, see `corpus.rewrite_as_rows`
 
 
 @dataclass
 class Progress:
-    """How far a training has come.
+    """The progress of a training.
 
     Attributes
     ----------
     epoch, block, batch : int
-        The place where the next batch begins; at the end an epoch that is none.
+        The place of the next batch; at the end, the epoch after the last one.
     batches, words : int
-        How many were trained on, thinned words included.
+        The numbers of batches and of words that were trained on, dropped frequent words included.
     loss : float or None
-        Of a true pair and its negatives, averaged over about the last fifty batches.
+        The loss of a true pair and its negatives, averaged over about the last fifty batches.
     """
 
     epoch: int = 0
@@ -69,7 +69,7 @@ class Progress:
         self.epoch, self.block, self.batch = value
 
     def add(self, runs: Runs, loss: float) -> None:
-        """One more batch; NaN is the loss of one without pairs."""
+        """Count one more batch; a batch without pairs has the loss NaN."""
         self.place = runs.next
         self.batches += 1
         self.words += runs.read
@@ -85,33 +85,40 @@ def table_in_training(
     resume: bool,
     num_threads: int | None,
 ) -> Iterator[Table]:
-    """The table of a training, which is named `output` when the block ends.
+    """The table of a training, which is renamed to `output` when the block ends.
 
     Parameters
     ----------
     output : Path
-        Must not exist.
+        The folder to make; it must not exist.
     settings : dict
-        Plain JSON with a ``dim``. What a checkpoint has of it in its meta must be the same.
+        Plain JSON with a ``dim``; must agree with the settings in the meta of a checkpoint.
     checkpoint_every : int, optional
-        If given, what was committed stays when the block is left by an exception; if not, nothing.
+        If given, the last commit stays when an exception leaves the block; else nothing stays.
     resume : bool
-        Go on with what a training left.
+        Whether to continue from the last checkpoint.
     num_threads : int, optional
+        See `Table.create`.
+
+    Yields
+    ------
+    Table
+        The table, without rows or as the last checkpoint left it.
 
     Raises
     ------
     ArgumentError
-        An output that exists, nothing to resume, other settings, a partial folder in the way.
+        If the output exists, there is nothing to resume, the settings differ from the checkpoint's,
+        or another partial folder is in the way.
     LockedError
-        Another training is at it.
+        If another training has the partial folder open.
     DirtyError, FormatError
-        What was left has no checkpoint, is damaged, or is something else.
+        If the partial folder has no checkpoint, is damaged, or is something else.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ArgumentError(f"checkpoint_every = {checkpoint_every}; allowed: 1 or more batches")
     if resume and checkpoint_every is None:
-        raise ArgumentError("resume without checkpoint_every; give the same command as before")
+        raise ArgumentError("resume without checkpoint_every; repeat the command that was stopped")
     if os.path.lexists(output):
         raise ArgumentError(f"{output} exists; give another output, or remove it")
     partial = output.with_name(output.name + ".partial")
@@ -125,19 +132,19 @@ def table_in_training(
         (partial / TEXT).unlink(missing_ok=True)
         partial.rename(output)
     except BaseException as error:
-        # Until a text was read there is nothing to keep; and one that teaches nothing never will.
+        # Before the text is read there is nothing to keep, and a bad text stays bad.
         if checkpoint_every is None or not table.meta or isinstance(error, CorpusError):
             shutil.rmtree(partial, ignore_errors=True)
             left = f"{output} was not made"
         else:
-            left = f"{partial} holds the last checkpoint; go on with --resume (resume=True)"
+            left = f"{partial} holds the last checkpoint; continue with --resume (resume=True)"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted: {left}") from None
         raise
 
 
 def _create(partial: Path, dim: int, checkpoint_every: int | None, threads: int | None) -> Table:
-    """A table without rows: how many there will be is not known before the text is read."""
+    """A table without rows, as their number is not known before the text is read."""
     durability = "none" if checkpoint_every is None else "process"
     try:
         return Table.create(
@@ -145,19 +152,19 @@ def _create(partial: Path, dim: int, checkpoint_every: int | None, threads: int 
         )
     except FileExistsError:
         raise ArgumentError(
-            f"{partial} exists: a training writes to it, or one was stopped; then go on with "
-            "--resume (resume=True), or remove it"
+            f"{partial} exists: a training writes to it, or was stopped; in that case continue "
+            "with --resume (resume=True), or remove it"
         ) from None
 
 
 def _reopen(partial: Path, settings: dict[str, Any], threads: int | None) -> Table:
-    """What a training left, if it is of these settings and complete."""
+    """The partial table of a training, if it has these settings and is complete."""
     if not os.path.lexists(partial):
         raise ArgumentError(f"there is no {partial} to resume; start without --resume (resume)")
     try:
         table = Table.open(partial, durability="process", num_threads=threads)
     except DirtyError as error:
-        what = str(error.strerror).partition(":")[0]  # the rest is of rows that may be salvaged
+        what = str(error.strerror).partition(":")[0]  # the rest speaks of salvage
         what = f"{what}: no checkpoint is left; remove it, and start again without --resume"
         raise DirtyError(error.errno, what, str(partial)) from None
     try:
@@ -170,7 +177,7 @@ def _reopen(partial: Path, settings: dict[str, Any], threads: int | None) -> Tab
 
 
 def _require_same(table: Table, settings: dict[str, Any]) -> None:
-    """Refuse another training's table, and other settings."""
+    """Refuse the table of another training, or of other settings."""
     meta = table.meta
     if not meta and not table.rows:  # stopped before its text was read
         meta = {"dim": table.dim}
@@ -179,13 +186,13 @@ def _require_same(table: Table, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if (kept := meta.get(name, value)) != value:
             raise ArgumentError(
-                f"{name} = {value!r}; the training in {table.path} has {kept!r}: go on with that, "
-                "or remove the folder and start again"
+                f"{name} = {value!r}; the training in {table.path} has {kept!r}: use that, or "
+                "remove the folder and start again"
             )
 
 
 def _require_text(table: Table) -> None:
-    """Refuse a text that is not as long as it was, where there is still something to train."""
+    """Refuse a text of another length than was written, unless training is done."""
     meta, text = table.meta, text_of(table)
     if not meta or meta.get("progress", {}).get("epoch") == meta["epochs"]:
         return
@@ -197,13 +204,13 @@ def _require_text(table: Table) -> None:
 
 
 def folder_of(table: Table) -> Path:
-    """Where the table and all that belongs to the training lie."""
+    """The folder of the table, which has all files of the training."""
     assert table.path is not None
     return table.path
 
 
 def text_of(table: Table) -> Path:
-    """Where its text lies, as rows."""
+    """The file of the text as rows."""
     return folder_of(table) / TEXT
 
 
@@ -213,7 +220,7 @@ def load_vocabulary(table: Table) -> tuple[list[str], I64]:
     Raises
     ------
     FormatError
-        They are not those that the table was made for.
+        If they are not the words that the table was made for.
     """
     vocab, size = Vocab.load(folder_of(table)), table.meta["vocabulary"]
     if vocab.counts is None or len(vocab) != size:

@@ -1,17 +1,17 @@
-"""Text to token ids: finds the files of a corpus, splits them into words and counts the words.
+"""Text to token ids: find the files of a corpus, split them into words and count the words.
 
 A corpus is read once. Every word gets a provisional id when it is first seen, and the ids go to a
 file of int32 with `LINE_END` after each line. Once all counts are known, `choose_vocabulary` maps
-provisional ids to rows, most frequent first, and `rewrite_as_rows` does so in the file. So memory
-grows with the number of different words and not with the length of the text, and a later pass
-reads 4 bytes a word.
+provisional ids to rows, most frequent first, and `rewrite_as_rows` replaces the ids in the file.
+Therefore memory grows with the number of different words and not with the length of the text, and
+a later pass reads 4 bytes a word.
 
-A word is a letter or underscore and what follows it of letters, digits and underscores; case is
-kept. So identifiers of source code stay whole, and numbers, signs and escapes such as ``\\n`` are
-no words. A sentence is a line.
+A word is a letter or underscore followed by letters, digits and underscores; case is kept.
+Identifiers of source code stay whole, and numbers, signs and escapes such as ``\\n`` are not words.
+A sentence is a line.
 
-Not done here: encodings other than UTF-8, markup, stemming, and any guess about a file that cannot
-be read.
+This module does not read encodings other than UTF-8, interpret markup, stem words, or guess the
+content of a file that cannot be read.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ StrPath = str | os.PathLike[str]
 EncodingErrors = Literal["strict", "replace"]
 SUFFIXES = (".txt", ".py", ".rst", ".md")
 LINE_END = 0  # the provisional id of "\n"
-ROW_DROPPED, ROW_LINE_END = -1, -2  # in place of a row, where a token has none
+ROW_DROPPED, ROW_LINE_END = -1, -2  # tokens without a row
 
 _TOKEN = re.compile(r"\n|(?<![\w\\])[^\W\d]\w*")
 _PIECE_BYTES = 1 << 20
 _REWRITE_WORDS = 1 << 18
-_LONGEST_WORD_BYTES = 1 << 24  # a text without line end or space for this long is no text
+_LONGEST_WORD_BYTES = 1 << 24  # a file without line end or space for this long is not text
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class EncodedCorpus:
     Attributes
     ----------
     path : Path
-        Raw int32 ids in the machine's byte order, `LINE_END` after each line.
+        The file: int32 ids in the machine's byte order, with `LINE_END` after each line.
     types : list of str
         The word of each provisional id; ``types[LINE_END]`` is ``"\\n"``.
     counts : ndarray of int64, shape (len(types),)
-        Occurrences of each provisional id.
+        How often each provisional id occurs.
     words : int
-        All occurrences of words, line ends not counted.
+        The length of the text in words, without line ends.
     files : int
-        Files read.
+        The number of files read.
     """
 
     path: Path
@@ -90,13 +90,13 @@ def find_files(
     Parameters
     ----------
     paths : sequence of path-like
-        Files, which are taken as they are, and folders, which are searched recursively; links to
+        Files, which are always read, and folders, which are searched recursively; links to
         folders are not followed.
     suffixes : sequence of str
-        Endings of the file names that are taken from a folder.
+        The suffixes of the files that are read from a folder.
     exclude : sequence of str
-        Shell patterns. A file or folder within a folder of `paths` is left out when a pattern
-        matches its name, or its path relative to that folder (with ``/``).
+        Shell patterns. A file or folder in a folder of `paths` is left out if a pattern matches
+        its name, or its path relative to that folder (with ``/``).
 
     Returns
     -------
@@ -106,7 +106,7 @@ def find_files(
     Raises
     ------
     CorpusError
-        A path does not exist, a folder cannot be listed, or nothing was found.
+        If a path does not exist, a folder cannot be listed, or no file was found.
     """
     found: list[Path] = []
     for path in map(Path, _listed(paths)):
@@ -126,7 +126,7 @@ def find_files(
 
 
 def name_paths(paths: Sequence[StrPath]) -> str:
-    """Name a list of paths in a few characters, by which it can be told from another.
+    """A short name for a list of paths; another list has another name.
 
     Examples
     --------
@@ -174,7 +174,7 @@ def read_pieces(path: StrPath, encoding_errors: EncodingErrors = "strict") -> It
     Raises
     ------
     CorpusError
-        The file cannot be read, or with ``"strict"`` is not UTF-8; the message names the byte.
+        If the file cannot be read, or with ``"strict"`` is not UTF-8; the message names the byte.
     """
     offset = 0
     for piece in _byte_pieces(path):
@@ -183,8 +183,8 @@ def read_pieces(path: StrPath, encoding_errors: EncodingErrors = "strict") -> It
         except UnicodeDecodeError as error:
             raise CorpusError(
                 f"{path}: byte {piece[error.start]:#04x} at offset {offset + error.start} is not "
-                f"UTF-8 ({error.reason}); convert the file, leave it out with --exclude, or read "
-                "such bytes as no part of a word with --encoding-errors replace"
+                f"UTF-8 ({error.reason}); convert the file, leave it out with --exclude, or ignore "
+                "such bytes with --encoding-errors replace"
             ) from error
         offset += len(piece)
 
@@ -201,8 +201,8 @@ def _byte_pieces(path: StrPath) -> Iterator[bytes]:
                     yield data[:cut]
                 elif len(data) > _LONGEST_WORD_BYTES:
                     raise CorpusError(
-                        f"{path}: {len(data)} bytes without a line end or a space; this is no "
-                        "text, leave it out with --exclude"
+                        f"{path}: {len(data)} bytes without a line end or a space; this is "
+                        "not text, leave it out with --exclude"
                     )
                 rest = data[cut:]
     except CorpusError:
@@ -229,14 +229,14 @@ def encode_corpus(
     output : path-like
         The file of ids to write.
     encoding_errors : {"strict", "replace"}
-        Invalid UTF-8 is an error, or is read as U+FFFD, which is no part of a word.
-    progress : bool, optional
-        Show a bar on stderr; None: when that is a terminal.
+        Whether invalid UTF-8 is an error, or is read as U+FFFD, which is not part of a word.
+    progress : bool or None
+        Whether a bar is drawn on stderr; None draws it if stderr is a terminal.
 
     Raises
     ------
     CorpusError
-        A file cannot be read or decoded, or no file holds a word.
+        If a file cannot be read or decoded, or no file has a word.
     """
     if encoding_errors not in ("strict", "replace"):
         raise ArgumentError(f"encoding_errors = {encoding_errors!r}; allowed: 'strict', 'replace'")
@@ -263,7 +263,7 @@ def encode_corpus(
 
 
 def _add(total: npt.NDArray[np.int64], more: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-    """Sum of two counts where the second may know more words."""
+    """Add two arrays of counts, of which the second may be longer."""
     if len(more) > len(total):
         total = np.concatenate([total, np.zeros(len(more) - len(total), np.int64)])
     return total + more
@@ -284,7 +284,7 @@ def choose_vocabulary(
     Raises
     ------
     ArgumentError
-        `min_count` is not positive or leaves less than two words.
+        If `min_count` is not positive or leaves less than two words.
     """
     if min_count < 1:
         raise ArgumentError(f"min_count = {min_count}; allowed: 1 or more")
@@ -320,18 +320,18 @@ def rewrite_as_rows(corpus: EncodedCorpus, row_of: npt.NDArray[np.int32]) -> int
     Parameters
     ----------
     corpus : EncodedCorpus
-        Its file holds rows from now on.
-    row_of : ndarray of int32
-        From `choose_vocabulary`.
+        Its file has rows afterwards.
+    row_of : ndarray of int32, shape (len(corpus.types),)
+        The row of each provisional id, from `choose_vocabulary`.
 
     Returns
     -------
     int
-        How many int32 there are now.
+        The number of int32 in the file afterwards.
     """
     kept = 0
     with corpus.path.open("r+b") as out:
-        for block in read_blocks(corpus.path, _REWRITE_WORDS):  # it is never behind what is written
+        for block in read_blocks(corpus.path, _REWRITE_WORDS):  # reading stays ahead of writing
             rows = row_of[block]
             rows = rows[rows != ROW_DROPPED]
             rows.tofile(out)

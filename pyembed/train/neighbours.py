@@ -1,11 +1,9 @@
-"""What a trained model knows: the nearest words of a word.
+"""The nearest words of a word in a trained model, by an exact search without an index.
 
-Vectors are composed from the table block by block, so memory does not grow with the
-vocabulary. Words are compared by cosine after the mean vector of the text (each word as often as
-it occurs) is taken away: it is common to all words and says nothing about any of them (Mu,
-Viswanath: "All-but-the-top", ICLR 2018, first step).
-
-An exact search over the vocabulary; no index is built.
+Vectors are composed from the table block by block, so memory does not grow with the vocabulary.
+Words are compared by cosine after the mean vector of the text (each word as often as it occurs) is
+subtracted: it is common to all words and carries no information about any of them (Mu, Viswanath:
+"All-but-the-top", ICLR 2018, first step).
 """
 
 from __future__ import annotations
@@ -25,19 +23,19 @@ _BLOCK = 1 << 11  # words composed at a time
 
 
 class Model:
-    """A trained model, opened for reading. A context manager.
+    """A trained model, opened for reading; a context manager.
 
     Parameters
     ----------
     directory : path-like
-        What `pyembed.train.skipgram.train_skipgram` made; or what it left, with checkpoints.
+        The output of `train_skipgram`, or a partial output with a checkpoint.
 
     Raises
     ------
     FormatError
-        The folder is no such model.
+        If the folder is not such a model.
     TableError, OSError
-        Its table cannot be opened.
+        If its table cannot be opened.
     """
 
     def __init__(self, directory: StrPath) -> None:
@@ -68,7 +66,7 @@ class Model:
         self._mean: F32 = (mean / max(int(counts.sum()), 1)).astype(np.float32)
 
     def close(self) -> None:
-        """Let go of the table."""
+        """Close the table."""
         self.table.close()
 
     def __enter__(self) -> Model:
@@ -85,14 +83,22 @@ class Model:
             yield rows, self.parts.compose(self.table, rows)
 
     def directions(self, words: Sequence[str]) -> F32:
-        """Unit vectors of words, shape (words, dim), the mean of the text taken away.
+        """Unit vectors of words, after the mean of the text is subtracted.
 
-        A word outside the vocabulary is composed of its n-grams.
+        Parameters
+        ----------
+        words : sequence of str
+            Any words; one outside the vocabulary is composed of its n-grams.
+
+        Returns
+        -------
+        ndarray of float32, shape (len(words), dim)
+            One unit vector for each word.
 
         Raises
         ------
         ArgumentError
-            A word is unknown and the model has no n-grams of it; names close spellings.
+            If a word is unknown and has no n-grams in the model; names close spellings.
         """
         return self._directions(np.concatenate([self._vector(word) for word in words]))
 
@@ -112,10 +118,27 @@ class Model:
         return vectors
 
     def similar(self, words: Sequence[str], topn: int = 10) -> list[list[tuple[str, float]]]:
-        """For each word, the `topn` words of the vocabulary with the largest cosine, best first.
+        """Find the words of the vocabulary with the largest cosine to each word.
 
-        The word itself is left out; equal cosines are in the order of the rows. One pass over the
-        vocabulary answers all words.
+        One pass over the vocabulary answers all words. The word itself is left out, and equal
+        cosines are in the order of the rows.
+
+        Parameters
+        ----------
+        words : sequence of str
+            The words to look up, as in `directions`.
+        topn : int
+            The number of words to return for each.
+
+        Returns
+        -------
+        list of list of (str, float)
+            For each word, the nearest words and their cosines, best first.
+
+        Raises
+        ------
+        ArgumentError
+            If `topn` is not positive, or a word is unknown.
         """
         if topn < 1:
             raise ArgumentError(f"topn = {topn}; allowed: 1 or more")
@@ -137,15 +160,16 @@ class Model:
 
 
 def similar(directory: StrPath, word: str, topn: int = 10) -> list[tuple[str, float]]:
-    """Give the nearest words of one word; see `Model.similar` for many at once.
+    """Find the nearest words of one word; see `Model.similar` for many words.
 
     Parameters
     ----------
     directory : path-like
         A trained model.
     word : str
-        Of the vocabulary, or with n-grams any word.
+        A word of the vocabulary, or any word if the model has n-grams.
     topn : int
+        The number of words to return.
 
     Returns
     -------

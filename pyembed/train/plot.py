@@ -1,11 +1,11 @@
 """A picture of a model: its most frequent words in two dimensions, coloured by group.
 
-The groups are a k-means of the words' directions; the picture is the plane in which the centres of
-the groups lie furthest apart (their first two principal components). So words of one colour are
-close in the model, and two colours that look close may not be. Labels are pushed apart until they
-can be read; a line leads back to the word's point.
+The groups are a k-means clustering of the words' directions. The picture shows the plane in which
+the centres of the groups are furthest apart: their first two principal components. Words of one
+colour are close in the model; two colours that look close may not be. Labels are pushed apart until
+they can be read, and a line connects each label to its word's point.
 
-Needs matplotlib; nothing else in the package does.
+This is the only module that needs matplotlib.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ def plot_words(
     ----------
     directory : path-like
         A trained model.
-    words : sequence of str, optional
-        What to draw; None for the `count` most frequent words of three or more characters.
+    words : sequence of str or None
+        The words to draw; None draws the most frequent words of three or more characters.
     path : path-like
-        The picture; its suffix chooses the format, as ``.png``.
+        The picture to write; its suffix chooses the format, such as ``.png``.
     count : int
+        The number of words to draw if `words` is None.
 
     Raises
     ------
     ImportError
-        matplotlib is not installed.
+        If matplotlib is not installed.
     ArgumentError
-        Less than three words, or an unknown one.
+        If there are less than three words, or one is unknown.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -72,7 +73,7 @@ def plot_words(
 
 
 def k_means(points: F32, k: int) -> I64:
-    """Group of each point: Lloyd's rounds from centres that start far apart. No randomness."""
+    """The group of each point, by Lloyd's algorithm from centres far apart, without randomness."""
     first = int(np.argmax(np.linalg.norm(points - points.mean(axis=0), axis=1)))
     chosen = [first]
     distance = np.full(len(points), np.inf)
@@ -92,7 +93,7 @@ def k_means(points: F32, k: int) -> I64:
 
 
 def plane(points: F32, groups: I64) -> F64:
-    """Project points to two dimensions: principal components of the centres of their groups."""
+    """Project points onto the first two principal components of the centres of their groups."""
     centred = points.astype(np.float64) - points.mean(axis=0)
     centres = np.stack([centred[groups == g].mean(axis=0) for g in np.unique(groups)])
     basis = centres if len(centres) > 3 else centred
@@ -102,7 +103,7 @@ def plane(points: F32, groups: I64) -> F64:
 
 
 def _draw(canvas: Any, axes: Any, at: F64, words: Sequence[str], groups: I64) -> None:
-    """Points, then labels moved to where they do not overlap, then the lines between them."""
+    """Draw points, labels moved until they do not overlap, and the lines between them."""
     colours = [f"C{g}" for g in groups]
     axes.scatter(*at.T, c=colours, s=14)
     axes.margins(0.06)
@@ -125,10 +126,11 @@ def _draw(canvas: Any, axes: Any, at: F64, words: Sequence[str], groups: I64) ->
 
 
 def spread_labels(wanted: F64, sizes: F64, low: F64, high: F64) -> F64:
-    """Move boxes from where they are wanted until no two overlap, or 1000 rounds are over.
+    """Move boxes from their wanted places until no two overlap, for at most 1000 rounds.
 
-    In a round each pair that is less than a unit apart moves apart by half of what is missing,
-    along the axis where that is less; in the first 400 rounds each box is drawn back a little.
+    In a round, each pair that is less than a unit apart moves apart by half of the missing distance
+    along the axis where less is missing. In the first 400 rounds each box also moves back a little
+    towards its wanted place.
     """
     centres = wanted.copy()
     order = np.arange(len(centres))

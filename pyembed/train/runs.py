@@ -1,12 +1,12 @@
-"""A text of rows as batches of runs: what the skip-gram model trains on.
+"""Batches of runs: the training data of the skip-gram model, from a text of rows.
 
-Frequent words are thinned; then the text is cut into runs of RUN words. A run has its own words and
-`window` more on both sides as contexts, and a mask says which of these pairs count: not too far, in
-the same line, not a word with itself. Runs are shuffled within a block of the text; pairs across
-the edge of a block are not seen.
+Frequent words are dropped at random; then the text is cut into runs of RUN words. The contexts of a
+run are its own words and `window` more on both sides. A mask says which pairs count: those within
+reach, in the same line, and not of a word with itself. Runs are shuffled within a block of the
+text; pairs across the edge of a block are not used.
 
-Whatever is random about a block or a batch is drawn from a generator that its place names. So a
-place is all that has to be known to go on from there, and what lies before it costs nothing.
+The random numbers of a block or a batch come from a generator that its place seeds. Therefore a
+training can continue from a place alone, without reading the text before it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK = 1 << 20  # words that are shuffled together
 
 
 class Place(NamedTuple):
-    """A batch: which pass over the text, which block of it, which batch of its runs."""
+    """The place of a batch: the pass over the text, the block, and the batch in the block."""
 
     epoch: int = 0
     block: int = 0
@@ -37,18 +37,18 @@ BEGIN = Place()
 
 
 class Runs(NamedTuple):
-    """A batch of c runs: rows of their words, of their contexts, and which pairs count."""
+    """A batch of c runs: the rows of their words and contexts, and the pairs that count."""
 
     words: I64  # (c, RUN)
     contexts: I64  # (c, RUN + 2 window)
     mask: F32  # (c, RUN, RUN + 2 window), 0 or 1
-    read: int  # words that this batch stands for, thinned ones included
-    rng: np.random.Generator  # of this batch, for whatever else is random about it
-    next: Place  # where the batches after this one begin
+    read: int  # words of the text in this batch, dropped ones included
+    rng: np.random.Generator  # for the other random numbers of this batch
+    next: Place  # of the batch after this one
 
 
 def keep_probability(counts: I64, sample: float) -> F32:
-    """The chance of each word to stay, by word2vec's formula; `sample` 0 keeps all."""
+    """The probability that a word is kept, by word2vec's formula; `sample` 0 keeps all."""
     if sample == 0:
         return np.ones(len(counts), np.float32)
     ratio = sample / (counts / counts.sum())
@@ -57,27 +57,34 @@ def keep_probability(counts: I64, sample: float) -> F32:
 
 
 def generator(seed: int, *place: int) -> np.random.Generator:
-    """A generator of its own for a block (epoch, block) or a batch (epoch, block, batch)."""
+    """The generator of a block (epoch, block) or of a batch (epoch, block, batch)."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=place))
 
 
 def read_runs(
     text: StrPath, keep: F32, window: int, seed: int, epochs: int, start: Place = BEGIN
 ) -> Iterator[Runs]:
-    """Yield all passes over the text, or what is left of them from a batch on.
+    """Yield the batches of all passes over the text, from the batch `start` on.
 
     Parameters
     ----------
     text : path-like
-        From `pyembed.train.corpus.rewrite_as_rows`.
+        The text as rows, from `pyembed.train.corpus.rewrite_as_rows`.
     keep : ndarray of float32, shape (vocabulary,)
-        The chance of each row to stay.
+        The probability that a word is kept.
     window : int
         Each word draws its reach from 1 .. window.
     seed : int
+        The seed of all random numbers.
     epochs : int
+        Passes over the text.
     start : Place
-        The first batch that is wanted.
+        The first batch to yield.
+
+    Yields
+    ------
+    Runs
+        One batch.
     """
     for epoch in range(start.epoch, epochs):
         first = start.block if epoch == start.epoch else 0
@@ -99,7 +106,7 @@ def _cut_block(
     kept[kept] = rng.random(read, np.float32) < keep[block[kept]]
     rows, line = block[kept].astype(np.int64), line[kept]
     count = -(-len(rows) // RUN)
-    # Beyond the block there is nothing: line -1, which is no word's.
+    # Places beyond the block have line -1, which no word has.
     padding = (window, count * RUN - len(rows) + window)
     rows = np.pad(rows, padding)
     line = np.pad(line, padding, constant_values=-1)

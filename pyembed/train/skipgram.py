@@ -1,22 +1,21 @@
-"""Skip-gram with negative sampling on a table: how a model is trained with this library.
+"""Skip-gram with negative sampling on a table, as a user of this library would write it.
 
 Everything goes through the public interface: rows come from `Table.gather`, gradients go to
-`optim.Adagrad.step`, the mathematics between them is numpy. Whatever is awkward here is awkward
-for a user.
+`optim.Adagrad.step`, and the mathematics between them is numpy.
 
-The rows of the table are the input vectors (of the words, then the `buckets` that n-grams share)
-and after them the output vectors of the words. It is one table and not two, because what must
-be committed together must lie together: a checkpoint is a commit.
+The rows of the table are the input vectors (of the words, then the `buckets` that n-grams share),
+followed by the output vectors of the words. All are in one table, because a checkpoint is one
+commit.
 
-The text comes in runs of RUN words (`runs.py`) that share their contexts and SHARED negatives. So
-all scores of a run are one small matrix product, ``(RUN, dim) @ (dim, RUN + 2 window + SHARED)``,
-its gradients are two more, and a mask says which contexts count. A negative weighs ``negative *
-contexts / SHARED``: in expectation every true pair still meets `negative` false ones. A batch of
-runs takes one Adagrad step on the summed gradient of each touched row.
+The text comes in runs of RUN words (see `runs`) that share their contexts and SHARED negatives.
+Therefore all scores of a run are one small matrix product, ``(RUN, dim) @ (dim, RUN + 2 window +
+SHARED)``, its gradients are two more, and a mask says which contexts count. A negative weighs
+``negative * contexts / SHARED``, so the expected number of false pairs for each true one is
+`negative`. A batch of runs takes one Adagrad step on the summed gradient of each row.
 
-The table grows in ``OUTPUT.partial``, which gets its name at the end. How a training that was
-stopped goes on is in `checkpoint.py`. A text may be larger than memory; the vocabulary and the
-n-gram ids of its words may not.
+The table is trained in ``OUTPUT.partial``, which is renamed at the end; `checkpoint` says how a
+training continues. The text may be larger than memory; the vocabulary and the n-gram ids of its
+words may not.
 """
 
 from __future__ import annotations
@@ -47,28 +46,28 @@ from pyembed.train.subword import F32, I64, Ngrams, Parts
 from pyembed.words.vocab import Vocab
 
 SHARED = 32  # negatives of a run
-LAST_LR = 0.1  # the learning rate falls linearly to this part of itself
-LOOK_SECONDS = 1.0  # between two looks at how much of the table is in memory, for the progress bar
-LOSS_RUNS = 16  # runs of a step whose loss is computed, for the progress bar
+LAST_LR = 0.1  # the learning rate falls linearly to this fraction of itself
+LOOK_SECONDS = 1.0  # between two calls of `Table.stats` for the progress bar
+LOSS_RUNS = 16  # runs of a step that the loss is computed for, for the progress bar
 
 
 @dataclass(frozen=True)
 class SkipgramResult:
-    """What `train_skipgram` did.
+    """The result of `train_skipgram`.
 
-    Attributes
+    Parameters
     ----------
     path : Path
         The model: the folder of a table, with its vocabulary.
     vocabulary : int
-        Words that have a row.
+        The number of words that have a row.
     words : int
-        Occurrences of these words in the text, times epochs.
+        The number of occurrences of these words in the text, times epochs.
     words_per_second : float
-        Those trained on by this call, by the time of the training itself; reading the text and
-        making the table not counted.
+        The words that this call trained on, divided by the time of the training; reading the
+        text and making the table are not counted.
     loss : float
-        Loss of a true pair and its negatives, averaged over about the last fifty batches.
+        The loss of a true pair and its negatives, averaged over about the last fifty batches.
     """
 
     path: Path
@@ -158,10 +157,12 @@ def train_skipgram(
 
     Parameters
     ----------
-    corpus_paths, suffixes, exclude : sequence of path-like, and of str
-        The texts, see `pyembed.train.corpus.find_files`.
+    corpus_paths : sequence of path-like
+        The texts; see `pyembed.train.corpus.find_files`.
     output : path-like
         The folder to make; it must not exist, and its parent must.
+    suffixes, exclude : sequence of str
+        Which files of a folder are read; see `find_files`.
     encoding_errors : {"strict", "replace"}
         Whether bytes that are not UTF-8 are an error, or are read as U+FFFD.
     checkpoint_every, resume : int, optional, and bool
@@ -175,6 +176,7 @@ def train_skipgram(
     Returns
     -------
     SkipgramResult
+        The folder and a few numbers.
 
     Raises
     ------
@@ -203,7 +205,7 @@ def _read_text(
     encoding_errors: text.EncodingErrors,
     progress: bool | None,
 ) -> None:
-    """Read the texts once; what is kept of them are rows, and the vocabulary."""
+    """Read the texts once, and keep them as rows and a vocabulary."""
     corpus = text.encode_corpus(
         files, text_of(table), encoding_errors=encoding_errors, progress=progress
     )
@@ -219,7 +221,7 @@ def _read_text(
 
 
 def _make_rows(table: Table, s: SkipgramSettings) -> None:
-    """Input vectors at random, output vectors zero."""
+    """Append random input vectors and zero output vectors."""
     words, low = table.meta["vocabulary"], 1 / s.dim
     table.append(words + s.buckets, init.uniform(-low, low), s.seed)
     table.append(words)
@@ -229,13 +231,13 @@ def _make_rows(table: Table, s: SkipgramSettings) -> None:
 def _train(
     table: Table, s: SkipgramSettings, checkpoint_every: int | None, progress: bool | None
 ) -> float:
-    """Train from the last commit to the end, and commit; gives words a second."""
+    """Train from the last commit to the end, and commit; return the words per second."""
     (words, counts), meta = load_vocabulary(table), table.meta
     total, at = meta["words"], Progress(**meta["progress"])
     model = _Model(table, Parts.of_vocabulary(words, Ngrams(s.minn, s.maxn, s.buckets)))
     keep = keep_probability(counts, s.sample)
     noise = np.cumsum(counts**0.75)
-    noise /= noise[-1]  # ends at 1, which no draw reaches
+    noise /= noise[-1]  # the last is 1, and draws are less than 1
     bar = progress_bar("training", total, "word", progress, initial=at.words)
     before, there = at.words, table.stats()
     start = looked = time.perf_counter()
@@ -254,7 +256,7 @@ def _train(
     rate = (at.words - before) / (time.perf_counter() - start)
     if at.loss is None:
         raise CorpusError(
-            f"no line has two words that occur {s.min_count} times and were not thinned; "
+            f"no line has two words that occur {s.min_count} times and were not dropped; "
             "give more text, a smaller min_count, or sample = 0"
         )
     at.place = Place(s.epochs)
@@ -272,7 +274,7 @@ class _Model:
         self.first_output = table.rows - self.vocabulary
 
     def step(self, runs: Runs, negatives: I64, negative: int, lr: float) -> float:
-        """Train on a batch; gives the mean loss of a true pair of some runs, NaN without pairs."""
+        """Train on a batch; return the mean loss of a pair in some runs, NaN without pairs."""
         dim, threads = self.table.dim, self.table.num_threads
         # Forward: the vector of each different word is composed once.
         unique, starts, order = grouping.group(runs.words, self.vocabulary, threads)
@@ -290,7 +292,7 @@ class _Model:
         summed = grouping.sum_duplicates(
             runs.words, grad @ others, self.vocabulary, dim, num_threads=threads
         )
-        # No row is in both: two steps are one, without a copy of all gradients into one array.
+        # No row is in both, so two steps are as one, without copying all gradients into one array.
         self.optimizer.lr = lr
         self.optimizer.step(columns, grad_others)
         self.optimizer.step(parts.rows, parts.spread(summed.values))
@@ -298,7 +300,7 @@ class _Model:
 
 
 def _score_gradient(scores: F32, mask: F32, negative: int) -> tuple[F32, float]:
-    """Turn scores (c, RUN, contexts + SHARED) into gradients in place; also gives a loss."""
+    """Turn scores (c, RUN, contexts + SHARED) into gradients in place; return them and a loss."""
     contexts = mask.shape[2]
     weight = mask.sum(axis=2, keepdims=True) * np.float32(negative / SHARED)
     some = np.flatnonzero(weight.any(axis=(1, 2)))[:LOSS_RUNS]

@@ -2,17 +2,17 @@
 
 The input table has a row for each word of the vocabulary, then `buckets` rows that all n-grams
 share: the row of an n-gram is vocabulary size + hash % buckets. The n-grams of a word are those of
-``<word>`` by code point, without the edges alone; the hash is fastText's, 32-bit FNV-1a of the
+``<word>`` by code point, except ``<`` and ``>`` alone. The hash is fastText's: 32-bit FNV-1a of the
 UTF-8 bytes, each sign-extended first.
 
-The vector of a word is OWN_SHARE of its own row plus the rest of the mean of its n-gram rows; an
-unknown word is the mean of its n-gram rows. fastText takes the plain mean of all. With Adagrad
-every part moves by about the same step, so there the thirty n-grams of a word outvote its own row,
-and the nearest words are those that are spelled alike.
+The vector of a word is OWN_SHARE times its own row plus (1 - OWN_SHARE) times the mean of its
+n-gram rows; that of an unknown word is the mean of its n-gram rows. fastText takes the plain mean
+of all. With Adagrad every part moves by about the same step, so in a plain mean the thirty n-grams
+of a word outweigh its own row, and the nearest words are those with a similar spelling.
 
-The layout for a batch is part-major: words sorted by their number of parts, most first, then every
-word's first part, every word's second part, and so on. So the sum over the parts of all words is a
-few dozen additions of contiguous blocks, in a fixed order.
+The layout of a batch is part-major: words sorted by their number of parts, most first, then every
+word's first part, every word's second part, and so on. The sum over the parts of all words is then
+a few dozen additions of contiguous blocks, in a fixed order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 
 # Chosen on the source of Python's standard library: for 170 names with a known family (string
-# methods, exceptions, months, ...), the part of the five nearest words that was of the family was
+# methods, exceptions, months, ...), the share of the five nearest words in the same family was
 # 0.19, 0.30, 0.33, 0.34 with a share of 0.03 (a plain mean), 0.5, 0.8, 0.95; without n-grams 0.33.
 OWN_SHARE = 0.8
 
@@ -45,8 +45,8 @@ def ngram_hashes(words: Sequence[str], minn: int, maxn: int) -> tuple[npt.NDArra
     Returns
     -------
     hashes : ndarray of uint32, shape (n,)
-        FNV-1a of every n-gram, word after word; one that occurs twice in a word is there twice,
-        as in fastText.
+        FNV-1a of every n-gram, word after word; an n-gram that a word has twice is repeated, as
+        in fastText.
     starts : ndarray of int64, shape (len(words) + 1,)
         The n-grams of ``words[i]`` are ``hashes[starts[i]:starts[i + 1]]``.
 
@@ -62,7 +62,7 @@ def ngram_hashes(words: Sequence[str], minn: int, maxn: int) -> tuple[npt.NDArra
     lengths = np.array([len(word) + 2 for word in words], np.int64)
     ends = np.cumsum(lengths)
     word_of = np.repeat(np.arange(len(words)), lengths)
-    char_end = ends[word_of]  # of each character, the first character of the next word
+    char_end = ends[word_of]  # for each character, the start of the next word
     char = np.arange(len(word_of))
     found, owners = [], []
     for n in range(minn, maxn + 1):
@@ -78,7 +78,7 @@ def ngram_hashes(words: Sequence[str], minn: int, maxn: int) -> tuple[npt.NDArra
 
 
 def _fnv1a(signed: npt.NDArray[np.uint32], begin: I64, end: I64) -> npt.NDArray[np.uint32]:
-    """Hash many ranges of bytes at once: round j takes byte j of every range that has one."""
+    """Hash many ranges of bytes at once: round j uses byte j of every range that has one."""
     hashes = np.full(len(begin), _FNV_BASIS)
     for j in range(int((end - begin).max(initial=0))):
         longer = begin + j < end
@@ -92,12 +92,12 @@ def _starts(counts: npt.NDArray[np.intp]) -> I64:
 
 @dataclass(frozen=True)
 class Ngrams:
-    """Which n-grams are parts of words, and how many rows they share; ``buckets=0``: none.
+    """The n-grams of words: their lengths, and how many rows they share; ``buckets=0``: none.
 
     Raises
     ------
     ArgumentError
-        Settings that make no sense.
+        If the settings contradict each other.
     """
 
     minn: int
@@ -113,7 +113,7 @@ class Ngrams:
             )
 
     def rows(self, words: Sequence[str], vocabulary: int) -> tuple[I64, I64]:
-        """Rows of the n-grams of words, word after word, and where each word starts."""
+        """The rows of the n-grams of words, word after word, and the start of each word."""
         if self.buckets == 0:
             return np.zeros(0, np.int64), np.zeros(len(words) + 1, np.int64)
         hashes, starts = ngram_hashes(words, self.minn, self.maxn)
@@ -131,8 +131,8 @@ class Parts:
     starts : ndarray of int64, shape (words + 1,)
         The parts of word ``i`` are ``rows[starts[i]:starts[i + 1]]``; every word has one or more.
     own_share : float or None
-        Weight of the first part of a word that has others, which share the rest evenly; None: all
-        parts are even.
+        The weight of the first part of a word that has others, which share the rest evenly; None
+        weighs all parts evenly.
     """
 
     rows: I64
@@ -141,7 +141,7 @@ class Parts:
 
     @classmethod
     def of_vocabulary(cls, words: Sequence[str], ngrams: Ngrams) -> Parts:
-        """Parts of every word of a vocabulary, row 0 first."""
+        """The parts of every word of a vocabulary, row 0 first."""
         rows, counts = [], []
         for first in range(0, len(words), _WORDS_AT_ONCE):
             some = words[first : first + _WORDS_AT_ONCE]
@@ -153,7 +153,7 @@ class Parts:
 
     @classmethod
     def of_unknown(cls, word: str, vocabulary: int, ngrams: Ngrams) -> Parts:
-        """Parts of one word without a row: its n-gram rows, evenly; perhaps none."""
+        """The parts of one word without a row: its n-gram rows, evenly; there may be none."""
         return cls(*ngrams.rows([word], vocabulary), None)
 
     def batch(self, words: I64) -> Batch:
@@ -178,7 +178,7 @@ class Parts:
         )
 
     def compose(self, table: Table, words: I64) -> F32:
-        """Vectors of some words, shape (u, dim), from the input table."""
+        """The vectors of some words, shape (u, dim), from the input table."""
         batch = self.batch(words)
         return batch.combine(table.gather(batch.rows))
 
@@ -194,9 +194,9 @@ class Batch:
     sizes : list of int
         How many words have a k-th part; descending, so these are the first words of the order.
     order : ndarray of int64, shape (u,)
-        Place among the words that were asked for.
+        The index of each word in the request.
     first_share, other_share : ndarray of float32, shape (u, 1)
-        Weight of a word's first part, and of each of its others.
+        The weight of a word's first part, and of each of its others.
     """
 
     rows: I64
@@ -206,7 +206,7 @@ class Batch:
     other_share: F32
 
     def combine(self, parts: F32) -> F32:
-        """Vectors of shape (u, dim), in the order asked for, from the gathered parts (n, dim)."""
+        """Vectors of shape (u, dim), in the order of the request, from gathered parts (n, dim)."""
         u = len(self.order)
         total = np.zeros((u, parts.shape[1]), np.float32)
         for begin, size in self._others():
@@ -218,7 +218,7 @@ class Batch:
         return vectors
 
     def spread(self, grad: F32) -> F32:
-        """Gradient of each part, shape (n, dim), from that of what `combine` returned."""
+        """The gradient of each part, shape (n, dim), from the gradient of the vectors."""
         u = len(self.order)
         grad = grad[self.order]
         parts = np.empty((len(self.rows), grad.shape[1]), np.float32)
@@ -229,7 +229,7 @@ class Batch:
         return parts
 
     def _others(self) -> Iterator[tuple[int, int]]:
-        """Begin and size of each block of parts after the first."""
+        """Yield start and size of each block of parts after the first."""
         begin = len(self.order)
         for size in self.sizes[1:]:
             yield begin, size

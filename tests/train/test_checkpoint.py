@@ -320,7 +320,7 @@ def test_message_of_the_command(
     command += ["--checkpoint-every", "1"]
     with stopping(3):
         assert main(command) == 1
-    said = "pyembed: interrupted: model.partial holds the last checkpoint; go on with --resume"
+    said = "pyembed: interrupted: model.partial holds the last checkpoint; continue with --resume"
     assert capsys.readouterr().err.startswith(said)
     assert main(command) == 2
     assert "model.partial exists: " in capsys.readouterr().err
