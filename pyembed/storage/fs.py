@@ -39,6 +39,7 @@ import errno
 import fcntl
 import mmap
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,8 +55,9 @@ from pyembed.errors import FormatError, TableError
 CALLS = (
     *("open", "close", "pread", "pwrite", "map", "sync", "rename", "unlink", "mkdir", "rmdir"),
     *("stat", "stat_name", "names", "free_bytes", "truncate", "allocate", "lock", "duplicate"),
-    *("advise", "start_write_back", "cached_pages", "helper"),
+    *("advise", "start_write_back", "cached_pages", "helper", "boot_id", "token"),
 )
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 FOLDER_FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
@@ -168,6 +170,17 @@ class FileSystem:
     def cached_pages(self, fd: int) -> tuple[int, int] | None:
         """Return how many pages of a file are in memory, and how many of them are dirty."""
         return _core.cached_pages(fd)
+
+    def boot_id(self) -> str:
+        """Return the id of this start of the machine; a new one for each call if it is unknown."""
+        try:
+            return BOOT_ID.read_text().strip()
+        except OSError:
+            return f"unknown {self.token()}"
+
+    def token(self) -> str:
+        """Draw 16 random hex digits."""
+        return secrets.token_hex(8)
 
     def helper(self, name: str, num_threads: int) -> Helper:
         """Return an executor whose threads start with its first task."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import mmap
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +22,6 @@ I64 = NDArray[np.int64]
 Frames = Iterable[tuple[I64, F32]]
 # Wraps an iterable of frames and gets a description: it shows a progress bar, or does nothing.
 Progress = Callable[[Frames, str], Frames]
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 TOGETHER_BYTES = 256 << 20  # of frames that are sorted, as a sweep over the table reads faster
 SWEEP_ROWS, AHEAD = 4096, 8  # rows of a part of a sweep; parts whose pages are being read
 DENSE = 4  # a part reads all pages of its range if they are at most so many times those it needs
@@ -33,14 +30,6 @@ DENSE = 4  # a part reads all pages of its range if they are at most so many tim
 def silent(frames: Frames, what: str) -> Frames:
     """Show no progress."""
     return frames
-
-
-def boot_id() -> str:
-    """Return the id of this start of the machine; a new one for each call if it is unknown."""
-    try:
-        return BOOT_ID.read_text().strip()
-    except OSError:
-        return f"unknown {secrets.token_hex(8)}"
 
 
 def judge(folder: Folder, state: Manifest, written: int = 0, progress: Progress = silent) -> Replay:
@@ -65,7 +54,7 @@ def judge(folder: Folder, state: Manifest, written: int = 0, progress: Progress 
     replay = Replay(folder, salt, number, state.stride, state.rows)
     if state.durability == "none":
         why = f"a commit after generation {number}, and it keeps no journal"
-    elif state.durability == "process" and state.boot != boot_id():
+    elif state.durability == "process" and state.boot != folder.system.boot_id():
         why = f"a commit after generation {number}, and then the machine went down"
     else:
         for _ in progress(replay, "checking the journal"):

@@ -58,7 +58,6 @@ import copy
 import errno
 import mmap
 import os
-import secrets
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -132,7 +131,6 @@ class Store:
         self._pid = os.getpid()
         self._failed_sync = self._writes = False
         self._interval: Interval | None = None
-        self._salt = secrets.token_hex(8)  # of the next interval, however often it is begun
         self._threads = threads
         self._mutex = threading.Lock()  # of whoever records, or ends an interval
         flags = os.O_RDWR if mode == "r+" else os.O_RDONLY
@@ -148,6 +146,8 @@ class Store:
                 self._file = self._folder.open("rows.npy", flags)
             else:
                 self._file = self._lock
+            self._draw = self._file.system.token
+            self._salt = self._draw()  # of the next interval, however often it is begun
             self._open_rows(live, salvage)
             self.optimizer = copy.deepcopy(self.manifest.optimizer)
             self.id_map = None
@@ -249,14 +249,14 @@ class Store:
         if self.mode == "r+":
             self._file.truncate(HEADER_BYTES + 4 * rows * self.manifest.stride)
             new = self.manifest.with_changes(rows=rows, seal="", **CLEAN)
-            number, commit = new.generation + 1, secrets.token_hex(8)
+            number, commit = new.generation + 1, self._draw()
             self._finish_interval(new.with_changes(generation=number, commit=commit))
 
     def _finish_interval(self, state: Manifest) -> None:
         """Sync the rows, then say in the manifest what they are."""
         self._sync_rows()
         self._set(state)
-        self._salt = secrets.token_hex(8)
+        self._salt = self._draw()
 
     def _sync_rows(self) -> None:
         """The first failure is final, and so is an interruption: a second try proves nothing."""
@@ -362,7 +362,7 @@ class Store:
                 if interval is not None:
                     interval.dirty_rows.commit(self.manifest.rows)  # if Ctrl-C kept the end from it
                     interval.journal.begin(self.manifest.generation, int(self._salt, 16))
-                dirty = {"state": "dirty", "salt": self._salt, "boot": recovery.boot_id()}
+                dirty = {"state": "dirty", "salt": self._salt, "boot": self._file.system.boot_id()}
                 self._set(self.manifest.with_changes(**dirty))
             if interval is not None:
                 interval.record(self.array, self._pages, rows, self._threads)
@@ -387,7 +387,7 @@ class Store:
             self._require_writer()
             return
         meta = state.meta if meta is None else meta
-        number, commit = state.generation + 1, secrets.token_hex(8)
+        number, commit = state.generation + 1, self._draw()
         self.commit_as(generation=number, commit=commit, meta=meta, optimizer=self.optimizer)
 
     def commit_as(self, **what: Any) -> None:

@@ -62,10 +62,14 @@ class Interval:
         Whether what is recorded is synced, too.
     """
 
+    # The crash suite puts broken parts here, which it then has to notice.
+    dirty_rows_type: type[DirtyRows] = DirtyRows
+    change_log_type: type[ChangeLog] = ChangeLog
+
     def __init__(self, folder: Folder, state: Manifest) -> None:
         self.journal = Journal(folder, state.stride, state.durability)
-        self.dirty_rows = DirtyRows(state.rows)
-        self.change_log = ChangeLog(folder, state.durability)
+        self.dirty_rows = self.dirty_rows_type(state.rows)
+        self.change_log = self.change_log_type(folder, state.durability)
         self.power = state.durability == "power"
         self._asked = deque[IdArray](maxlen=MAX_ASKED)
         self._helper = folder.system.helper("pyembed-journal", 1)  # starts with its first task

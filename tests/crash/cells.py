@@ -1,7 +1,4 @@
-"""The sweeps. Each returns how many cases there were, and which were bad.
-
-`step` thins a sweep out: every step-th point. `mutant` breaks what is run.
-"""
+"""Sweeps over kills, failures and damage. Each returns its number of cases and the bad ones."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import numpy as np
 
 from pyembed import Table
 from pyembed.errors import PyembedError
-from pyembed.storage.journal import FIELDS, MAGIC, UNIT, undo_path
+from pyembed.storage.journal import FIELDS, MAGIC, UNIT, file_name
 from tests.crash import mutants, program, worker
 from tests.crash.calls import Calls, Fault
 from tests.crash.program import Plan, digest
@@ -56,7 +53,19 @@ class Counts:
 
 @dataclass(frozen=True)
 class How:
-    """What a sweep is run with. `root`: where tables lie; None is the usual temporary folder."""
+    """How a sweep is run.
+
+    Attributes
+    ----------
+    root : Path or None
+        The folder for tables; None is the usual temporary folder.
+    step, offset : int
+        Take every step-th point, from `offset` on.
+    mutant : str
+        The mutant that is run; none if empty.
+    until_bad : bool
+        Stop at the first bad case.
+    """
 
     root: Path | None = ROOT if ROOT.is_dir() else None
     step: int = 1
@@ -65,14 +74,16 @@ class How:
     until_bad: bool = False
 
     def points(self, count: int) -> Iterator[int]:
+        """Yield the points of 0..count-1 that are taken."""
         return iter(range(self.offset % self.step, count, self.step))
 
     def enough(self, counts: Counts) -> bool:
+        """Whether the sweep may stop."""
         return self.until_bad and bool(counts.bad)
 
 
 def names_of_calls(how: How, plan: Plan) -> list[str]:
-    """The names of the calls of a run; a mutant may not get to the end of its own."""
+    """Return the names of the calls of a run: of one without the mutant, if the mutant fails."""
     for mutant in (how.mutant, ""):
         with worker.scratch(how.root) as folder:
             ended = worker.run(folder, plan, Calls(), mutant)
@@ -82,7 +93,7 @@ def names_of_calls(how: How, plan: Plan) -> list[str]:
 
 
 def kill_points(how: How, plans: Iterable[Plan]) -> Counts:
-    """The process kills itself before, and after, the n-th call, for every n."""
+    """Kill the process before, and after, the n-th call, for every n."""
     counts = Counts("killed at a call")
     for plan in plans:
         for n, action in itertools.product(how.points(len(names_of_calls(how, plan))), DEATHS):
@@ -97,7 +108,7 @@ def kill_points(how: How, plans: Iterable[Plan]) -> Counts:
 
 
 def random_kills(how: How, plans: Iterable[Plan], count: int) -> Counts:
-    """Killed from outside, at any time."""
+    """Kill the process from outside, at a random time."""
     counts, rng = Counts("killed at a random time"), np.random.default_rng(how.offset)
     plans = list(plans)
     took = {}
@@ -119,7 +130,7 @@ def random_kills(how: How, plans: Iterable[Plan], count: int) -> Counts:
 
 
 def resumed(how: How, plans: Iterable[Plan], count: int) -> Counts:
-    """Killed again and again, resumed each time: the end is that of a run that was left alone."""
+    """Kill a run again and again and resume it: it must end as a run that was left alone."""
     counts, rng = Counts("resumed until the end"), np.random.default_rng(how.offset + 1)
     plans = list(plans)
     for number in range(count):
@@ -137,16 +148,15 @@ def resumed(how: How, plans: Iterable[Plan], count: int) -> Counts:
 
 def _recover(folder: Path, calls: Calls, mutant: str) -> worker.Ended:
     def child() -> int:
-        mutants.apply(mutant)
-        calls.install()
-        Table.open(folder / "t.pyembed").close()
-        return len(calls.names)
+        with mutants.installed(mutant, calls):
+            Table.open(folder / "t.pyembed").close()
+        return len(calls.made)
 
     return worker.in_child(child)
 
 
 def dirty_tables(how: How, plan: Plan, every: int) -> Iterator[Path]:
-    """Folders with a table whose writer died in the middle of an interval."""
+    """Yield folders with a table whose writer died in the middle of a transaction."""
     for n in range(every // 2, len(names_of_calls(how, plan)), every):
         with worker.scratch(how.root) as folder:
             worker.run(folder, plan, Fault(n, "kill after"), how.mutant)
@@ -156,7 +166,7 @@ def dirty_tables(how: How, plan: Plan, every: int) -> Iterator[Path]:
 
 
 def recovery_points(how: How, plans: Iterable[Plan], actions: Iterable[str]) -> Counts:
-    """While a dead writer's table is recovered: killed at every call, or the call fails."""
+    """Recover the table of a dead writer; at every call, the process dies or the call fails."""
     actions = list(actions)
     counts = Counts(f"recovery {'killed at' if actions == list(DEATHS) else 'with a failing'} call")
     for plan in plans:
@@ -177,14 +187,14 @@ def recovery_points(how: How, plans: Iterable[Plan], actions: Iterable[str]) -> 
 
 
 def _ending(ended: worker.Ended, action: str) -> str:
-    """A run that met a failure ends well or with an error of a type that is promised."""
+    """Return the problem with a run that met a failure, unless its error is a promised one."""
     if ended.signal:
         return "" if "kill" in action else f"signal {ended.signal}"
     return ended.error if ended.error and not ended.typed else ""
 
 
 def failures(how: How, plans: Iterable[Plan], actions: Iterable[str] = FAILURES) -> Counts:
-    """The n-th call fails once, for every n; the caller ends, or goes on as he may."""
+    """Fail the n-th call once, for every n; the caller ends, or goes on as a caller may."""
     counts, actions = Counts("a call fails"), list(actions)
     for plan in plans:
         for n, action in itertools.product(how.points(len(names_of_calls(how, plan))), actions):
@@ -201,9 +211,9 @@ def failures(how: How, plans: Iterable[Plan], actions: Iterable[str] = FAILURES)
 
 
 def kills_with_little_memory(how: How, count: int) -> Counts:
-    """Of a table larger than its memory, so that the system writes changed rows when it likes."""
+    """Kill a writer whose table is larger than its memory: the system writes dirty pages."""
     counts = Counts("killed at a random time, 150 MB of rows in 96 MiB of memory")
-    plan = Plan(rows=300_000, dim=64, durability="process", intervals=4, batch=BIG_BATCH)
+    plan = Plan(rows=300_000, dim=64, durability="process", transactions=4, batch=BIG_BATCH)
     rng = np.random.default_rng(how.offset)
     if not count:
         counts.note = "not in the short form"
@@ -231,7 +241,7 @@ def kills_with_little_memory(how: How, count: int) -> Counts:
 
 
 def damage(how: How, plans: Iterable[Plan]) -> Counts:
-    """A byte of the manifest, of the rows' header, or of a journal header is another."""
+    """Change a byte of the manifest, of the header of the rows, or of a journal header."""
     counts = Counts("a byte is another")
     for plan in plans:
         for folder in dirty_tables(how, plan, 60):
@@ -249,9 +259,10 @@ def _damage(path: Path, plan: Plan, how: How) -> list[list[str]]:
         dirty = table.state == "dirty"
     places = [(path / "manifest.json", at) for at in range((path / "manifest.json").stat().st_size)]
     if dirty:
-        places += [(undo_path(path, number), at) for at in _header_bytes(undo_path(path, number))]
+        frames = path / file_name(number)
+        places += [(frames, at) for at in _header_bytes(frames)]
     else:
-        # numpy takes half a second for some that make no sense, so not every blank is changed.
+        # Few blanks are changed, because numpy takes half a second to refuse some headers.
         places += [(path / "rows.npy", at) for at in (*range(80), *range(80, 4096, 502), 4095)]
     for file, at in places[how.offset % how.step :: how.step]:
         whole = file.read_bytes()
@@ -273,7 +284,10 @@ def _damage(path: Path, plan: Plan, how: How) -> list[list[str]]:
 
 
 def _header_bytes(path: Path) -> Iterator[int]:
-    """Of all frames that were safe before the last: what is lost of that looks like a crash."""
+    """Yield the offsets of the headers of frames that a later one says are safe.
+
+    Damage to any other frame looks like a write that a crash cut short.
+    """
     data, at, headers = path.read_bytes(), 0, []
     salt = data[8:16]
     while data[at : at + 8] == MAGIC and data[at + 8 : at + 16] == salt:
@@ -286,8 +300,9 @@ def _header_bytes(path: Path) -> Iterator[int]:
 
 
 def collect(counts: Counts, child: Callable[[], list[list[str]]]) -> None:
+    """Add the cases that a child process has judged."""
     ended = worker.in_child(child, kill_after=LONG)
-    if ended.signal or ended.error:  # which says nothing about the table
+    if ended.signal or ended.error:  # the sweep itself is broken, not the table
         raise AssertionError(f"{counts.cell}: signal {ended.signal} {ended.error}")
     for case, problem in ended.result or []:
         counts.add(case, problem)

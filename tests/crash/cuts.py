@@ -1,17 +1,18 @@
-"""The sweeps of power cuts: `disk` builds what may be there, and each of that is opened."""
+"""Sweeps over power cuts: every state of the disk that `disk` builds is opened and judged."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyembed.errors import DirtyError, PyembedError
-from pyembed.storage import recovery
 from tests.crash import disk, mutants, program, worker
+from tests.crash.calls import Layer
 from tests.crash.cells import Counts, How, collect, dirty_tables, names_of_calls
 from tests.crash.program import Plan
 
@@ -19,20 +20,18 @@ from tests.crash.program import Plan
 def _cut_everywhere(
     root: Path, start: disk.Node, recorder: disk.Recorder, plan: Plan, how: How, said: list[Any]
 ) -> list[list[str]]:
-    """[case, problem] for each prefix of the events in each mode."""
-    other = Path("/proc/self")  # any other start of the machine
-    recovery.BOOT_ID = other / "sessionid"
+    """Return [case, problem] for each prefix of the events in each mode."""
     now = disk.Disk(recorder.root, start)
     now.said = list(said)
     found = []
     for number, event in enumerate([("say", "", -9), *recorder.events]):
         now.apply(event)
         if event[0] == "sync" or number % how.step != how.offset % how.step:
-            continue  # after a sync there is less that can be there than before it
+            continue  # every state after a sync was possible before it
         for mode in disk.MODES:
             target = root / "cut"
             now.build(target, mode, np.random.default_rng([number, len(mode)]))
-            problem = judge_cut(target / "t.pyembed", plan, now.said)
+            problem = judge_cut(target / "t.pyembed", plan, now.said, how.mutant)
             found.append([f"{plan}, cut after event {number} {event[0]}, {mode}", problem])
             shutil.rmtree(target)
             if problem and how.until_bad:
@@ -40,10 +39,21 @@ def _cut_everywhere(
     return found
 
 
-def judge_cut(path: Path, plan: Plan, said: list[tuple[str, int]]) -> str:
-    """With durability "process" a table may be refused after a power cut, but never be wrong."""
+class Rebooted(Layer):
+    """The same machine after another start."""
+
+    def boot_id(self) -> str:
+        return "another start of the machine"
+
+
+def judge_cut(path: Path, plan: Plan, said: list[tuple[str, int]], mutant: str) -> str:
+    """Return the problem with a table after a power cut, or "".
+
+    With durability "process" it may be refused, but never be wrong.
+    """
     try:
-        return str(program.judge(path, plan, said, resume=False)["bad"])
+        with mutants.installed(mutant, Rebooted()) as broken:
+            return str(program.judge(path, plan, said, False, broken.changed_rows)["bad"])
     except DirtyError as error:
         return "" if plan.durability == "process" else f"refused: {error}"
     except (OSError, PyembedError) as error:
@@ -51,19 +61,17 @@ def judge_cut(path: Path, plan: Plan, said: list[tuple[str, int]]) -> str:
 
 
 def power_cuts(how: How, plans: Iterable[Plan]) -> Counts:
-    """The power goes after each event of a run; what was not synced is there, in parts, or not."""
+    """Cut the power after each event of a run; unsynced changes are there, in part, or not."""
     counts = Counts("power cut")
     for plan in plans:
         program.oracle(plan)
         with worker.scratch(how.root) as root:
 
             def child(root: Path = root, plan: Plan = plan) -> list[list[str]]:
-                mutants.apply(how.mutant)
                 (root / "run").mkdir()
                 recorder, start = disk.Recorder(root / "run"), disk.load(root / "run")
-                recorder.install()
-                program.train(root / "run" / "t.pyembed", plan, recorder.say)
-                recorder.uninstall()
+                with mutants.installed(how.mutant, recorder):
+                    program.train(root / "run" / "t.pyembed", plan, recorder.say)
                 return _cut_everywhere(root, start, recorder, plan, how, [])
 
             collect(counts, child)
@@ -73,7 +81,7 @@ def power_cuts(how: How, plans: Iterable[Plan]) -> Counts:
 
 
 def power_cuts_in_recovery(how: How, plans: Iterable[Plan], every: int = 40) -> Counts:
-    """The power goes while a table is recovered, of a writer that died or of an earlier cut."""
+    """Cut the power while the table of a dead writer is recovered, and in what follows."""
     counts = Counts("power cut in a recovery")
     for plan in plans:
         program.oracle(plan)
@@ -81,11 +89,9 @@ def power_cuts_in_recovery(how: How, plans: Iterable[Plan], every: int = 40) -> 
             said = program.read_log(folder / "log")
 
             def child(root: Path = folder, plan: Plan = plan, said: Any = said) -> Any:
-                mutants.apply(how.mutant)
                 recorder, start = disk.Recorder(root), disk.load(root)
-                recorder.install()
-                program.train(root / "t.pyembed", short(plan, said), recorder.say)
-                recorder.uninstall()
+                with mutants.installed(how.mutant, recorder):
+                    program.train(root / "t.pyembed", short(plan, said), recorder.say)
                 return _cut_everywhere(root, start, recorder, plan, how, said)
 
             collect(counts, child)
@@ -95,29 +101,27 @@ def power_cuts_in_recovery(how: How, plans: Iterable[Plan], every: int = 40) -> 
 
 
 def short(plan: Plan, said: list[tuple[str, int]]) -> Plan:
-    """The same program, up to the commit after the one that is there."""
+    """Return the same program, up to the next commit."""
     numbers = [number for word, number in said if word == "ack"]
-    return Plan(**{**vars(plan), "intervals": min(plan.intervals, max(numbers, default=0) + 1)})
+    return replace(plan, transactions=min(plan.transactions, max(numbers, default=0) + 1))
 
 
 def failed_syncs(how: How, plans: Iterable[Plan]) -> Counts:
-    """A sync fails and loses what it should have saved; the caller goes on as he may; power cut."""
+    """Fail a sync, which loses its data; the caller goes on as a caller may; cut the power."""
     counts = Counts("a sync fails, then power cut")
     for plan in plans:
         program.oracle(plan)
-        syncs = [n for n, name in enumerate(names_of_calls(how, plan)) if name == "fsync"]
+        syncs = [n for n, name in enumerate(names_of_calls(how, plan)) if name == "sync"]
         for n in syncs[how.offset % how.step :: how.step]:
             with worker.scratch(how.root) as root:
 
                 def child(root: Path = root, plan: Plan = plan, n: int = n) -> list[list[str]]:
-                    mutants.apply(how.mutant)
                     (root / "run").mkdir()
                     recorder = disk.Recorder(root / "run", fail_at=n)
                     start = disk.load(root / "run")
-                    recorder.install()
-                    program.train(root / "run" / "t.pyembed", plan, recorder.say)
-                    recorder.uninstall()
-                    return _cut_at_commits(root, start, recorder, plan)
+                    with mutants.installed(how.mutant, recorder):
+                        program.train(root / "run" / "t.pyembed", plan, recorder.say)
+                    return _cut_at_commits(root, start, recorder, plan, how.mutant)
 
                 collect(counts, child)
             if how.enough(counts):
@@ -126,7 +130,7 @@ def failed_syncs(how: How, plans: Iterable[Plan]) -> Counts:
 
 
 def _cut_at_commits(
-    root: Path, start: disk.Node, recorder: disk.Recorder, plan: Plan
+    root: Path, start: disk.Node, recorder: disk.Recorder, plan: Plan, mutant: str
 ) -> list[list[str]]:
     now, found, lost = disk.Disk(recorder.root, start), [], False
     for number, event in enumerate(recorder.events):
@@ -134,7 +138,7 @@ def _cut_at_commits(
         lost = lost or event[0] == "lose"
         if lost and event[:2] == ("say", "ack"):
             now.build(root / "cut", "none", np.random.default_rng(0))
-            problem = judge_cut(root / "cut" / "t.pyembed", plan, now.said)
+            problem = judge_cut(root / "cut" / "t.pyembed", plan, now.said, mutant)
             found.append([f"{plan}, sync {recorder.fail_at} fails, cut at {number}", problem])
             shutil.rmtree(root / "cut")
     return found

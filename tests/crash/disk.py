@@ -1,9 +1,9 @@
-"""What a disk may hold after a power cut: a run's calls written down, and any cut of them built.
+"""Record the calls of a run, and build every state that a power cut may leave on a disk.
 
-The model. Of a file: what a sync that returned had seen is there; of everything since, any part
-may be there, in sectors of 512 bytes. Of a folder: its names as of its last sync, and any first
-part of the changes since. Stores to mapped rows are found by comparing the file with what was last
-seen, at every call; they count as writes. A sync that failed loses what it should have saved.
+The model of a file: everything that a sync covered is there; any part of the later writes may be
+there, in sectors of 512 bytes. The model of a folder: its names at the last sync, and any first
+part of the later changes. Stores to mapped rows are found by a comparison of the file with its
+earlier content, at every call; they count as writes. A sync that failed loses its data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.crash.calls import Calls
+from tests.crash.calls import CHANGE, Calls
 
 SECTOR = 512
 MODES = ("none", "all", "half", "torn")
@@ -24,7 +24,7 @@ Event = tuple[Any, ...]
 
 
 class Node:
-    """A file or a folder: what is safe, and what was done since."""
+    """A file or a folder: its safe content, and the changes since."""
 
     def __init__(self, folder: bool) -> None:
         self.folder = folder
@@ -33,6 +33,7 @@ class Node:
         self.pending: list[Event] = []
 
     def safe(self) -> None:
+        """Make all changes durable."""
         for event in self.pending:
             self.change(event)
         self.pending = []
@@ -42,7 +43,7 @@ class Node:
 
 
 def changed(data: bytes, names: dict[str, Node], event: Event) -> tuple[bytes, dict[str, Node]]:
-    """A file's bytes, or a folder's names, after one change."""
+    """Return the bytes of a file, or the names of a folder, after one change."""
     kind = event[0]
     if kind == "write":
         _, at, new = event
@@ -63,7 +64,7 @@ def changed(data: bytes, names: dict[str, Node], event: Event) -> tuple[bytes, d
 
 
 def load(path: Path) -> Node:
-    """What lies there, as safe."""
+    """Return a file or a folder as it is; all of it is safe."""
     node = Node(path.is_dir())
     if node.folder:
         node.names = {child.name: load(child) for child in path.iterdir()}
@@ -73,41 +74,58 @@ def load(path: Path) -> Node:
 
 
 class Recorder(Calls):
-    """Writes down a run under one folder as a list of events; `Disk` replays them.
+    """Record what a run does to the files of one folder as a list of events; `Disk` replays them.
 
-    An event is (kind, number of the node, …); numbers are given in the order of appearance, so that
-    the list can be replayed onto any copy of what was there first.
+    An event is (kind, path, …), or ("say", word, number) for what the program announced.
+
+    Parameters
+    ----------
+    root : Path
+        The folder.
+    fail_at : int
+        The number of the sync that fails and loses its data.
     """
 
     def __init__(self, root: Path, fail_at: int = -1) -> None:
         super().__init__()
         self.root, self.fail_at = root, fail_at
         self.events: list[Event] = []
-        self._fds: dict[int, Path] = {}
-        self._seen: dict[Path, bytes] = {}
-        if (root / "t.pyembed").exists():
-            rows = root / "t.pyembed" / "rows.npy"
+        self._seen: dict[Path, bytes] = {}  # the content of each file of rows
+        rows = root / "t.pyembed" / "rows.npy"
+        if rows.exists():
             self._seen[rows] = rows.read_bytes()
 
     def say(self, word: str, number: int) -> None:
-        self.events.append(("say", word, number))
+        if word != CHANGE:
+            self.events.append(("say", word, number))
+        super().say(word, number)
 
     def act(self, number: int, name: str, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         self._look()
-        if number == self.fail_at and name == "fsync":
-            self.events.append(("lose", self._fds[args[0]]))
+        if number == self.fail_at and name == "sync":
+            self.events.append(("lose", self.path_of(args[0])))
             raise OSError(5, "injected")
-        before = os.path.lexists(args[0]) if name == "open" else False
-        at = os.lseek(args[0], 0, os.SEEK_CUR) if name == "write" else 0
+        is_new = name == "open" and not os.path.lexists(args[0])
         result = make()
-        note = getattr(self, "_" + name, None)
-        if note is not None:
-            note(result, args, at, before)
+        if name == "open":
+            self._opened(result, args[1], is_new)
+        elif name == "pwrite":
+            self._wrote(self.path_of(args[0]), args[2], b"".join(args[1])[:result])
+        elif name in ("truncate", "allocate"):
+            kind = {"truncate": "size", "allocate": "allocate"}[name]
+            self.events.append((kind, self.path_of(args[0]), sum(args[1:])))
+            self._refresh(self.path_of(args[0]))
+        elif name == "sync":
+            self.events.append(("sync", self.path_of(args[0])))
+        elif name == "rename":
+            self._renamed(args[0], args[1])
+        elif name in ("mkdir", "unlink", "rmdir"):
+            self.events.append(("folder" if name == "mkdir" else "drop", args[0]))
         self._look()
         return result
 
     def _look(self) -> None:
-        """Find what the kernels stored into the mapped rows."""
+        """Record the stores to mapped rows since the last call."""
         for path, seen in self._seen.items():
             if not path.exists():
                 continue
@@ -126,60 +144,27 @@ class Recorder(Calls):
         if path in self._seen:
             self._seen[path] = path.read_bytes()
 
-    def _open(self, fd: int, args: tuple[Any, ...], at: int, before: bool) -> None:
-        path = Path(args[0])
-        self._fds[fd] = path
-        if not before and stat.S_ISREG(os.fstat(fd).st_mode):
+    def _opened(self, fd: int, flags: int, is_new: bool) -> None:
+        path = self.path_of(fd)
+        if is_new and stat.S_ISREG(os.fstat(fd).st_mode):
             self.events.append(("name", path))
         if path.name == "rows.npy":
             self._seen.setdefault(path, path.read_bytes())
-        if args[1] & os.O_TRUNC:
+        if flags & os.O_TRUNC:
             self.events.append(("size", path, 0))
 
-    def _wrote(self, fd: int, at: int, data: bytes, count: int) -> None:
-        path = self._fds[fd]
-        self.events.append(("write", path, at, data[:count]))
+    def _wrote(self, path: Path, at: int, data: bytes) -> None:
+        self.events.append(("write", path, at, data))
         self._refresh(path)
 
-    def _write(self, count: int, args: tuple[Any, ...], at: int, before: bool) -> None:
-        self._wrote(args[0], at, bytes(args[1]), count)
-
-    def _pwrite(self, count: int, args: tuple[Any, ...], at: int, before: bool) -> None:
-        self._wrote(args[0], args[2], bytes(args[1]), count)
-
-    def _pwritev(self, count: int, args: tuple[Any, ...], at: int, before: bool) -> None:
-        self._wrote(args[0], args[2], b"".join(bytes(part) for part in args[1]), count)
-
-    def _ftruncate(self, _: Any, args: tuple[Any, ...], at: int, before: bool) -> None:
-        self.events.append(("size", self._fds[args[0]], args[1]))
-        self._refresh(self._fds[args[0]])
-
-    def _posix_fallocate(self, _: Any, args: tuple[Any, ...], at: int, before: bool) -> None:
-        self.events.append(("allocate", self._fds[args[0]], args[1] + args[2]))
-        self._refresh(self._fds[args[0]])
-
-    def _fsync(self, _: Any, args: tuple[Any, ...], at: int, before: bool) -> None:
-        self.events.append(("sync", self._fds[args[0]]))
-
-    def _mkdir(self, _: Any, args: tuple[Any, ...], at: int, before: bool) -> None:
-        self.events.append(("folder", Path(args[0])))
-
-    def _replace(self, _: Any, args: tuple[Any, ...], at: int, before: bool) -> None:
-        old, new = Path(args[0]), Path(args[1])
+    def _renamed(self, old: Path, new: Path) -> None:
         self.events.append(("move", old, new))
-        moved = [path for path in self._seen if path.is_relative_to(old)]
-        for path in moved:
+        for path in [path for path in self._seen if path.is_relative_to(old)]:
             self._seen[new / path.relative_to(old)] = self._seen.pop(path)
-
-    _rename = _replace
-
-    def _unlink(self, _: Any, args: tuple[Any, ...], at: int, before: bool) -> None:
-        if Path(args[0]).is_absolute():  # not of a folder that is thrown away whole
-            self.events.append(("drop", Path(args[0])))
 
 
 class Disk:
-    """The events, one after the other, and what may be there if the power goes now."""
+    """Replay events, and build a state that a power cut may leave at any point."""
 
     def __init__(self, root: Path, start: Node) -> None:
         self.root, self.top = root, start
@@ -193,6 +178,7 @@ class Disk:
             self._index(path / name, child)
 
     def apply(self, event: Event) -> None:
+        """Take the next event."""
         kind, path = event[0], event[1]
         if kind == "say":
             self.said.append((event[1], event[2]))
@@ -218,7 +204,7 @@ class Disk:
         return self._now[path.parent].pending
 
     def build(self, target: Path, mode: str, rng: np.random.Generator) -> None:
-        """Make what may be there."""
+        """Write one possible state to a folder that does not exist."""
         self._build(self.top, target, mode, rng)
 
     def _build(self, node: Node, target: Path, mode: str, rng: np.random.Generator) -> None:
@@ -242,7 +228,7 @@ class Disk:
 
 
 def parts(event: Event, data: bytes, mode: str, rng: np.random.Generator) -> list[Event]:
-    """What of one change is there: each sector of a write or not, or torn at some byte."""
+    """Draw the parts of a change that are there: sectors of a write, perhaps torn at a byte."""
     if event[0] != "write":
         return [event] if rng.integers(2) else []
     _, at, new = event

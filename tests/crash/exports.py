@@ -1,4 +1,4 @@
-"""The sweep over exports: copy, delta, and its application are killed, or fail, at every call."""
+"""The sweep over exports: a copy, a delta and its application are killed, or fail, at each call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.crash.cells import DEATHS, Counts, How
 from tests.crash.program import Plan, digest
 
 ACTIONS = (*DEATHS, "EIO", "ENOSPC", "interrupt after")
-EARLIER = 3  # the generation that copies are of
+EARLIER = 3  # the generation of the copies
 JOBS: dict[str, Callable[[Path], object]] = {
     "copy": lambda folder: export(folder / "t.pyembed", folder / "new"),
     "delta": lambda folder: export(folder / "t.pyembed", folder / "new", since=EARLIER),
@@ -25,7 +25,7 @@ JOBS: dict[str, Callable[[Path], object]] = {
 
 
 def killed_exports(how: How, plans: Iterable[Plan]) -> Counts:
-    """Nothing appears, or all of it; a copy is at one of the two commits, and can go on."""
+    """Require that an export appears whole or not at all, and that a copy is at a commit."""
     counts = Counts("an export killed at, or with a failing, call")
     for plan in plans:
         program.oracle(plan)
@@ -43,25 +43,24 @@ def killed_exports(how: How, plans: Iterable[Plan]) -> Counts:
 
 
 def _prepare(folder: Path, plan: Plan) -> None:
-    """A trained table, a copy of an earlier commit, and the delta between them."""
-    mutants.apply("")
+    """Make a trained table, a copy of an earlier commit, and the delta between them."""
     path = folder / "t.pyembed"
-    program.train(path, replace(plan, intervals=EARLIER), lambda word, number: None)
-    export(path, folder / "copy")
-    program.train(path, plan, lambda word, number: None)
-    export(path, folder / "delta", since=EARLIER)
+    with mutants.installed(""):
+        program.train(path, replace(plan, transactions=EARLIER), lambda word, number: None)
+        export(path, folder / "copy")
+        program.train(path, plan, lambda word, number: None)
+        export(path, folder / "delta", since=EARLIER)
 
 
 def _case(folder: Path, how: How, plan: Plan, job: str, calls: Calls) -> tuple[worker.Ended, str]:
-    """Do a job on a copy of what was prepared; how it ended, and what is wrong then."""
+    """Do a job on a copy of the prepared folder; return how it ended, and the problem or ""."""
     with worker.scratch(how.root) as other:
         shutil.copytree(folder, other, dirs_exist_ok=True)
 
         def child() -> int:
-            mutants.apply(how.mutant)
-            calls.install()
-            JOBS[job](other)
-            return len(calls.names)
+            with mutants.installed(how.mutant, calls):
+                JOBS[job](other)
+            return len(calls.made)
 
         ended = worker.in_child(child)
         if ended.error and not ended.typed:
@@ -77,16 +76,15 @@ def _run(folder: Path, how: How, job: str, calls: Calls) -> worker.Ended:
 
 
 def _judge(folder: Path, plan: Plan) -> str:
-    mutants.apply("")
     copy, new = folder / "copy", folder / "new"
-    problem = _is_commit(copy, plan, (EARLIER, plan.intervals))
+    problem = _is_commit(copy, plan, (EARLIER, plan.transactions))
     if not problem and (new / "manifest.json").exists():
-        return _is_commit(new, plan, (plan.intervals,))
+        return _is_commit(new, plan, (plan.transactions,))
     for delta in (folder / "delta", new):
         if not problem and delta.exists():
             shutil.copytree(copy, folder / "further")
             apply(delta, folder / "further")
-            problem = _is_commit(folder / "further", plan, (plan.intervals,))
+            problem = _is_commit(folder / "further", plan, (plan.transactions,))
             shutil.rmtree(folder / "further")
     return problem
 

@@ -1,17 +1,17 @@
 """The sweeps of power cuts on a real ext4: the kernel's own journal decides what is left.
 
-Two ways. A run's writes and flushes are written down below ext4 (`logdisk`); the disk is built as
-it may be after each of them, and mounted, so that the kernel replays its journal. And ext4 is shut
-down amid a run, which forgets whatever did not reach the device.
+There are two ways. First, the writes and flushes of a run are recorded below ext4 (`logdisk`). The
+disk is built as it may be after each of them and is mounted, so that the kernel replays its
+journal. Second, ext4 is shut down during a run, which forgets everything that did not reach the
+device.
 
-The disk. A flush that returned makes safe what was written before it. Of the writes since, any
-sectors may be there, whole or torn at any byte. Some things are there whole or not at all, as ext4
-refuses a disk where they are torn, and no table can help that: what it reads before its journal,
-which is its superblock and the list of its groups, and those blocks of the journal that say what of
-it counts.
+The model of the disk: a flush that returned makes the writes before it safe. Any sectors of later
+writes may be there, whole or torn at any byte. Some blocks are there whole or not at all, because
+ext4 refuses a disk where they are torn, and no table can help that: the superblock, the list of
+groups, and the blocks that commit the kernel's journal.
 
-While a program runs, the rest of the machine is played as well: pages are written when the system
-likes, and other programs sync, which commits what is in ext4's journal.
+While a program runs, the suite plays the rest of the machine: pages are written back at random, and
+other programs sync, which commits the transactions of ext4's journal.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from pyembed.storage import recovery
 from tests.crash import disk, logdisk, mounts, mutants, program, worker
-from tests.crash.calls import REAL, Calls, die
+from tests.crash.calls import Calls, die
 from tests.crash.cells import Counts, How, collect, names_of_calls
 from tests.crash.cuts import judge_cut, short
 from tests.crash.logdisk import BLOCK, Event, sparse
@@ -47,12 +46,12 @@ Program = Callable[[Path, Say], object]  # of a mounted ext4
 
 
 class Machine(Calls):
-    """Before a call, the rest of the machine may write pages back, or sync a file of its own.
+    """Before a call, write back pages at random, or sync another file, as a busy machine does.
 
     Parameters
     ----------
     top : Path
-        Where the file system is mounted.
+        The mount point.
     seed : int
     shut_down_at : int
         The number of the call before which the file system is shut down, and the process dies.
@@ -62,7 +61,7 @@ class Machine(Calls):
         super().__init__()
         self._top, self._shut_down_at = top, shut_down_at
         self._rng = np.random.default_rng(seed)
-        self._other = REAL["open"](top / "other", os.O_RDWR | os.O_CREAT)
+        self._other = os.open(top / "other", os.O_RDWR | os.O_CREAT)
 
     def act(self, number: int, name: str, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         if number == self._shut_down_at:
@@ -72,22 +71,22 @@ class Machine(Calls):
         if choice < 4:
             self._write_back()
         elif choice == 4:
-            REAL["pwrite"](self._other, b"x", number)
-            REAL["fsync"](self._other)
+            os.pwrite(self._other, b"x", number)
+            os.fsync(self._other)
         return make()
 
     def _write_back(self) -> None:
         files = sorted((self._top / "t.pyembed").glob("*"))
         if files:
             file = files[int(self._rng.integers(len(files)))]
-            fd = REAL["open"](file, os.O_RDONLY)
+            fd = os.open(file, os.O_RDONLY)
             mounts.write_back(fd)
             os.close(fd)
 
 
 @functools.cache
 def image() -> np.ndarray:
-    """An empty ext4."""
+    """Return an empty ext4."""
     with tempfile.TemporaryDirectory() as folder:
         mounts.make_ext4(Path(folder) / "disk")
         return sparse((Path(folder) / "disk").read_bytes())
@@ -95,7 +94,7 @@ def image() -> np.ndarray:
 
 @functools.cache
 def missing() -> str:
-    """What this machine lacks for these sweeps, or ""."""
+    """Name what this machine lacks for these sweeps, or ""."""
     if os.geteuid():
         return "needs root"
     for path in ("/dev/fuse", "/dev/loop-control"):
@@ -128,7 +127,7 @@ def _record(
     options: str = "",
     fail_at: int = -1,
 ) -> tuple[list[Event], worker.Ended]:
-    """What reaches the disk while a program runs on it, in a process of its own."""
+    """Run a program on a file system in a new process; return what reached the disk."""
     with (
         logdisk.serving(root / "fuse", start, fail_at) as events,
         mounts.Loop(root / "fuse" / "disk") as loop,
@@ -140,15 +139,20 @@ def _record(
 
 def _trained(plan: Plan, mutant: str, shut_down_at: int = -1) -> Program:
     def run(top: Path, say: Say) -> None:
-        mutants.apply(mutant)
-        Machine(top, plan.seed, shut_down_at).install()
-        program.train(top / "t.pyembed", plan, say)
+        machine = Machine(top, plan.seed, shut_down_at)
+
+        def tell(word: str, number: int) -> None:
+            machine.say(word, number)
+            say(word, number)
+
+        with mutants.installed(mutant, machine):
+            program.train(top / "t.pyembed", plan, tell)
 
     return run
 
 
 class Disk:
-    """What may be on the disk, event by event; and looked at through the kernel.
+    """Replay events, build the possible states of the disk, and judge each one through the kernel.
 
     Parameters
     ----------
@@ -158,7 +162,7 @@ class Disk:
     plan : Plan
     mutant : str
     said : list of (str, int)
-        Acknowledgements before the first event.
+        Announcements before the first event.
     """
 
     def __init__(
@@ -168,11 +172,12 @@ class Disk:
         self.safe = sparse(start)
         self.pending: list[Event] = []
         self.said: list[tuple[str, int]] = list(said or [])
-        self._known: dict[Any, str] = {}  # since the last flush: many disks are the same
-        (root / "disk").write_bytes(start)
+        self._known: dict[Any, str] = {}  # problems since the last flush: many states are equal
+        (root / "disk").write_bytes(start.tobytes())
         self._file: np.ndarray = np.memmap(root / "disk", np.uint8, "r+")
 
     def apply(self, event: Event) -> None:
+        """Take the next event."""
         if event[0] == "say":
             self.said.append((event[1], event[2]))
         elif event[0] == "write":
@@ -182,7 +187,7 @@ class Disk:
             self.pending, self._known = [], {}
 
     def kept(self, mode: str, number: int) -> Pieces:
-        """What is there of the writes since the last flush."""
+        """Draw the pieces of the writes since the last flush that are there."""
         if mode == "none":
             return []
         if mode == "all":
@@ -198,12 +203,13 @@ class Disk:
         return [(at, data) for _, at, data in found]
 
     def built(self, mode: str, number: int) -> np.ndarray:
+        """Return the disk in a possible state."""
         whole = sparse(self.safe)
         _put(whole, self.kept(mode, number))
         return whole
 
     def problem(self, loop: mounts.Loop, pieces: Pieces) -> str:
-        """Mount it, open the table, and say what is wrong with that."""
+        """Return the problem with a possible state, or ""."""
         key = hashlib.blake2b(pickle.dumps((pieces, program.allowed(self.said)))).digest()
         if key not in self._known:
             self._file[:] = self.safe
@@ -213,7 +219,7 @@ class Disk:
         return self._known[key]
 
     def look_everywhere(self, events: list[Event], how: How) -> list[list[str]]:
-        """[case, problem] for each prefix of the events in each mode."""
+        """Return [case, problem] for each prefix of the events in each mode."""
         found = []
         with mounts.Loop(self._root / "disk") as loop:
             for number, event in enumerate(events):
@@ -228,7 +234,8 @@ class Disk:
         return found
 
     def look_at_commits(self, events: list[Event], what: str) -> list[list[str]]:
-        """At the commits after a write failed, and at the end: what was flushed, and everything."""
+        """Judge the commits after a failed write, and the end: with all that was written, or only
+        what was flushed."""
         found, failed = [], False
         with mounts.Loop(self._root / "disk") as loop:
             for number, event in enumerate(events):
@@ -247,12 +254,10 @@ def _put(target: np.ndarray, pieces: Pieces) -> None:
 
 
 def _look(loop: mounts.Loop, top: Path, plan: Plan, mutant: str, said: list[Any]) -> str:
-    """Mount what is there, open the table, and say what is wrong with that."""
+    """Mount the disk and open the table; return the problem, or ""."""
 
     def child() -> str:
-        mutants.apply(mutant)
-        recovery.BOOT_ID = Path("/proc/self/sessionid")  # any other start of the machine
-        return judge_cut(top / "t.pyembed", plan, said)
+        return judge_cut(top / "t.pyembed", plan, said, mutant)
 
     loop.forget()
     try:
@@ -266,14 +271,14 @@ def _look(loop: mounts.Loop, top: Path, plan: Plan, mutant: str, said: list[Any]
 
 
 def _options(plan: Plan) -> str:
-    """Half of the programs run without ext4's own care for files that are replaced."""
+    """Return mount options: half of the programs run without ext4's care for replaced files."""
     return ("", "noauto_da_alloc")[(plan.seed + plan.seed // 2) % 2]
 
 
 def _sweep(
     counts: Counts, plans: Iterable[Plan], how: How, one: Callable[[Path, Plan], list[list[str]]]
 ) -> Counts:
-    """For each plan in a process of its own, which sees its own mounts."""
+    """Run a sweep for each plan, in a new process with its own mounts."""
     counts.note = missing() and f"skipped: {missing()}"
     for plan in () if counts.note else plans:
         program.oracle(plan)
@@ -296,7 +301,7 @@ def _ending(ended: worker.Ended, case: str) -> list[list[str]]:
 
 
 def cuts(how: How, plans: Iterable[Plan]) -> Counts:
-    """The power goes after each write and flush of a run."""
+    """Cut the power after each write and flush of a run."""
 
     def one(root: Path, plan: Plan) -> list[list[str]]:
         events, ended = _record(root, image(), _trained(plan, how.mutant), _options(plan))
@@ -307,7 +312,7 @@ def cuts(how: How, plans: Iterable[Plan]) -> Counts:
 
 
 def cuts_in_recovery(how: How, plans: Iterable[Plan], every: int) -> Counts:
-    """The power goes while a table is recovered of an earlier cut, and in the interval after it."""
+    """Cut the power while a table is recovered from an earlier cut, and in what follows."""
 
     def one(root: Path, plan: Plan) -> list[list[str]]:
         events, _ = _record(root, image(), _trained(plan, how.mutant), _options(plan))
@@ -328,7 +333,7 @@ def cuts_in_recovery(how: How, plans: Iterable[Plan], every: int) -> Counts:
 
 
 def failed_writes(how: How, plans: Iterable[Plan]) -> Counts:
-    """A write to the disk fails; the caller goes on as he may; power cut at every commit."""
+    """Fail a write to the disk; the caller goes on as a caller may; cut the power at commits."""
 
     def one(root: Path, plan: Plan) -> list[list[str]]:
         found, run = [], _trained(plan, how.mutant)
@@ -349,7 +354,7 @@ def failed_writes(how: How, plans: Iterable[Plan]) -> Counts:
 
 
 def shutdowns(how: How, plans: Iterable[Plan], count: int) -> Counts:
-    """The file system is shut down before each call of a run; and at random times."""
+    """Shut down the file system before each call of a run, and at random times."""
 
     def one(root: Path, plan: Plan) -> list[list[str]]:
         took = time.monotonic()
@@ -371,7 +376,7 @@ def shutdowns(how: How, plans: Iterable[Plan], count: int) -> Counts:
 def _shut_down(root: Path, plan: Plan, mutant: str, kind: str, when: float) -> str:
     log, top = root / "log", root / "ext4"
     log.unlink(missing_ok=True)
-    (root / "disk").write_bytes(image())
+    (root / "disk").write_bytes(image().tobytes())
     with mounts.Loop(root / "disk") as loop:
         with mounts.mounted(loop.path, top, "ext4", _options(plan)):
             if kind == "call":

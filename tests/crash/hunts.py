@@ -1,4 +1,4 @@
-"""Where each mutant has to be found: the sweep that is made for what it breaks."""
+"""The sweep that has to find each mutant: the one that is made for the rule that it breaks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.crash.program import Plan
 
 
 def plans(durability: str, first: int, count: int, stubborn: bool = False) -> list[Plan]:
-    """Programs of consecutive seeds, of both optimizers and two widths."""
+    """Return programs of consecutive seeds, of both optimizers and two widths."""
     return [
         Plan(
             seed=seed,
@@ -67,7 +67,7 @@ HUNTS: dict[str, Callable[[How], Counts]] = {
     "rows not synced": _cuts,
     "salt kept": _kills,
     "marks kept over a commit": _kills,
-    "touched hears of no commit": _kills,
+    "dirty rows hear of no commit": _kills,
     "dirty after the first change": _kills,
     "undo not synced": _cuts_in_recovery,
     "undo of the first frame only": _kills,
@@ -78,7 +78,7 @@ HUNTS: dict[str, Callable[[How], Counts]] = {
     "manifest not synced": _cuts,
     "folder not synced": _cuts,
     "failed sync forgotten": _failed_syncs,
-    "log of the interval before": _kills,
+    "log of the transaction before": _kills,
     "gap in the log ignored": _cuts_of_process,
     "copy appears in parts": _exports,
 }
@@ -104,7 +104,7 @@ def _ext4_shutdowns(how: How) -> Counts:
     return ext4.shutdowns(how, plans("power", 0, 4), 0)
 
 
-# Those about what is synced, and when, once more on a real file system.
+# Mutants that leave out or delay a sync have to be found on a real file system, too.
 ON_EXT4: dict[str, Callable[[How], Counts]] = {
     "rows change before they are recorded": _ext4_shutdowns,
     "journal not synced": _ext4_cuts,
@@ -119,11 +119,11 @@ ON_EXT4: dict[str, Callable[[How], Counts]] = {
     "folder not synced": _ext4_shutdowns,
     "failed sync forgotten": _ext4_failed_writes,
 }
-EXT4 = ", on ext4"  # a hunt's name is its mutant's, and this
+EXT4 = ", on ext4"  # suffix of the name of such a hunt
 
 
 def names() -> list[str]:
-    """Of all hunts."""
+    """Return the names of all hunts."""
     return [*HUNTS, *(name + EXT4 for name in ON_EXT4)]
 
 

@@ -1,4 +1,4 @@
-"""A disk that writes down what reaches it: one file in a FUSE of one's own, for a loop device.
+"""A disk that records everything that reaches it: a file in a FUSE, for a loop device.
 
 ::
 
@@ -6,12 +6,12 @@
                           FOLDER/said ──┘
 
 Events are ("write", at, bytes), ("flush",), ("fail",) for a write that was refused, and ("say",
-word, number), in the order in which they came. `said` takes the acknowledgements, a line each, so
-that they stand between the writes where they were given. A write returns after it is written down,
-so what a flush finds is complete.
+word, number), in their order. `said` takes the announcements, a line each, so that each has its
+place among the writes. A write returns after it is recorded, so a flush covers every write before
+it.
 
-It speaks the protocol of /dev/fuse itself (linux/fuse.h), the dozen requests that a loop device
-makes, so that nothing has to be installed or compiled. It is no file system for anything else.
+The module speaks the protocol of /dev/fuse itself (linux/fuse.h), the dozen requests that a loop
+device makes, so that nothing has to be installed or compiled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DIRECT_IO = 1  # of an open file: nothing of it is cached
 
 
 def sparse(data: Any) -> np.ndarray:
-    """A copy that needs memory only for blocks that are not zero."""
+    """Return a copy that needs memory only for blocks that are not zero."""
     blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCK)
     used, copy = blocks.any(axis=1), np.frombuffer(mmap.mmap(-1, blocks.size), np.uint8)
     copy.reshape(blocks.shape)[used] = blocks[used]
@@ -61,9 +61,9 @@ class Server:
     Parameters
     ----------
     fd : int
-        Of /dev/fuse.
+        The descriptor of /dev/fuse.
     image : uint8 array
-        What the disk holds.
+        The content of the disk.
     fail_at : int
         The number of a write that is refused with EIO.
     """
@@ -87,11 +87,12 @@ class Server:
         }
 
     def serve(self) -> None:
+        """Answer requests until the end."""
         while True:
             try:
                 request = os.read(self._fd, MAX_WRITE + 4096)
             except OSError as error:
-                if error.errno in (errno.EINTR, errno.ENOENT):  # a request was taken back
+                if error.errno in (errno.EINTR, errno.ENOENT):  # a request was withdrawn
                     continue
                 return  # unmounted
             _, opcode, unique, node, *_ = HEADER.unpack_from(request)
@@ -102,7 +103,7 @@ class Server:
                 code, body = 0, answer(node, memoryview(request)[HEADER.size :])
             except OSError as error:
                 code, body = -(error.errno or errno.EIO), b""
-            with contextlib.suppress(FileNotFoundError):  # nobody waits for it any more
+            with contextlib.suppress(FileNotFoundError):  # nothing waits for the answer
                 os.write(self._fd, ANSWER.pack(ANSWER.size + len(body), code, unique) + body)
 
     def _init(self, node: int, data: memoryview) -> bytes:
@@ -164,8 +165,9 @@ def _unknown(node: int, data: memoryview) -> bytes:
 
 @contextlib.contextmanager
 def serving(folder: Path, image: np.ndarray, fail_at: int = -1) -> Iterator[list[Event]]:
-    """The folder with the disk, for the time of a block; the list is filled at its end."""
-    fd, result, events = os.open("/dev/fuse", os.O_RDWR), folder.with_suffix(".events"), []
+    """Serve the disk in a folder for the length of a block; the list is filled at its end."""
+    fd, result = os.open("/dev/fuse", os.O_RDWR), folder.with_suffix(".events")
+    events: list[Event] = []
     child, options = 0, f"fd={fd},rootmode=40000,user_id=0,group_id=0"
     try:
         with mounts.mounted("logdisk", folder, "fuse", options):

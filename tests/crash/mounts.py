@@ -1,8 +1,8 @@
 """Loop devices and mounts of this process alone: they end with it, however it ends.
 
-A process that calls `alone` sees its own mounts, which the system takes away with the last process
-that sees them; a loop device goes with its last user. So nothing is left over, not even of a run
-that was killed, and nothing of this machine's is touched.
+A process that calls `alone` has its own mounts, which the system removes with the last process that
+sees them; a loop device ends with its last user. So nothing is left over, not even after a run that
+was killed, and the mounts of the machine are not changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LO_FLAGS_AUTOCLEAR = 0x4C82, 0x4C0A, 4
 BLKFLSBUF = 0x1261
 SHUTDOWN, WITHOUT_THE_LOG = 0x8004587D, 2  # of ext4: _IOR('X', 125, u32)
-SYNC_FILE_RANGE = 7  # write what is dirty, and wait for that; the device is not told to flush
+SYNC_FILE_RANGE = 7  # write dirty pages and wait; the device is not told to flush
 IMAGE_BYTES = 10 << 20  # at least twice the journal
 JOURNAL_MIB = 4  # the least for blocks of 4096 bytes
 SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -41,36 +41,38 @@ def _check(result: int, what: str) -> None:
 
 
 def alone() -> None:
-    """From here on the mounts of this process are its own."""
+    """Give this process its own mounts."""
     _check(LIBC.unshare(CLONE_NEWNS), "unshare")
     _check(LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount / private")
 
 
 def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def mount(source: str, target: Path, kind: str, options: str = "") -> None:
+    """Mount a file system."""
     done = LIBC.mount(source.encode(), bytes(target), kind.encode(), 0, options.encode())
     _check(done, f"mount {kind} {options}")
 
 
 @contextlib.contextmanager
 def mounted(source: str, target: Path, kind: str, options: str = "") -> Iterator[Path]:
-    """A mount for the time of a block."""
+    """Mount a file system for the length of a block."""
     target.mkdir(exist_ok=True)
     mount(source, target, kind, options)
     try:
         yield target
     except BaseException:
-        LIBC.umount2(bytes(target), MNT_DETACH)  # whatever still uses it
+        LIBC.umount2(bytes(target), MNT_DETACH)  # even if it is in use
         raise
     for _ in range(100):
         if LIBC.umount2(bytes(target), 0) == 0:
             return
         if ctypes.get_errno() != errno.EBUSY:
             break
-        time.sleep(0.01)  # a loop device lets go of its file in its own time
+        time.sleep(0.01)  # a loop device releases its file with a delay
     _check(-1, f"umount {target}")
 
 
@@ -97,13 +99,13 @@ class Loop:
                     return path, fd
                 except OSError as error:
                     os.close(fd)
-                    if error.errno != errno.EBUSY:  # somebody else took it just now
+                    if error.errno != errno.EBUSY:  # another process was faster
                         raise
         finally:
             os.close(control)
 
     def forget(self) -> None:
-        """The file changed underneath: what was read of it is read again."""
+        """Drop the cached blocks: the file below has changed."""
         fcntl.ioctl(self._fd, BLKFLSBUF)
 
     def __enter__(self) -> Loop:
@@ -114,7 +116,7 @@ class Loop:
 
 
 def make_ext4(file: Path) -> None:
-    """A small ext4 with all that mkfs usually gives, and nothing left for the kernel to do."""
+    """Make a small ext4 with the default features, and no initialisation left to the kernel."""
     file.touch()
     os.truncate(file, IMAGE_BYTES)
     extended = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
@@ -124,10 +126,10 @@ def make_ext4(file: Path) -> None:
 
 
 def shut_down(fd: int) -> None:
-    """End the ext4 that holds `fd` as a power cut would: what is not on its device is lost."""
+    """End an ext4 as a power cut would: data that is not on its device is lost."""
     fcntl.ioctl(fd, SHUTDOWN, struct.pack("I", WITHOUT_THE_LOG))
 
 
 def write_back(fd: int) -> None:
-    """Have the pages of a file written, as the system does when it likes. That syncs nothing."""
+    """Have the dirty pages of a file written, as the system may at any time; it syncs nothing."""
     LIBC.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE)

@@ -1,285 +1,439 @@
 """Ways to break the protocol. A suite that does not notice them proves nothing.
 
-Each is applied to a process that is thrown away, by name.
+Most mutants are layers over the file system. `installed` puts them above the layer that numbers or
+records the calls, so a sync that a mutant leaves out is no call of the run. The others replace a
+part of a writer, through the attributes that `Transaction` has for that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import mmap
 import stat
-import types
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
-import numpy as np
+from pyembed import _core
+from pyembed.storage import fs, journal, manifest
+from pyembed.storage.change_log import ChangedRows, ChangeLog
+from pyembed.storage.dirty_rows import I64, DirtyRows
+from pyembed.storage.journal import FIELDS, MAGIC, UNIT
+from pyembed.storage.transaction import Interval as Transaction
+from tests.crash.calls import Layer
 
-from pyembed.storage import change_log, create, fs, journal, recovery, store
-from pyembed.storage.change_log import Changes
-from pyembed.storage.dirty_rows import Touched
-from pyembed.storage.journal import Journal, Replay
-from pyembed.storage.store import CLEAN, Store
-
-
-def rows_change_before_they_are_recorded() -> None:
-    """What is recorded is right, but late: at the next change, or the commit."""
-    waiting: list[Any] = []
-    real_protect, real_record, real_commit = Store.protect, Journal.record, Store.commit
-
-    def late(self: Journal, rows: np.ndarray, old: Any, threads: int = 1) -> None:
-        waiting.append((self, rows, old[slice(0, rows.size)].copy()))
-
-    def protect(self: Store, rows: np.ndarray) -> None:
-        flush()
-        real_protect(self, rows)
-
-    def commit(self: Store, meta: Any) -> None:
-        flush()
-        real_commit(self, meta)
-
-    def flush() -> None:
-        while waiting:
-            real_record(*waiting.pop(0))
-
-    Journal.record, Store.protect, Store.commit = late, protect, commit  # type: ignore
+TEMPORARY = "manifest.json.new"
+CREATING = ".creating-"  # in the name of a table that is not complete yet
+FRAME_BYTES = 600  # short, so that a transaction has many frames
 
 
-def marked_before_recorded() -> None:
-    real = Touched.new
+class Mutant(Layer):
+    """A layer that knows the files of a table apart."""
 
-    def new(self: Touched, rows: np.ndarray) -> np.ndarray:
-        found = real(self, rows)
+    def is_rows(self, fd: int) -> bool:
+        """Whether these are the rows of a table that is complete."""
+        path = self.path_of(fd)
+        return path.name == "rows.npy" and CREATING not in path.parent.name
+
+    def is_journal(self, fd: int) -> bool:
+        return self.path_of(fd).name.startswith("undo")
+
+    def is_folder(self, fd: int) -> bool:
+        return stat.S_ISDIR(self.below.stat(fd).st_mode)
+
+
+class RowsChangeBeforeTheyAreRecorded(Mutant):
+    """The last frame that is recorded for a change reaches the file at the next change."""
+
+    def __init__(self, below: fs.FileSystem) -> None:
+        super().__init__(below)
+        self._late: list[tuple[int, bytes, int]] = []
+
+    def _write_late(self) -> None:
+        while self._late:
+            fd, data, at = self._late.pop()
+            fs.File(self.below, fd, self.path_of(fd)).write_at([data], at)
+
+    def pwrite(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
+        if not self.is_journal(fd):
+            return self.below.pwrite(fd, parts, at)
+        self._write_late()
+        if at == 0:  # the first frame has no rows
+            return self.below.pwrite(fd, parts, at)
+        self._late.append((fd, b"".join(parts), at))
+        return sum(map(len, parts))
+
+    def open(self, path: Path, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
+        if path.name == TEMPORARY:  # a commit
+            self._write_late()
+        return super().open(path, flags, mode, dir_fd=dir_fd)
+
+    def close(self, fd: int) -> None:
+        self._late = [late for late in self._late if late[0] != fd]
+        super().close(fd)
+
+
+class JournalNotSynced(Mutant):
+    def sync(self, fd: int) -> None:
+        if not self.is_journal(fd):
+            self.below.sync(fd)
+
+
+class HelperKnown(Mutant):
+    """A layer that knows when a task of the helper runs."""
+
+    in_helper = False
+
+    def helper(self, name: str, num_threads: int) -> fs.Helper:
+        return Announcing(self.below.helper(name, num_threads), self)
+
+
+class Announcing:
+    """An executor that tells a layer when a task runs."""
+
+    def __init__(self, executor: fs.Helper, layer: HelperKnown) -> None:
+        self._executor, self._layer = executor, layer
+        self.shutdown = executor.shutdown
+
+    def submit(self, task: Callable[..., Any], /, *args: Any) -> Any:
+        def run() -> Any:
+            type(self._layer).in_helper = True
+            try:
+                return task(*args)
+            finally:
+                type(self._layer).in_helper = False
+
+        return self._executor.submit(run)
+
+
+class MarkedAheadBeforeSynced(HelperKnown):
+    """The helper does not sync the frames that it writes ahead."""
+
+    def sync(self, fd: int) -> None:
+        if not (self.in_helper and self.is_journal(fd)):
+            self.below.sync(fd)
+
+
+class MarkedAheadOverACommit(HelperKnown):
+    """The helper marks the rows of a task at its next one, which may be of another transaction."""
+
+
+class ManifestBeforeTheRows(Mutant):
+    """Rows are synced after the manifest that commits them has its name."""
+
+    def __init__(self, below: fs.FileSystem) -> None:
+        super().__init__(below)
+        self._owed: set[int] = set()
+
+    def sync(self, fd: int) -> None:
+        if self.is_rows(fd):
+            self._owed.add(fd)
+            return
+        self.below.sync(fd)
+        while self._owed and self.is_folder(fd):
+            self.below.sync(self._owed.pop())
+
+    def close(self, fd: int) -> None:
+        self._owed.discard(fd)
+        super().close(fd)
+
+
+class RowsNotSynced(Mutant):
+    def sync(self, fd: int) -> None:
+        if not self.is_rows(fd):
+            self.below.sync(fd)
+
+
+class SaltKept(Mutant):
+    """Every transaction has the same salt."""
+
+    def token(self) -> str:
+        return "0000000000000007"
+
+
+class DirtyAfterTheFirstChange(Mutant):
+    """The manifest says "dirty" at the second change of a transaction."""
+
+    def __init__(self, below: fs.FileSystem) -> None:
+        super().__init__(below)
+        self._held: Any = None  # the arguments of a rename, and the rows at that time
+
+    def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
+        if source.name == TEMPORARY and b'"dirty"' in source.read_bytes():
+            rows = target.with_name("rows.npy")
+            self._held = (source, target, dir_fd, rows, rows.read_bytes())
+            return
+        self._held = None
+        super().rename(source, target, dir_fd=dir_fd)
+
+    def pwrite(self, fd: int, parts: Sequence[memoryview], at: int) -> int:
+        if self._held and self.is_journal(fd):
+            source, target, folder, rows, before = self._held
+            if rows.read_bytes() != before:
+                self._held = None
+                super().rename(source, target, dir_fd=folder)
+                self.below.sync(folder)
+        return self.below.pwrite(fd, parts, at)
+
+
+class UndoNotSynced(Mutant):
+    """Rows that a recovery or a rollback put back are not synced; it cuts the file just before."""
+
+    _undone = False
+
+    def truncate(self, fd: int, size: int) -> None:
+        self.below.truncate(fd, size)
+        self._undone = self._undone or self.is_rows(fd)
+
+    def sync(self, fd: int) -> None:
+        if self._undone and self.is_rows(fd):
+            self._undone = False
+        else:
+            self.below.sync(fd)
+
+
+class UndoOfTheFirstFrameOnly(Mutant):
+    """A journal that is read ends behind the first frame that has rows."""
+
+    def __init__(self, below: fs.FileSystem) -> None:
+        super().__init__(below)
+        self._starts: list[int] = []  # of frames, as far as they were read
+
+    def pread(self, fd: int, buffer: memoryview, at: int) -> int:
+        if self.is_journal(fd):
+            if at == 0:
+                self._starts = []
+            if len(buffer) == UNIT:
+                self._starts.append(at)
+            if len(self._starts) > 2 and at >= self._starts[2]:
+                return 0
+        return self.below.pread(fd, buffer, at)
+
+
+class CleanBeforeTheRowsAreBack(Mutant):
+    """A recovery writes the clean manifest when it maps the rows."""
+
+    def __init__(self, below: fs.FileSystem) -> None:
+        super().__init__(below)
+        self._mapped: set[int] = set()  # rows; a table that is open is mapped again as it grows
+
+    def map(self, fd: int, size: int, access: int) -> mmap.mmap:
+        if self.is_rows(fd) and access == mmap.ACCESS_WRITE and fd not in self._mapped:
+            self._mapped.add(fd)
+            path = self.path_of(fd).with_name("manifest.json")
+            state = manifest.decode(path.read_bytes(), str(path))
+            if state.state == "dirty":
+                clean = state.with_changes(state="clean", salt="", boot="")
+                with fs.Folder(path.parent, self) as folder:
+                    folder.replace(path.name, [manifest.encode(clean)])
+        return self.below.map(fd, size, access)
+
+    def close(self, fd: int) -> None:
+        self._mapped.discard(fd)
+        super().close(fd)
+
+
+class SumsNotCompared(Mutant):
+    """The checksums of a frame that is read are right whatever its payload is."""
+
+    def pread(self, fd: int, buffer: memoryview, at: int) -> int:
+        count = self.below.pread(fd, buffer, at)
+        if self.is_journal(fd) and count == len(buffer) == UNIT and buffer[:8] == MAGIC:
+            body = bytes(buffer[: FIELDS.size])
+            if _core.crc32c(body) == int.from_bytes(buffer[FIELDS.size :], "little"):
+                buffer[:] = self._forged(fd, FIELDS.unpack(body), at)
+        return count
+
+    def _forged(self, fd: int, fields: tuple[Any, ...], at: int) -> bytes:
+        *same, n, stride, _, _ = fields
+        file, payload = fs.File(self.below, fd, self.path_of(fd)), at + UNIT
+        rows = file.read_at(8 * n, payload)
+        old = file.read_at(4 * n * stride, payload + 8 * n)
+        body = FIELDS.pack(*same, n, stride, _core.crc32c(rows), _core.crc32c(old))
+        return body + _core.crc32c(body).to_bytes(4, "little")
+
+
+class BootNotCompared(Mutant):
+    def boot_id(self) -> str:
+        return "the same"
+
+
+class ManifestWrittenInPlace(Mutant):
+    def open(self, path: Path, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
+        if path.name == TEMPORARY and CREATING not in path.parent.name:
+            path = path.with_name("manifest.json")
+        return super().open(path, flags, mode, dir_fd=dir_fd)
+
+    def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
+        if source.name != TEMPORARY or CREATING in source.parent.name:
+            super().rename(source, target, dir_fd=dir_fd)
+
+
+class ManifestNotSynced(Mutant):
+    """Its folder is synced, so the name is durable and the content is not."""
+
+    def sync(self, fd: int) -> None:
+        path = self.path_of(fd)
+        if path.name != TEMPORARY or CREATING in path.parent.name:
+            self.below.sync(fd)
+
+
+class FailedSyncForgotten(Mutant):
+    """A sync that failed is tried again, and succeeds, but the data is lost."""
+
+    def sync(self, fd: int) -> None:
+        try:
+            self.below.sync(fd)
+        except OSError:
+            self.below.sync(fd)
+
+
+class FolderNotSynced(Mutant):
+    def sync(self, fd: int) -> None:
+        if not self.is_folder(fd):
+            self.below.sync(fd)
+
+
+class CopyAppearsInParts(Mutant):
+    """A new table is written under its own name."""
+
+    @staticmethod
+    def _final(path: Path) -> Path:
+        return Path(*(part.partition(CREATING)[0] for part in path.parts))
+
+    def open(self, path: Path, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
+        return super().open(self._final(path), flags, mode, dir_fd=dir_fd)
+
+    def mkdir(self, path: Path, *, dir_fd: int | None = None) -> None:
+        self.below.mkdir(self._final(path), dir_fd=dir_fd)
+
+    def rmdir(self, path: Path, *, dir_fd: int | None = None) -> None:
+        self.below.rmdir(self._final(path), dir_fd=dir_fd)
+
+    def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
+        if self._final(source) != self._final(target):
+            super().rename(self._final(source), self._final(target), dir_fd=dir_fd)
+
+
+# --- parts of a writer ----------------------------------------------------------------------------
+
+
+class MarkedBeforeRecorded(DirtyRows):
+    def new(self, rows: I64) -> I64:
+        found = super().new(rows)
         self.mark(found)
         return found
 
-    Touched.new = new  # type: ignore[method-assign]
 
+class LateMarks(DirtyRows):
+    late: ClassVar[list[I64]] = []
 
-def journal_not_synced() -> None:
-    Journal.sync = lambda self: None  # type: ignore[method-assign]
-
-
-def marked_ahead_before_synced() -> None:
-    real = Store._record_asked
-
-    def record(self: Store, interval: Any) -> None:
-        sync, Journal.sync = Journal.sync, lambda self: None  # type: ignore
-        try:
-            real(self, interval)
-        finally:
-            Journal.sync = sync  # type: ignore[method-assign]
-
-    Store._record_asked = record  # type: ignore[method-assign]
-
-
-def marked_ahead_over_a_commit() -> None:
-    """The helper marks late what it has recorded, be it in another interval."""
-    real, late = Store._record_asked, list[np.ndarray]()
-
-    def record(self: Store, interval: Any) -> None:
-        mark, Touched.mark = Touched.mark, lambda self, rows: late.append(rows)  # type: ignore
-        try:
-            while late:
-                mark(interval.touched, late.pop())
-            real(self, interval)
-        finally:
-            Touched.mark = mark  # type: ignore[method-assign]
-
-    Store._record_asked = record  # type: ignore[method-assign]
-
-
-def manifest_before_the_rows() -> None:
-    def finish(self: Store, state: Any) -> None:
-        self._set(state)
-        fs.sync(self._fd)
-        self._salt = store.secrets.token_hex(8)
-
-    Store._finish_interval = finish  # type: ignore[method-assign]
-
-
-def rows_not_synced() -> None:
-    def finish(self: Store, state: Any) -> None:
-        self._set(state)
-        self._salt = store.secrets.token_hex(8)
-
-    Store._finish_interval = finish  # type: ignore[method-assign]
-
-
-def salt_kept() -> None:
-    store.secrets = types.SimpleNamespace(token_hex=lambda n: "00" * (n - 1) + "07")  # type: ignore
-
-
-def marks_kept_over_a_commit() -> None:
-    real, clear = Touched.commit, Touched.clear
-
-    def commit(self: Touched, rows: int) -> None:
-        Touched.clear = lambda self: None  # type: ignore[method-assign]
-        real(self, rows)
-        Touched.clear = clear  # type: ignore[method-assign]
-
-    Touched.commit = commit  # type: ignore[method-assign]
-
-
-def touched_hears_of_no_commit() -> None:
-    Touched.commit = lambda self, rows: None  # type: ignore[method-assign]
-
-
-def dirty_after_the_first_change() -> None:
-    """The manifest says so at the second change of an interval."""
-    real_set, real_protect = Store._set, Store.protect
-    waiting: list[Any] = []
-
-    def set_later(self: Store, state: Any) -> None:
-        if state.state == "dirty":
-            waiting.append(state)
-            self.manifest = state
+    def mark(self, rows: I64) -> None:
+        if MarkedAheadOverACommit.in_helper:
+            self.late.append(rows)
         else:
-            waiting.clear()
-            real_set(self, state)
+            super().mark(rows)
 
-    def protect(self: Store, rows: np.ndarray) -> None:
-        if waiting:
-            real_set(self, waiting.pop())
-        real_protect(self, rows)
-
-    Store._set, Store.protect = set_later, protect  # type: ignore[method-assign]
+    def new(self, rows: I64) -> I64:
+        while MarkedAheadOverACommit.in_helper and self.late:
+            super().mark(self.late.pop())
+        return super().new(rows)
 
 
-def undo_not_synced() -> None:
-    real = Store._put_back
+class MarksKeptOverACommit(DirtyRows):
+    _in_commit = False
 
-    def put_back(self: Store, replay: Replay) -> None:
-        sync, store.sync = store.sync, lambda fd: None
-        real(self, replay)
-        store.sync = sync
+    def commit(self, rows: int) -> None:
+        self._in_commit = True
+        super().commit(rows)
+        self._in_commit = False
 
-    Store._put_back = put_back  # type: ignore[method-assign]
-
-
-def undo_of_the_first_frame_only() -> None:
-    real = Replay.__iter__
-
-    def first(self: Replay) -> Iterator[Any]:
-        found = list(real(self))
-        yield from found[:1]
-
-    Replay.__iter__ = first  # type: ignore[method-assign]
+    def clear(self) -> None:
+        if not self._in_commit:
+            super().clear()
 
 
-def clean_before_the_rows_are_back() -> None:
-    real = Store._put_back
-
-    def put_back(self: Store, replay: Replay) -> None:
-        if self.mode == "r+":
-            self._set(self.manifest.with_changes(**CLEAN))
-        real(self, replay)
-
-    Store._put_back = put_back  # type: ignore[method-assign]
+class CommitNotHeard(DirtyRows):
+    def commit(self, rows: int) -> None:
+        pass
 
 
-def sums_not_compared() -> None:
-    """A frame is taken for whole if its header is."""
-    real = journal._crc
+class LogOfTheTransactionBefore(ChangeLog):
+    last: ClassVar[list[Any]] = []
 
-    def crc(data: Any) -> int:
-        return real(data) if isinstance(data, bytes) else 0
-
-    journal._crc = crc
-    journal._crc_of_each = lambda data, size, threads: [0] * -(-len(data) // size)
+    def append(self, before: Any, after: Any, parts: Any) -> None:
+        self.last.append(list(parts))
+        super().append(before, after, self.last[-2] if len(self.last) > 1 else [])
 
 
-def boot_not_compared() -> None:
-    recovery.boot_id = lambda: "the same"
+class GapInTheLogIgnored(ChangeLog):
+    @staticmethod
+    def chain(records: Any, last: Any) -> Any:
+        return list(records)
 
 
-def manifest_written_in_place() -> None:
-    def write(path: Any, parts: Any) -> None:
-        fd = fs.os.open(path, fs.os.O_WRONLY | fs.os.O_CREAT | fs.os.O_TRUNC, 0o666)
-        fs.write_all(fd, b"".join(parts))
-        fs.sync(fd)
-        fs.os.close(fd)
-
-    store.replace_file = write
+class UnchainedRows(ChangedRows):
+    chain = staticmethod(GapInTheLogIgnored.chain)
 
 
-def manifest_not_synced() -> None:
-    """Its folder is, so that the name is safe."""
-    real = store.replace_file
+@dataclass(frozen=True)
+class Broken:
+    """The parts that a mutant replaces; those of the library by default."""
 
-    def write(path: Any, data: bytes) -> None:
-        sync, fs.sync = fs.sync, lambda fd: stat.S_ISDIR(os.fstat(fd).st_mode) and sync(fd)
-        try:
-            real(path, data)
-        finally:
-            fs.sync = sync
-
-    store.replace_file = write
+    layer: type[Layer] = Layer
+    dirty_rows: type[DirtyRows] = DirtyRows
+    change_log: type[ChangeLog] = ChangeLog
+    changed_rows: type[ChangedRows] = ChangedRows
 
 
-def folder_not_synced() -> None:
-    fs.sync_folder = lambda path: None
-
-
-def failed_sync_forgotten() -> None:
-    Store._failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
-    Journal.failed_sync = property(lambda self: False, lambda self, value: None)  # type: ignore
-
-
-def log_of_the_interval_before() -> None:
-    real, last = Changes.append, list[Any]()
-
-    def append(self: Changes, before: Any, after: Any, parts: Any) -> None:
-        last.append(list(parts))
-        real(self, before, after, last[-2] if len(last) > 1 else [])
-
-    Changes.append = append  # type: ignore[method-assign]
-
-
-def gap_in_the_log_ignored() -> None:
-    change_log._chain = lambda records, last: list(records)
-
-
-def copy_appears_in_parts() -> None:
-    @contextlib.contextmanager
-    def appearing(path: Any) -> Iterator[Any]:
-        path.mkdir()
-        yield path
-
-    create.appearing = appearing
-
-
-MUTANTS: dict[str, Callable[[], None]] = {
-    function.__name__.replace("_", " "): function
-    for function in (
-        rows_change_before_they_are_recorded,
-        marked_before_recorded,
-        journal_not_synced,
-        marked_ahead_before_synced,
-        marked_ahead_over_a_commit,
-        manifest_before_the_rows,
-        rows_not_synced,
-        salt_kept,
-        marks_kept_over_a_commit,
-        touched_hears_of_no_commit,
-        dirty_after_the_first_change,
-        undo_not_synced,
-        undo_of_the_first_frame_only,
-        clean_before_the_rows_are_back,
-        sums_not_compared,
-        boot_not_compared,
-        manifest_written_in_place,
-        manifest_not_synced,
-        folder_not_synced,
-        failed_sync_forgotten,
-        log_of_the_interval_before,
-        gap_in_the_log_ignored,
-        copy_appears_in_parts,
-    )
+MUTANTS = {
+    "": Broken(),
+    "rows change before they are recorded": Broken(RowsChangeBeforeTheyAreRecorded),
+    "marked before recorded": Broken(dirty_rows=MarkedBeforeRecorded),
+    "journal not synced": Broken(JournalNotSynced),
+    "marked ahead before synced": Broken(MarkedAheadBeforeSynced),
+    "marked ahead over a commit": Broken(MarkedAheadOverACommit, LateMarks),
+    "manifest before the rows": Broken(ManifestBeforeTheRows),
+    "rows not synced": Broken(RowsNotSynced),
+    "salt kept": Broken(SaltKept),
+    "marks kept over a commit": Broken(dirty_rows=MarksKeptOverACommit),
+    "dirty rows hear of no commit": Broken(dirty_rows=CommitNotHeard),
+    "dirty after the first change": Broken(DirtyAfterTheFirstChange),
+    "undo not synced": Broken(UndoNotSynced),
+    "undo of the first frame only": Broken(UndoOfTheFirstFrameOnly),
+    "clean before the rows are back": Broken(CleanBeforeTheRowsAreBack),
+    "sums not compared": Broken(SumsNotCompared),
+    "boot not compared": Broken(BootNotCompared),
+    "manifest written in place": Broken(ManifestWrittenInPlace),
+    "manifest not synced": Broken(ManifestNotSynced),
+    "folder not synced": Broken(FolderNotSynced),
+    "failed sync forgotten": Broken(FailedSyncForgotten),
+    "log of the transaction before": Broken(change_log=LogOfTheTransactionBefore),
+    "gap in the log ignored": Broken(change_log=GapInTheLogIgnored, changed_rows=UnchainedRows),
+    "copy appears in parts": Broken(CopyAppearsInParts),
 }
 
 
-def apply(name: str) -> None:
-    """Break this process; "" breaks nothing. Frames are short, so that an interval has many."""
-    journal.FRAME_BYTES = 600
-    if name:
-        MUTANTS[name]()
+@contextlib.contextmanager
+def installed(mutant: str, system: fs.FileSystem | None = None) -> Iterator[Broken]:
+    """Run a block with a mutant, or with short frames alone if the name is empty.
+
+    Parameters
+    ----------
+    mutant : str
+    system : FileSystem, optional
+        The file system below the mutant.
+    """
+    broken = MUTANTS[mutant]
+    journal.FRAME_BYTES = FRAME_BYTES
+    parts = {"dirty_rows_type": broken.dirty_rows, "change_log_type": broken.change_log}
+    before = {name: getattr(Transaction, name) for name in parts}
+    for name, part in parts.items():
+        setattr(Transaction, name, part)
+    try:
+        with fs.using(broken.layer(system)):
+            yield broken
+    finally:
+        for name, part in before.items():
+            setattr(Transaction, name, part)

@@ -1,4 +1,4 @@
-"""What is run: training that draws everything from one seed, and can go on where a commit was.
+"""The program that is run: training that draws everything from one seed and resumes at a commit.
 
 The same program over a table in memory is the oracle: it says beforehand what each commit holds.
 """
@@ -21,52 +21,67 @@ import numpy as np
 from pyembed import Table, init
 from pyembed.errors import ArgumentError
 from pyembed.optim import Adagrad, Adam, Optimizer
-from pyembed.storage.change_log import Since
+from pyembed.storage.change_log import ChangedRows
+from pyembed.storage.fs import Folder
+from tests.crash.calls import CHANGE, Calls
 
 RULES: dict[str, Callable[..., Optimizer]] = {"adagrad": Adagrad, "adam": Adam}
 STARTS = init.uniform(-1.0, 1.0)
 TRIES = 3
-SMALL = 2000  # rows: of which a copy of each commit is kept
+SMALL = 2000  # rows: the oracle keeps a copy of each commit of a table that has at most so many
 PIECE = 4096  # rows
-REAL_WRITE, REAL_FSYNC = os.write, os.fsync  # acknowledgements are not what is tested
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One program. `stubborn`: go on after an error as a caller may, instead of ending with it."""
+    """The parameters of a program.
+
+    Attributes
+    ----------
+    stubborn : bool
+        Go on after an error as a caller may, instead of ending with it.
+    """
 
     seed: int = 0
     rows: int = 300
     dim: int = 4
     optimizer: str = "adagrad"
     durability: str = "process"
-    intervals: int = 6
+    transactions: int = 6
     batch: int = 24
     stubborn: bool = False
 
 
 def digest(table: Table) -> str:
-    """Rows, state and meta as one short text."""
+    """Return a short text that depends on every row, on the optimizer state and on the meta."""
     sums = hashlib.blake2b(digest_size=16)
     for start in range(0, table.rows, PIECE):  # in little memory
         rows = np.arange(start, min(start + PIECE, table.rows))
         table.prefetch(rows)
         for name in table.columns:
-            sums.update(np.ascontiguousarray(table.column(name)[rows[0] : rows[-1] + 1]))
+            sums.update(table.column(name)[rows[0] : rows[-1] + 1].tobytes())
     sums.update(json.dumps(table.meta, sort_keys=True).encode())
     return f"{table.rows}:{sums.hexdigest()}"
 
 
 class Trainer:
-    """The program over one open table."""
+    """The program over one open table.
+
+    Parameters
+    ----------
+    plan : Plan
+    table : Table
+    say : function of a word and a number
+        Hears "change" after each change of rows, "begin" before a commit and "ack" after it.
+    """
 
     def __init__(self, plan: Plan, table: Table, say: Callable[[str, int], None]) -> None:
         self.plan, self.table, self.say = plan, table, say
-        self._saved = b""  # what a table in memory goes back to
+        self._saved = b""  # the last commit of a table in memory
         self._resume()
 
     def _resume(self) -> None:
-        """From the meta of the last commit: the step, the generator's state, the optimizer's."""
+        """Take step, generator state and optimizer state from the meta of the last commit."""
         meta = self.table.meta
         self.rng = np.random.default_rng(self.plan.seed)
         if meta:
@@ -78,6 +93,7 @@ class Trainer:
             self._saved = pickle.dumps(self.table)
 
     def rollback(self) -> None:
+        """Return to the last commit."""
         if self.table.path is None:
             self.table = pickle.loads(self._saved)
             self.optimizer.table = self.table
@@ -86,7 +102,7 @@ class Trainer:
         self.optimizer.steps = self._steps
 
     def _changes(self) -> Iterator[Callable[[], object]]:
-        """The calls of one interval; each draws what it needs before it is made."""
+        """Yield the changes of one transaction; each draws its arguments before it is made."""
         rng, plan = self.rng, self.plan
         for turn in range(int(rng.integers(3, 6))):
             ids = rng.integers(0, self.table.rows, plan.batch)
@@ -111,8 +127,8 @@ class Trainer:
         with self.table.writing(ids) as weight:
             weight[ids] = values
 
-    def interval(self) -> None:
-        """Changes, then the commit of the next generation."""
+    def transaction(self) -> None:
+        """Make changes, then commit the next generation."""
         for attempt in range(TRIES):
             try:
                 for change in self._changes():
@@ -138,53 +154,52 @@ class Trainer:
         self._saved = pickle.dumps(self.table) if self.table.path is None else b""
 
     def _attempt(self, change: Callable[[], object]) -> None:
-        """A change that met an error changed nothing, so it may be made again."""
+        """Make a change, and announce it. A change that failed changed nothing: it is repeated."""
         try:
             change()
         except OSError:
             if not self.plan.stubborn or change == self.rollback:
                 raise
             change()
+        self.say(CHANGE, self.step)
 
 
 def contents(table: Table) -> np.ndarray | None:
-    """All columns side by side; of a large table nobody asks."""
+    """Return all columns joined; None for a table that is too large to keep."""
     if table.rows > SMALL:
         return None
     return np.concatenate([table.column(name) for name in table.columns], axis=1)
 
 
 def oracle(plan: Plan) -> tuple[str, ...]:
-    """The digest of each generation."""
+    """Return the digest of each generation."""
     return tuple(digest for digest, _ in history(plan))
 
 
 @functools.lru_cache(maxsize=64)
 def history(plan: Plan) -> tuple[tuple[str, np.ndarray | None], ...]:
-    """Digest and rows of each generation."""
+    """Return digest and rows of each generation."""
     found = []
     table = Table.memory(plan.rows, plan.dim, plan.optimizer, init=STARTS, seed=plan.seed)
     trainer = Trainer(plan, table, lambda word, number: None)
     found.append((digest(trainer.table), contents(trainer.table)))
-    for _ in range(plan.intervals):
-        trainer.interval()
+    for _ in range(plan.transactions):
+        trainer.transaction()
         found.append((digest(trainer.table), contents(trainer.table)))
     return tuple(found)
 
 
-def wrong_log(table: Table, plan: Plan) -> str:
-    """For which generation the log of changes leaves out a row that changed since, or ""."""
+def wrong_log(table: Table, plan: Plan, changed_rows: type[ChangedRows]) -> str:
+    """Name a generation for which the change log leaves out a row that changed since, or ""."""
     held = [rows for _, rows in history(plan)]
     for generation in range(table.generation):
         old, new = held[generation], held[table.generation]
         if old is None or new is None or table.path is None:
             continue
-        with contextlib.suppress(ArgumentError):  # it is not known: that is an answer
-            found = [
-                row
-                for rows in Since(table.path, table.committed, generation).rows()
-                for row in rows
-            ]
+        with contextlib.suppress(ArgumentError), Folder(table.path) as folder:
+            # "Not known", an ArgumentError, is a right answer too.
+            parts = changed_rows(folder, table.committed, generation).rows()
+            found = [row for rows in parts for row in rows]
             changed = np.flatnonzero((old != new[: len(old)]).any(axis=1))
             missing = {*changed, *range(len(old), len(new))} - {*found}
             if missing:
@@ -193,6 +208,7 @@ def wrong_log(table: Table, plan: Plan) -> str:
 
 
 def open_or_create(path: Path, plan: Plan, say: Callable[[str, int], None]) -> Table:
+    """Open the table; create it if there is none."""
     if path.exists():
         return Table.open(path)
     say("begin", 0)
@@ -210,16 +226,16 @@ def open_or_create(path: Path, plan: Plan, say: Callable[[str, int], None]) -> T
 
 
 def train(path: Path, plan: Plan, say: Callable[[str, int], None]) -> None:
-    """From wherever the last commit is to the end. The table is closed every third interval."""
+    """Train from the last commit to the end; close the table after every third commit."""
     errors, done = 0, False
     while not done:
         try:
             with open_or_create(path, plan, say) as table:
                 trainer = Trainer(plan, table, say)
-                done = table.generation >= plan.intervals
+                done = table.generation >= plan.transactions
                 while not done:
-                    trainer.interval()
-                    done = table.generation >= plan.intervals
+                    trainer.transaction()
+                    done = table.generation >= plan.transactions
                     if table.generation % 3 == 0:
                         break
         except OSError:
@@ -229,43 +245,61 @@ def train(path: Path, plan: Plan, say: Callable[[str, int], None]) -> None:
 
 
 class Log:
-    """Acknowledgements in a file of their own: "begin 3" before a commit, "ack 3" after it."""
+    """A file outside of the table: "begin 3" before a commit, "ack 3" after it.
 
-    def __init__(self, path: Path) -> None:
+    Parameters
+    ----------
+    path : Path
+    calls : Calls, optional
+        Hears everything first.
+    """
+
+    def __init__(self, path: Path, calls: Calls | None = None) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._calls = calls
 
     def say(self, word: str, number: int) -> None:
-        REAL_WRITE(self._fd, f"{word} {number}\n".encode())
-        REAL_FSYNC(self._fd)
+        """Write a line durably; changes are not written down."""
+        if self._calls is not None:
+            self._calls.say(word, number)
+        if word != CHANGE:
+            os.write(self._fd, f"{word} {number}\n".encode())
+            os.fsync(self._fd)
 
 
 def read_log(path: Path) -> list[tuple[str, int]]:
+    """Return the lines of a `Log`."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [(line.split()[0], int(line.split()[1])) for line in lines]
 
 
 def allowed(said: list[tuple[str, int]]) -> set[int]:
-    """The generations that may be found: the last one acknowledged, and one under way."""
+    """Return the generations that may be found: the last acknowledged one, and one under way."""
     acknowledged = max((number for word, number in said if word == "ack"), default=-1)
     return {acknowledged} | {number for _, number in said if number == acknowledged + 1}
 
 
-def judge(path: Path, plan: Plan, said: list[tuple[str, int]], resume: bool) -> dict[str, Any]:
-    """Open what is left, as a reader and as a writer; then go on to the end if so asked.
+def judge(
+    path: Path,
+    plan: Plan,
+    said: list[tuple[str, int]],
+    resume: bool,
+    changed_rows: type[ChangedRows] = ChangedRows,
+) -> dict[str, Any]:
+    """Open the table as a reader and as a writer; then train to the end if `resume`.
 
     Returns
     -------
     dict
-        "bad": what is wrong, or ""; "found": the generation.
+        "bad": the problem, or ""; "found": the generation.
     """
     may, digests = allowed(said), oracle(plan)
     if not path.exists():
         return {"bad": "" if -1 in may else "the table is gone", "found": -1}
     for mode in ("r", "r+"):
         table = Table.open(path, mode)
-        # Nothing is committed by looking at it.
         number, found = table.generation, digest(table)
-        problem = wrong_log(table, plan) if number in may else ""
+        problem = wrong_log(table, plan, changed_rows) if number in may else ""
         table.close()
         if number not in may:
             return {"bad": f"{mode}: generation {number}, allowed {sorted(may)}", "found": number}

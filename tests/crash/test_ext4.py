@@ -17,7 +17,7 @@ def _run(*options: str) -> None:
 
 
 def test_power_cuts_on_ext4() -> None:
-    """Whatever the kernel finds on the disk: the last commit is there, or the one under way."""
+    """After any power cut the table holds the last commit, or the one under way, exactly."""
     _run(*(f"--cell={name}" for name in torture.TITLES if name.startswith("ext4")))
 
 
@@ -27,5 +27,5 @@ def test_power_cuts_on_ext4_notice_mutants() -> None:
 
 
 def test_mutants_on_ext4_are_mutants() -> None:
-    """Each hunt there is of one that the model finds too."""
+    """The model of a disk finds every mutant that is hunted on ext4, too."""
     assert set(hunts.ON_EXT4) <= set(hunts.HUNTS)

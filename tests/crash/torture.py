@@ -1,8 +1,8 @@
-"""The command: every sweep, in full or thinned out, and every mutant; a table of counts.
+"""The command: run every sweep and hunt every mutant, and report a table of counts.
 
-python -m tests.crash.torture            all of it, a quarter of an hour      (make torture)
-python -m tests.crash.torture --short    a thin slice of each, for the tests
-python -m tests.crash.torture --write    and put the counts into docs/durability.md
+python -m tests.crash.torture            everything: about 25 minutes       (make torture)
+python -m tests.crash.torture --short    a thin slice of each sweep, for the tests
+python -m tests.crash.torture --write    also write the counts to docs/durability.md
 
 Each sweep runs in a process of its own, as many at once as there are processors.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
-    os.environ["PYEMBED_NUM_THREADS"] = "1"  # before pyembed is asked: a fork must find no threads
+    os.environ["PYEMBED_NUM_THREADS"] = "1"  # before the import: a fork finds no threads
 
 from tests.crash import cells, cuts, exports, ext4, hunts, worker
 from tests.crash.cells import DEATHS, ROOT, Counts, How
@@ -49,7 +49,7 @@ LONGEST = (
 
 
 def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
-    """Every cell by name."""
+    """Return every cell by name."""
 
     def how(step: int) -> How:
         return How(step=step, offset=5) if short else How()
@@ -91,7 +91,7 @@ def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
 
 
 TITLES = {
-    "kill-points": "killed before and after every system call and kernel of a run",
+    "kill-points": "killed before and after every system call and change of a run",
     "random-kills": "killed from outside at a random time",
     "little-memory": "the same, 150 MB of rows in 96 MiB of memory",
     "resumed": "killed again and again, resumed to the end: bits of a run left alone",
@@ -102,12 +102,12 @@ TITLES = {
     "failed-syncs": "a sync fails and loses what it had; the caller goes on; power cut at commits",
     "power-cuts": "power cut after every event × 4 modes, durability power",
     "power-cuts-process": "the same, durability process: refused, or right",
-    "power-cuts-recovery": "power cut in a recovery and the interval after it",
+    "power-cuts-recovery": "power cut in a recovery and the transaction after it",
     "exports": "a copy, a delta, or its application is killed at, or has a failing, call",
     "damage": "a byte of manifest, header of the rows or of a frame is another",
     "ext4-cuts": "on ext4: power cut after every write and flush × 4 modes, durability power",
     "ext4-cuts-process": "the same, durability process: refused, or right",
-    "ext4-cuts-recovery": "on ext4: power cut in a recovery and the interval after it",
+    "ext4-cuts-recovery": "on ext4: power cut in a recovery and the transaction after it",
     "ext4-failed-writes": "on ext4: a write fails (EIO); the caller goes on; power cut at commits",
     "ext4-shutdowns": "ext4 shut down before every call of a run, and at random times",
 }
@@ -122,14 +122,14 @@ class Task(NamedTuple):
 
 
 def work(task: Task) -> dict[str, Any]:
-    """In a process of its own, with little memory: the fields of its counts."""
+    """Run a task in a new process with little memory; return the fields of its counts."""
     if task.kind == "cell":
         function = sweeps(task.short)[task.name]
     else:
         function = partial(hunts.hunt, task.name, How(step=SHORT_HUNT if task.short else 1))
     start = time.monotonic()
     with worker.memory_group(cells.LITTLE) as group:
-        # What has a group of its own needs to know beforehand what a large table will hold.
+        # The cell with a group of its own computes the content of a large table beforehand.
         joined = None if task.name == "little-memory" else group
         ended = worker.in_child(lambda: vars(function()), cells.LONG, joined)
     none = {"cell": task.name, "bad": [f"signal {ended.signal} {ended.error}"]}
@@ -137,7 +137,7 @@ def work(task: Task) -> dict[str, Any]:
 
 
 def report(task: Task, counts: Counts) -> tuple[str, int]:
-    """A line of the page, and how many things are wrong."""
+    """Return a line of the page, and the number of bad states or missed mutants."""
     if task.kind == "cell":
         line = f"| {TITLES[task.name]} | {counts.cases:,} | {counts.note or len(counts.bad)} |"
         return line, 0 if counts.note else len(counts.bad) + (not counts.cases)
@@ -147,7 +147,7 @@ def report(task: Task, counts: Counts) -> tuple[str, int]:
 
 
 def run(tasks: list[Task]) -> tuple[list[str], list[str], int]:
-    """Lines for cells and for mutants, and how many things are wrong."""
+    """Return the lines of cells and of mutants, and the number of bad states or missed mutants."""
     lines, wrong = {}, 0
     with get_context("fork").Pool(os.cpu_count()) as pool:
         pairs = [(task, pool.apply_async(work, [task])) for task in sorted(tasks, key=_longest)]
@@ -166,12 +166,12 @@ def run(tasks: list[Task]) -> tuple[list[str], list[str], int]:
 
 
 def _longest(task: Task) -> int:
-    """Those first, so that no processor waits for them at the end."""
+    """Sort long tasks first, so that no processor waits for them at the end."""
     return LONGEST.index(task.name) if task.name in LONGEST else len(LONGEST)
 
 
 def where() -> str:
-    """Date, commit, kernel, file system: what the counts are of."""
+    """Return date, commit, kernel and file system of the counts."""
     git = ["git", "-C", str(PAGE.parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     folder = str(How().root or "/tmp")
@@ -188,6 +188,7 @@ def where() -> str:
 
 
 def write_page(place: str, cell_lines: list[str], mutant_lines: list[str]) -> None:
+    """Replace the counts in docs/durability.md."""
     text = PAGE.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
@@ -206,6 +207,7 @@ def write_page(place: str, cell_lines: list[str], mutant_lines: list[str]) -> No
 
 
 def main() -> int:
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--write", action="store_true")

@@ -1,7 +1,7 @@
-"""One run in a process of its own, forked from one that has imported everything.
+"""Run one case in a process that is forked from one that has imported everything.
 
-A fork takes about two milliseconds, a new Python a third of a second; what dies is a process
-either way. Nothing here starts threads, so that a fork is safe.
+A fork takes about two milliseconds and a new Python a third of a second; both are processes that
+can be killed. Nothing here starts threads, so a fork is safe.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tests.crash import mutants, program
 from tests.crash.calls import Calls
 from tests.crash.program import Log, Plan
 
-NAME = "pyembed-crash-"  # of folders and control groups; then the number of the process
+NAME = "pyembed-crash-"  # prefix of folders and control groups; the process number follows
 GROUPS = Path("/sys/fs/cgroup")
 GROUPS = GROUPS / "memory" if (GROUPS / "memory").is_dir() else GROUPS
 PATIENCE = 60.0  # seconds: a run takes less than one
 
 
 class Ended(NamedTuple):
-    """How a child ended: the signal or 0, what it returned, and its error's text."""
+    """How a child ended: its signal or 0, its result, its error, and whether that is promised."""
 
     signal: int
     result: Any
@@ -44,9 +44,16 @@ class Ended(NamedTuple):
 def in_child(
     function: Callable[[], Any], kill_after: float | None = None, group: Path | None = None
 ) -> Ended:
-    """Run it in a fork; kill that after some seconds if so asked, and in any case at last.
+    """Run a function in a forked child.
 
-    `group` is a control group that the child joins, which limits its memory.
+    Parameters
+    ----------
+    function : function without arguments
+        Its result is sent as JSON.
+    kill_after : float, optional
+        Seconds until the child is killed; `PATIENCE` if not given.
+    group : Path, optional
+        A control group that the child joins, which limits its memory.
     """
     reading, writing = os.pipe()
     gc.freeze()  # a child's collector would copy all that it looks at
@@ -72,8 +79,8 @@ def in_child(
 
 
 def _answer(function: Callable[[], Any], writing: int, group: Path | None) -> None:
-    """In the child: send what came out, and end without anything that Python does at exit."""
-    send, answer = os.write, {}
+    """In the child: send the outcome, and end without anything that Python does at exit."""
+    answer = {}
     try:
         if group is not None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
@@ -84,13 +91,13 @@ def _answer(function: Callable[[], Any], writing: int, group: Path | None) -> No
     with contextlib.suppress(BaseException):
         data = memoryview(json.dumps(answer).encode())
         while data:
-            data = data[send(writing, data) :]
+            data = data[os.write(writing, data) :]
     os._exit(0)
 
 
 @contextlib.contextmanager
 def memory_group(limit: int) -> Iterator[Path | None]:
-    """A control group with so many bytes of memory; None where it cannot be made."""
+    """Make a control group that limits memory to so many bytes; None where that is impossible."""
     old = GROUPS.name == "memory"
     group = GROUPS / f"{NAME}{os.getpid()}"
     try:
@@ -106,7 +113,7 @@ def memory_group(limit: int) -> Iterator[Path | None]:
         yield group
     finally:
         for _ in range(50):
-            with contextlib.suppress(OSError):  # busy, for a moment after the last of it died
+            with contextlib.suppress(OSError):  # it stays busy for a moment
                 group.rmdir()
                 break
             time.sleep(0.1)
@@ -114,7 +121,7 @@ def memory_group(limit: int) -> Iterator[Path | None]:
 
 @contextlib.contextmanager
 def scratch(root: Path | None = None) -> Iterator[Path]:
-    """A folder for one case."""
+    """Make a folder for one case."""
     folder = Path(tempfile.mkdtemp(prefix=f"{NAME}{os.getpid()}-", dir=root))
     try:
         yield folder
@@ -123,7 +130,7 @@ def scratch(root: Path | None = None) -> Iterator[Path]:
 
 
 def remove_leftovers(root: Path) -> None:
-    """What runs that were killed have left: folders and control groups of processes long gone."""
+    """Remove folders and control groups of runs that were killed."""
     for parent in (root, Path(tempfile.gettempdir()), GROUPS):
         for left in parent.glob(f"{NAME}*"):
             number = left.name.removeprefix(NAME).partition("-")[0]
@@ -143,15 +150,12 @@ def run(
     kill_after: float | None = None,
     group: Path | None = None,
 ) -> Ended:
-    """Train in a child; returns the names of the calls that it made, if it lived."""
+    """Train in a child; its result is the names of the calls that it made."""
 
     def child() -> list[str]:
-        mutants.apply(mutant)
-        log = Log(folder / "log")
-        if calls is not None:
-            calls.install()
-        program.train(folder / "t.pyembed", plan, log.say)
-        return calls.names if calls is not None else []
+        with mutants.installed(mutant, calls):
+            program.train(folder / "t.pyembed", plan, Log(folder / "log", calls).say)
+        return calls.made if calls is not None else []
 
     return in_child(child, kill_after, group)
 
@@ -159,16 +163,16 @@ def run(
 def judge(
     folder: Path, plan: Plan, mutant: str = "", resume: bool = False, group: Path | None = None
 ) -> str:
-    """What is wrong with what a run left, or ""."""
+    """Return the problem with the files that a run left, or ""."""
     program.oracle(plan)  # once, and not in every child
 
     def child() -> dict[str, Any]:
-        mutants.apply(mutant)
         said = program.read_log(folder / "log")
         try:
-            return program.judge(folder / "t.pyembed", plan, said, resume)
+            with mutants.installed(mutant) as broken:
+                return program.judge(folder / "t.pyembed", plan, said, resume, broken.changed_rows)
         except DirtyError:
-            if plan.durability != "none":  # which promises no more than to notice
+            if plan.durability != "none":  # "none" promises to notice, and no more
                 raise
             return {"bad": ""}
 
