@@ -1,6 +1,6 @@
 """Run a benchmark: ``python -m bench NAME [--quick] [--json FILE] [--plot FILE] [--write-readme]``.
 
-Rows are announced on stderr as they are measured; the Markdown report goes to stdout.
+A line on stderr announces each row once it is measured; the Markdown report goes to stdout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, report; 0 when it ran, 2 when it could not."""
+    """Run the benchmark that the arguments name; return 0, or 2 if it could not run."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", choices=[*NAMES, "list"], help="which question; list shows them")
     parser.add_argument("--quick", action="store_true", help="a few cases, under a minute")

@@ -1,9 +1,9 @@
-"""Build: the command line writes a table from an initialiser; the disk's own rate beside it.
+"""Build: the command line writes a table from an initialiser, compared with the rate of the disk.
 
-The time is that of the whole command plus a final fsync of the file, should the command have left
-one to do. The disk's rate is taken before and after each build, in the same folder, with writes of
-16 MB and O_DIRECT, one and four at a time; the fastest is the limit. Files go below the temporary
-folder (``TMPDIR``) and are deleted. It refuses to start without room for the table.
+The time includes the whole command and a final fsync of the file, in case the command left data to
+sync. The rate of the disk is measured before and after each build, in the same folder, by O_DIRECT
+writes of 16 MB, one and four at a time; the fastest is the limit. Files go into the temporary
+folder (``TMPDIR``) and are deleted. Without room for the table the benchmark does not start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.harness import Row, Verdict, check
 from bench.limit import disk_write_rate
 
 QUESTION = (
-    "How fast is a table built from an initialiser, against the disk, and in how much memory?"
+    "How fast is a table built from an initialiser, compared with the disk, and in how much memory?"
 )
 DIM = 64
 ROW_BYTES = 2 * DIM * 4  # weight and Adagrad's sum
@@ -33,7 +33,7 @@ MAX_PEAK = 300e6  # bytes
 
 
 def _build(path: Path, rows: int) -> tuple[float, int]:
-    """Seconds until the file is on the disk, and the command's peak resident bytes."""
+    """Return the seconds until the file is on the disk, and the command's peak resident bytes."""
     command = [sys.executable, "-m", "pyembed", "build", "-o", str(path), "--rows", str(rows)]
     command += ["--dim", str(DIM), "--init", "normal", "--optimizer", "adagrad"]
     with tempfile.TemporaryFile() as log:
@@ -51,8 +51,8 @@ def _build(path: Path, rows: int) -> tuple[float, int]:
 
 
 def _checked(path: Path, rows: int) -> int:
-    """Bytes of the file, after a look at its shape and at samples of both columns."""
-    # Read, not mapped: a child's peak begins at that of the process that starts it.
+    """Check the size of the file and samples of both columns; return its bytes."""
+    # Read, not mapped: the peak of a child starts at that of its parent.
     file = path / "rows.npy"
     check("pyembed build", file.stat().st_size == 4096 + rows * ROW_BYTES)
     for row in np.random.default_rng(0).integers(0, rows - 64, 32):

@@ -1,19 +1,19 @@
-"""Tables on disk, ours and the peers', behind one face: gather, step, read, close.
+"""Tables on disk, ours and the peers', with one interface: gather, step, read, close.
 
-All hold rows of 64 floats and train by one rule. Where their bytes lie:
+All tables have rows of 64 floats and train by one rule. They store their bytes in different places:
 
-- pyembed: a table folder; the state of a row lies beside its weight. *three files* is what a user
-  of an engine without that would do: one pyembed table a column, each gathered with all that the
-  engine knows, the rule in numpy between them.
-- np.memmap and torch.from_file, as a user would write it: a mapping a column, the system's own
-  read-ahead. The columns lie one after the other in one file, as far apart as in files of their
-  own. torch's optimizers would make their state in memory; the rule is written out instead.
-- FBGEMM: bags of one id over torch.from_file; its row-wise Adagrad keeps a float a row in memory.
-- LMDB and RocksDB: one value a row, weight and two states; ids are big-endian keys. Both are tuned
-  for such a table: no read-ahead, and for LMDB no sync.
+- pyembed: a table folder, in which a row contains its weight and its state. *three files* shows the
+  alternative: one pyembed table per column, each gathered by the engine, and the rule in numpy.
+- np.memmap and torch.from_file, used in the usual way: one mapping per column, with the system's
+  readahead. The columns follow each other in one file, as far apart as in separate files. torch's
+  optimizers would create their state in memory, so the rule is written out.
+- FBGEMM: bags of one id over torch.from_file. Its row-wise Adagrad keeps one float per row in
+  memory.
+- LMDB and RocksDB: one value per row, with the weight and two states; ids are big-endian keys. Both
+  are tuned for such a table: no readahead, and no sync for LMDB.
 
-The numpy rule touches each row twice, to read and to write, and the sort of the ids favours it: a
-user's `np.add.at` is slower. It refuses what a peer cannot do: `absent` gives the reason.
+The numpy rule accesses each row twice, to read and to write it. It sorts the ids, which favours the
+peers: the usual `np.add.at` is slower. `absent` gives the reason why a peer cannot take part.
 """
 
 from __future__ import annotations
@@ -43,43 +43,43 @@ MEMMAP, FROM_FILE, FBGEMM, LMDB, ROCKS = (
 MODULES = {LMDB: "lmdb", ROCKS: "rocksdict"}
 FILLS = "fills"  # in place of an optimizer
 PUT = 1 << 14  # rows written into a database at once
-CACHE_SHARE = 0.25  # of the limit for RocksDB's own cache; the page cache has the rest
-BUFFER_SHARE = 1 / 32  # of the limit for one buffer of RocksDB's new values
+CACHE_SHARE = 0.25  # the part of the limit for RocksDB's own cache; the page cache has the rest
+BUFFER_SHARE = 1 / 32  # the part of the limit for one buffer of RocksDB's new values
 
 
 @dataclass(frozen=True)
 class Where:
-    """A table to open: who, on which path, with whose rule ("" only gathers), in what memory."""
+    """A table to open: its contender, path, optimizer ("" only gathers) and memory limit."""
 
-    who: str
+    contender: str
     path: str
     optimizer: str = ""
     limit: int = 0
 
 
-def absent(who: str, optimizer: str = "") -> str:
-    """Why someone cannot take part, or an empty string."""
-    if who == FROM_FILE:
+def absent(contender: str, optimizer: str = "") -> str:
+    """Return the reason why a contender cannot take part, or an empty string."""
+    if contender == FROM_FILE:
         torch = peers.torch()
         return torch if isinstance(torch, str) else ""
-    if who == FBGEMM:
+    if contender == FBGEMM:
         lacks = optimizer and optimizer not in update.FBGEMM
         return f"has no {optimizer}" if lacks else peers.why_no_fbgemm()
     try:
-        if who in MODULES:
-            _module(who)
+        if contender in MODULES:
+            _module(contender)
     except ImportError:
         return "not installed"
     return ""
 
 
-def _module(who: str) -> Any:
-    """The Python package of a database."""
-    return importlib.import_module(MODULES[who])
+def _module(contender: str) -> Any:
+    """Import the Python package of a database."""
+    return importlib.import_module(MODULES[contender])
 
 
 def rule(name: str, parts: list[Any], g: Any, t: int) -> list[Any]:
-    """Weight and states after step `t` (the first is 1), of numpy arrays or torch's tensors."""
+    """Return weight and states after step `t` (the first is 1), as numpy arrays or tensors."""
     w, *states = parts
     if name == "Adagrad":
         s = states[0] + g * g
@@ -91,7 +91,7 @@ def rule(name: str, parts: list[Any], g: Any, t: int) -> list[Any]:
 
 
 class Pyembed:
-    """Ours: the engine finds by itself that the table is cold."""
+    """pyembed's table, which detects by itself that it is cold."""
 
     def __init__(self, where: Where) -> None:
         import pyembed
@@ -125,7 +125,7 @@ class Pyembed:
 
 
 class _Columns:
-    """A step in three parts: read the columns of the touched rows, the rule, write them back."""
+    """A step in three parts: read the columns of the rows, apply the rule, write them back."""
 
     rule: str
     steps = 0
@@ -140,7 +140,7 @@ class _Columns:
         raise NotImplementedError
 
     def summed(self, ids: Array, grad: Array) -> tuple[Any, Any]:
-        """Unique rows, and the sum of the gradients of each."""
+        """Return the unique rows, and the sum of the gradients of each."""
         order = np.argsort(ids, kind="stable")
         rows, starts = np.unique(ids[order], return_index=True)
         return rows, np.add.reduceat(grad[order], starts, axis=0)
@@ -156,7 +156,7 @@ class _Columns:
 
 
 class ThreeFiles(_Columns):
-    """pyembed without state in the row: a table a column."""
+    """pyembed without state in the row: one table per column."""
 
     def __init__(self, where: Where) -> None:
         import pyembed
@@ -237,7 +237,7 @@ class FromFile(_Columns):
 
 
 def from_file(file: Path, columns: int) -> list[Any]:
-    """torch's mapping of a whole file of float32, cut into columns of (rows, DIM)."""
+    """Map a file of float32 with torch, and cut it into columns of (rows, DIM)."""
     torch, size = peers.torch(), file.stat().st_size // 4
     flat = torch.from_file(str(file), shared=True, size=size, dtype=torch.float32)
     rows = (size - HEADER // 4) // DIM // columns
@@ -246,13 +246,13 @@ def from_file(file: Path, columns: int) -> list[Any]:
 
 
 class Fbgemm:
-    """Its table over the mapping of `from_file`, through ``preallocated_host_buffers``."""
+    """FBGEMM's table over the mapping of `from_file`, by ``preallocated_host_buffers``."""
 
     def __init__(self, where: Where) -> None:
         (weight,) = from_file(Path(where.path, "rows.npy"), 1)
         self.inner = update.Fbgemm("FBGEMM bag", where.optimizer or "Adagrad", weight.numpy())
         self.rule = self.inner.rule
-        self.steps = 0  # its rule does not count
+        self.steps = 0  # the rule does not count steps
 
     def gather(self, ids: Array) -> Any:
         with peers.torch().no_grad():
@@ -271,7 +271,7 @@ class Fbgemm:
 
 
 class _Database(_Columns):
-    """A value is the three columns of a row."""
+    """A database whose values are the three columns of a row."""
 
     def fetch(self, keys: list[bytes]) -> list[bytes]:
         raise NotImplementedError
@@ -307,12 +307,12 @@ class Lmdb(_Database):
     def __init__(self, where: Where) -> None:
         self.rule = where.optimizer
         self.reads = not self.rule
-        space = 1 << 40  # of addresses, not of the disk
+        space = 1 << 40  # of the address space, not of the disk
         options = {"map_size": space, "readahead": False, "sync": False, "metasync": False}
         self.env = _module(LMDB).open(where.path, **options, readonly=self.reads)
 
     def fetch(self, keys: list[bytes]) -> list[bytes]:
-        # Key by key: getmulti makes tuples too, and is not faster.
+        # Key by key, because getmulti creates tuples and is not faster.
         with self.env.begin() as transaction:
             return [transaction.get(key) for key in keys]
 
@@ -356,17 +356,17 @@ class Rocks(_Database):
         self.db.close()
 
 
-def fill(who: str, path: Path, source: Path, rows: int) -> None:
-    """Make a database of the first `rows` values that lie in a file of rows."""
+def fill(contender: str, path: Path, source: Path, rows: int) -> None:
+    """Create a database of the first `rows` values of a file of rows."""
     path.mkdir()
-    database: Any = OPEN[who](Where(who, str(path), FILLS, 1 << 30))
+    database: Any = OPEN[contender](Where(contender, str(path), FILLS, 1 << 30))
     with source.open("rb") as file:
         file.seek(HEADER)
         for start in range(0, rows, PUT):
             ids = np.arange(start, min(start + PUT, rows))
             values = _pieces(file.read(VALUE * len(ids)), VALUE)
             database.store(_keys(ids), values, append=True)
-    if who == ROCKS:
+    if contender == ROCKS:
         database.db.flush()
         database.db.compact_range(None, None)
     database.close()

@@ -1,17 +1,18 @@
-"""Durability: what the journal costs a step, a commit, and the next one to open the table.
+"""Durability: the cost of the journal for a step, for a commit, and for recovery.
 
-*steps*: an Adagrad step on a table on disk, all of it in memory, with a commit every 100 steps that
-is not counted. With "none" there is no journal; the others write rows to it before their first
-change after a commit. "model" is the time that a caller computes between steps (an array that one
-thread sums again and again); it is counted. The levels take turns, on the same ids, two intervals
-without the model first and then one that is timed: later ones write over the journal of earlier.
-*commit*: after one step of each batch size, against fio: as many random writes of 4 KiB, then one
-fsync, of a file of the same size on the same disk.
-*recovery*: a process changes every row and is killed; the next open is timed, from an empty cache,
-against the rate at which four threads read the table's file with O_DIRECT.
+*steps*: an Adagrad step on a table on disk that fits in the page cache, with a commit every 100
+steps that is not counted. With "none" there is no journal; the other levels write a row to it
+before the row's first change in a transaction. "model" is the time for which the caller computes
+between steps (one thread sums an array again and again); it is counted. The levels take turns on
+the same ids. Each runs two transactions without the model, and then one that is timed, because
+later transactions overwrite the journal of earlier ones.
+*commit*: the commit after one step, compared with fio, which makes as many random writes of 4 KiB
+and one fsync, in a file of the same size on the same disk.
+*recovery*: a process changes every row and is killed. The next open, from an empty page cache, is
+compared with the rate at which four threads read the table's file with O_DIRECT.
 
-Checked: rows after a commit are those of a table in memory; rows after recovery are those before.
-Files go below PYEMBED_BENCH_DIR, or the temporary folder.
+Rows after recovery must equal the rows before the killed process.
+Files go into PYEMBED_BENCH_DIR, or the temporary folder.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from bench import workloads
 from bench.harness import THREADS, Array, Row, Verdict, check, progress, show_time
 from bench.limits_disk import Unavailable, empty_cache
 
-QUESTION = "What do commits that survive cost: a step, a commit, a recovery?"
+QUESTION = "What do commits that survive a crash cost: a step, a commit, a recovery?"
 DIM, N, ROWS = 64, 65536, 4_000_000
 INTERVAL = 100  # steps between commits
-CASES = (  # ids, seconds of model, level, most that a step may take relative to "none"
+CASES = (  # ids, seconds of model, level, highest cost of a step relative to "none"
     ("uniform", 0.0, "process", 1.7),
     ("uniform", 0.0, "power", None),
     ("zipf 1.05 hashed", 0.010, "process", 1.15),
@@ -49,22 +50,22 @@ CASES = (  # ids, seconds of model, level, most that a step may take relative to
 
 
 def _compute(seconds: float) -> None:
-    """One thread's work on an array that fits into its cache."""
+    """Keep one thread busy with an array that fits into its cache."""
     array, end = np.ones(1 << 16, np.float32), time.perf_counter() + seconds
     while time.perf_counter() < end:
         array.sum()
 
 
 def _steps(path: Path, level: str, batches: list[Array], model: float) -> tuple[float, float]:
-    """(mean seconds of a step with its model, seconds of the commit) of one interval."""
+    """Return the mean seconds of a step with its model, and those of the commit."""
     import pyembed
 
     grad = np.full((N, DIM), 1e-3, np.float32)
     with pyembed.Table.open(path, durability=level, num_threads=THREADS) as table:
-        for first in range(0, table.rows, N):  # all of it in memory, and mapped
+        for first in range(0, table.rows, N):  # bring all rows into memory
             table.gather(np.arange(first, min(first + N, table.rows)))
         optimizer = pyembed.optim.Adagrad(table, lr=1e-3)
-        for _ in range(2):  # intervals, until both files of the journal have their size
+        for _ in range(2):  # transactions, until both files of the journal have their size
             for ids in batches:
                 optimizer.step(ids, grad)
             table.commit()
@@ -98,7 +99,7 @@ def _cost(path: Path, quick: bool, emit: Callable[[Row], None]) -> None:
 
 
 def _fio_writes(path: Path, size: int, pages: int) -> float:
-    """Seconds that fio takes for random writes of 4 KiB into the page cache and one fsync."""
+    """Return the seconds of fio for random writes of 4 KiB into the page cache and one fsync."""
     if not shutil.which("fio"):
         raise Unavailable("fio is not installed")
     command = ["fio", "--name=commit", f"--filename={path}", f"--size={size}", "--bs=4k"]
@@ -155,7 +156,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _read_rate(file: Path) -> float:
-    """Bytes a second of four threads that read a file in pieces of 4 MB with O_DIRECT."""
+    """Return the bytes/s of four threads that read a file in pieces of 4 MB with O_DIRECT."""
     fd, piece = os.open(file, os.O_RDONLY | os.O_DIRECT), 4 << 20
     buffers = [mmap.mmap(-1, piece) for _ in range(4)]
 
@@ -202,7 +203,7 @@ def _recovery(path: Path, quick: bool, emit: Callable[[Row], None]) -> None:
 
 
 def run(quick: bool, emit: Callable[[Row], None]) -> None:
-    """Make a table, then each part in turn."""
+    """Create a table, then measure each part in turn."""
     import pyembed
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("PYEMBED_BENCH_DIR")) as name:

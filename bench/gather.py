@@ -1,8 +1,8 @@
-"""Gather: rows of a table in memory into an array, for every library on the same table memory.
+"""Gather: every library copies rows of the same table in memory into an array.
 
-Each contender walks the same batches of ids; together a walk reads about 256 MB of rows, so that no
-batch finds its rows in the cache because it was there a moment ago (N = 1 and 64 stay cached: they
-measure the call). It refuses to time a gather whose rows differ from ``weight[ids]`` in one bit.
+Each contender cycles through the same batches of ids. A cycle reads about 256 MB of rows, so that
+no batch finds its rows in the cache from its previous use. N = 1 and 64 stay cached: they measure
+the call. Rows that differ from ``weight[ids]`` in one bit stop the benchmark.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import numpy as np
 from bench import limit, peers, workloads
 from bench.harness import THREADS, Array, Bar, Contender, Row, aligned, check, timed_row
 
-QUESTION = (
-    "How fast are rows gathered, against every peer, and how far from what the memory allows?"
-)
+QUESTION = "How fast is gather, compared with every peer and with the limit of the memory?"
 TABLE = "gather"
 DIMS = (16, 64, 100, 128, 256, 300)
 SIZES = (1, 64, 4096, 65536, 1_000_000)
@@ -38,7 +36,7 @@ BARS = (
 
 
 def _cases(quick: bool) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """(dim, [(N, stream)]): the cases that share a table."""
+    """Yield (dim, [(N, stream)]): the cases that share a table."""
     if quick:
         yield 64, [*((n, "uniform") for n in SIZES), (65536, STREAMS[2])]
         yield 300, [(65536, "uniform")]
@@ -57,7 +55,7 @@ def _inference() -> AbstractContextManager[Any]:
 
 
 def _contenders(table: Any, weight: Array, n: int, batches: list[Array]) -> list[Contender]:
-    """All of them, each checked on the first and the last batch."""
+    """Return all contenders, each checked on the first and the last batch."""
     out = aligned((n, weight.shape[1]))
     found = [
         Contender(OUT, partial(table.gather, out=out), batches),

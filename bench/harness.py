@@ -1,12 +1,12 @@
-"""Timing, bars and reports: what every benchmark shares.
+"""Timing, bars and reports, which all benchmarks share.
 
-Contenders run interleaved (A B C A B C ...) in one process, so that a drift of the machine meets
-all of them; times are medians over rounds; a ratio is the median of the per-round ratios, which
-cancels what drift is left. Between contenders the harness sleeps, because the OpenMP workers of the
-one before keep spinning for a few milliseconds. Bars are data, printed as met or missed.
+Contenders take turns (A B C A B C ...) in one process, so that a drift of the machine affects all
+of them. Times are medians over rounds. A ratio is the median of the rounds' ratios, which cancels
+most of the remaining drift. The harness sleeps between contenders, because idle OpenMP threads spin
+for a few milliseconds. Bars are data, printed as met or missed.
 
-It refuses to time a result that was not checked (each benchmark calls ``check`` first), and to drop
-a peer silently: one that cannot run keeps its column, with the reason in the cell.
+Each benchmark calls ``check`` on a result before it times it. A peer that cannot run keeps its
+column, and the cell gives the reason.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 
 README = Path(__file__).with_name("README.md")
 THREADS = len(os.sched_getaffinity(0))
-PAUSE = 0.010  # seconds: libgomp's idle workers spin for a few milliseconds before they sleep
-FLOOR = 0.005  # seconds a sample lasts at least, so that the clock and the call vanish in it
+PAUSE = 0.010  # seconds: libgomp's idle threads spin for a few milliseconds before they sleep
+FLOOR = 0.005  # seconds: the shortest sample, against which the cost of the clock is negligible
 Samples = dict[str, list[float]]
 Array = NDArray[Any]
 Verdict = tuple[str, bool | None]
@@ -42,9 +42,9 @@ Verdict = tuple[str, bool | None]
 
 @dataclass(frozen=True)
 class Contender:
-    """Someone to time: ``call(x)`` for every x of ``inputs``, or ``run(loops)`` with its own loop.
+    """A library to time: ``call(x)`` for every x of ``inputs``, or ``run(loops)``, which loops.
 
-    ``absent`` says why there is nothing to time; it is then shown in place of a number.
+    ``absent`` is the reason why the library cannot run; the report shows it instead of a time.
     """
 
     name: str
@@ -68,13 +68,13 @@ class Bar:
     ratio: float
 
     def applies(self, table: str, case: dict[str, object]) -> bool:
-        """Whether the bar speaks about this case."""
+        """Return whether the bar is about this case."""
         return table == self.table and all(case[k] in allowed for k, allowed in self.where.items())
 
 
 @dataclass
 class Row:
-    """One line of a report. ``verdicts``: what was measured against a bar; whether met, or None."""
+    """One line of a report. A verdict is a text and whether the bar was met (None: not judged)."""
 
     table: str
     case: dict[str, object]
@@ -84,17 +84,17 @@ class Row:
 
 
 class CheckFailed(Exception):
-    """A contender's result is wrong: its time would mean nothing."""
+    """The result of a contender is wrong, so its time would mean nothing."""
 
 
 def check(name: str, ok: bool | np.bool_) -> None:
-    """Stop the benchmark unless ``ok``."""
+    """Raise `CheckFailed` unless ``ok``."""
     if not ok:
         raise CheckFailed(f"{name} gives a wrong result, so it is not timed")
 
 
 def aligned(shape: tuple[int, ...]) -> Array:
-    """An uninitialised float32 array that starts on a page, so that rows share no cache line."""
+    """Return an uninitialised float32 array that starts on a page: rows share no cache line."""
     size = math.prod(shape) * 4
     raw = np.empty(size + 4096, np.uint8)
     start = -raw.ctypes.data % 4096
@@ -102,12 +102,12 @@ def aligned(shape: tuple[int, ...]) -> Array:
 
 
 def _sample(contender: Contender, loops: int) -> float:
-    """Seconds a call, over ``loops`` passes through the inputs, in the middle of a loop of calls.
+    """Return seconds per call, over ``loops`` passes through the inputs.
 
-    The call before the clock starts is what the loop's last call would have been: it leaves the
-    pool awake, and a large fresh result that was freed is there to be taken again. Without it a
-    virtual machine has given that memory back to its host during the others' turns, and the host's
-    page faults (117 ms instead of 11 ms for 256 MB) would be what is measured.
+    One untimed call precedes the clock. It wakes the thread pool and leaves a freed result for the
+    allocator to reuse. Without that call, a virtual machine returns this memory to its host while
+    the other contenders run, and the host's page faults dominate: 117 ms instead of 11 ms for
+    256 MB.
     """
     call, inputs = contender.call, contender.inputs
     if call is not None:
@@ -123,7 +123,7 @@ def _sample(contender: Contender, loops: int) -> float:
 
 
 def measure(contenders: Sequence[Contender], rounds: int) -> Samples:
-    """Seconds a call for each contender that is present, one number a round, interleaved."""
+    """Return seconds per call, one number per round, for each contender that is present."""
     present = [c for c in contenders if not c.absent]
     loops = {}
     for c in present:
@@ -143,7 +143,7 @@ def measure(contenders: Sequence[Contender], rounds: int) -> Samples:
 
 
 def show_time(seconds: float) -> str:
-    """Three significant digits and the unit a reader wants."""
+    """Format a time with three significant digits and a fitting unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if seconds * scale >= 0.9995:
             return f"{seconds * scale:.3g} {unit}"
@@ -151,12 +151,12 @@ def show_time(seconds: float) -> str:
 
 
 def ratio(samples: Samples, slower: str, faster: str) -> float:
-    """How many times longer ``slower`` takes: the median of the rounds' ratios."""
+    """Return how many times longer ``slower`` takes: the median of the rounds' ratios."""
     return median(s / f for s, f in zip(samples[slower], samples[faster], strict=True))
 
 
 def judge(bar: Bar, samples: Samples, best: str | None, complete: bool) -> Verdict:
-    """What the bar says; a best peer is only known where every peer could run."""
+    """Judge a bar. The best peer is known only if every peer could run (``complete``)."""
     peer = bar.peer if bar.peer != "best peer" else best if complete else None
     if isinstance(peer, float):
         reached, label = peer / median(samples[bar.ours]), f"as fast as {show_time(peer)}"
@@ -176,7 +176,7 @@ def timed_row(
     bars: Sequence[Bar],
     rounds: int,
 ) -> Row:
-    """Time the contenders on one case. The first is ours; those named otherwise are peers."""
+    """Time the contenders on one case. The first is pyembed; the peers have other names."""
     samples = measure(contenders, rounds)
     ours = contenders[0].name
     peers = [c.name for c in contenders if not c.name.startswith(("pyembed", "limit"))]
@@ -210,7 +210,7 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _version(distribution: str) -> str:
+def version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -218,7 +218,7 @@ def _version(distribution: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Machine, commit, versions: what a number needs beside it to mean something."""
+    """Return the machine, the commit and the versions, without which a time means nothing."""
     import pyembed
 
     config = pyembed.show_config()
@@ -238,13 +238,13 @@ def environment() -> dict[str, str]:
         "SIMD": config["simd"],
         "OpenMP": config["openmp"],
         "numpy": np.__version__,
-        "torch": _version("torch"),
-        "fbgemm_gpu": _version("fbgemm-gpu-cpu"),
+        "torch": version("torch"),
+        "fbgemm_gpu": version("fbgemm-gpu-cpu"),
     }
 
 
 def markdown(question: str, facts: dict[str, str], rows: Sequence[Row]) -> str:
-    """The report: question, machine, one table per kind of row, and the bars."""
+    """Format the report: question, machine, one table per kind of row, and the bars."""
     lines = [f"*{question}*", "", " · ".join(f"{k} {v}" for k, v in facts.items()), ""]
     for table in dict.fromkeys(row.table for row in rows):
         chosen = [row for row in rows if row.table == table]
@@ -267,7 +267,7 @@ def markdown(question: str, facts: dict[str, str], rows: Sequence[Row]) -> str:
 
 
 def json_lines(file: TextIO, name: str, facts: dict[str, str], rows: Sequence[Row]) -> None:
-    """One JSON object a line: the environment, then a row each."""
+    """Write one JSON object per line: first the environment, then each row."""
     file.write(json.dumps({"bench": name, "environment": facts}) + "\n")
     for row in rows:
         bars = [{"bar": text, "met": met} for text, met in row.verdicts]
@@ -276,7 +276,7 @@ def json_lines(file: TextIO, name: str, facts: dict[str, str], rows: Sequence[Ro
 
 
 def write_readme(name: str, text: str) -> None:
-    """Replace what stands between the two markers of ``name`` in ``bench/README.md``."""
+    """Replace the text between the two markers of ``name`` in ``bench/README.md``."""
     begin, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
     page = README.read_text()
     if begin not in page or end not in page:
@@ -286,5 +286,5 @@ def write_readme(name: str, text: str) -> None:
 
 
 def progress(text: str) -> None:
-    """A line for the person who waits."""
+    """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)

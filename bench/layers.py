@@ -1,18 +1,19 @@
-"""Layers: what else a layer does, beside lookup and step, for every library on the same memory.
+"""Layers: the operations of a layer other than lookup and step; all libraries share the memory.
 
-*renorm*: half the rows are over the norm, in every call: the norm falls by 0.05 % a call, so that a
-row that was cut is over it again, and the other half lies far below. The gather of the same ids
-stands beside it: it reads as many rows, and writes them all.
-*bags*: bags of 20 ids become one row each. With padding, a tenth of the ids are the padding row.
-*bag step*: from the gradient of bags of 16 ids to changed rows, by Adagrad; FBGEMM's backward over
-a retained graph, whose Adagrad is row-wise (half our bytes), see ``update``. Forward is not timed.
-*backward*: the gradient of a table of 1 M rows; torch's by ``autograd.grad`` over a retained graph,
-and its sparse one coalesced, since ours has unique rows.
-*init*: an array of 64 M floats, in place again and again; the limit stores a constant there.
+*renorm*: in every call, half of the rows exceed the norm. The norm falls by 0.05 % per call, so
+that a row that was scaled exceeds it again; the other half stays far below. The gather of the same
+ids, which reads as many rows and writes all of them, is shown for comparison.
+*bags*: each bag of 20 ids becomes one row. With padding, a tenth of the ids are the padding row.
+*bag step*: Adagrad, from the gradient of bags of 16 ids to changed rows, without the forward pass.
+FBGEMM: its backward over a retained graph, with row-wise Adagrad (half our bytes), see ``update``.
+*backward*: the gradient of a table of 1 M rows. torch: ``autograd.grad`` over a retained graph; the
+sparse gradient is coalesced, since ours has unique rows.
+*init*: an array of 64 M floats, filled in place again and again; the limit stores a constant.
 
-Checked before timing: renorm, sums and means against float64; maxima, and gradients (odd multiples
-of 1/64, so that sums are exact), bit for bit; bag steps as in ``update``; random values by mean,
-deviation, and that all were written. It refuses to time what a peer cannot do: the cell says so.
+Before timing, renorm, sums and means are compared with float64; maxima and gradients (odd multiples
+of 1/64, so that sums are exact) bit for bit; bag steps as in ``update``. Random values are checked
+by their mean and deviation, and that all were written. The cell of a peer that lacks an operation
+says so.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bench import limit, peers, update, workloads
 from bench.harness import THREADS, Array, Bar, Contender, Row, aligned, check, timed_row
 
 QUESTION = (
-    "How fast are the layer's other operations: bags, renorm, dense and sparse backward, "
+    "How fast are the other operations of the layers: bags, renorm, dense and sparse backward, "
     "initialisers?"
 )
 RENORM, BAGS, STEP, BACKWARD, INIT = "renorm", "bags", "bag step", "backward", "init"
@@ -52,11 +53,11 @@ BARS = (
     Bar(INIT, {"values": ("uniform",)}, OURS, "limit", 0.9),
 )
 Made = tuple[Callable[[Any], Any], Sequence[Any]]  # a call and its inputs
-Parts = Iterator[tuple[str, Mapping[str, object], list[Contender]]]  # table, case, whom to time
+Parts = Iterator[tuple[str, Mapping[str, object], list[Contender]]]  # table, case, contenders
 
 
 def _batches(quick: bool, rows: int, n: int, dim: int = DIM) -> list[Array]:
-    """Uniform ids that together read 128 MB of rows; 64 MB if quick."""
+    """Return uniform ids that together read 128 MB of rows; 64 MB if quick."""
     how_many = ((64 if quick else 128) << 20) // (4 * n * dim)
     return list(workloads.batches("uniform", rows, n, how_many))
 
@@ -72,13 +73,13 @@ def _weight(rows: int, dim: int = DIM) -> Array:
 
 
 def _gradient(n: int) -> Array:
-    """Odd multiples of 1/64: their sums are exact in any order."""
+    """Return odd multiples of 1/64: their sums are exact in any order."""
     odd = np.random.default_rng(3).integers(-4, 4, (n, DIM), dtype=np.int8) * 2 + 1
     return np.divide(odd, 64, out=aligned((n, DIM)))
 
 
 def _torch(make: Callable[[Any], Made]) -> Contender:
-    """Torch, by what ``make`` makes of its module; or why it is absent."""
+    """Build the contender of torch by ``make(torch)``; without torch it is absent."""
     t = peers.torch()
     return Contender(TORCH, absent=t) if isinstance(t, str) else Contender(TORCH, *make(t))
 
@@ -118,7 +119,7 @@ def _renorm(quick: bool) -> Parts:
 
 
 def _bag_oracle(weight: Array, ids: Array, mode: str) -> Array:
-    """Bags reduced in float64. Row PADDING is left out: without padding, no bag holds it."""
+    """Reduce bags in float64 without the row PADDING, which only padded bags contain."""
     rows = weight[ids].astype(np.float64).reshape(*BAGS_READ, -1)
     kept = (ids != PADDING).reshape(*BAGS_READ, 1)
     if mode == "max":

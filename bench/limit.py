@@ -1,9 +1,9 @@
-"""The measured limit: what the memory, or the disk, lets any library do.
+"""The measured limit: how fast the memory or the disk lets any library be.
 
-Compiles ``limit.c`` into a temporary folder with the machine's own compiler and calls it through
-ctypes, so the limit runs in the same process, minute, threads and memory as the contenders. Each
-variant (prefetch distance, plain or streaming stores) is tried on the case itself and the fastest
-is kept. It refuses to quote data sheets, and to guess where there is no compiler.
+This module compiles ``limit.c`` into a temporary folder with the machine's own compiler and calls
+it through ctypes, so that the limit runs in the same process and minute, with the same threads and
+memory as the contenders. It tries each variant (prefetch distance, plain or streaming stores) on
+the case itself and keeps the fastest. Without a compiler there is no limit.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import numpy as np
 from bench.harness import THREADS, Array, Contender
 
 PREFETCH_ROWS = (0, 8, 16, 32, 64, 128)  # 128 wins for rows of one cache line, 32 for long ones
-SMALL = 4096  # ids: below, a call costs more than its memory traffic; up to it, try one thread too
-BLOCK = 16 << 20  # bytes a disk write: larger ones were not faster
+SMALL = 4096  # ids: fewer cost more for the call than for memory; for this many, try one thread too
+BLOCK = 16 << 20  # bytes of a disk write: larger ones were not faster
 
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The compiled loops, or the reason why there are none."""
+    """Return the compiled loops, or the reason why there are none."""
     source = Path(__file__).with_name("limit.c")
     with tempfile.TemporaryDirectory() as folder:
         target = f"{folder}/limit.so"
@@ -57,7 +57,7 @@ def _pointers(arrays: Sequence[Array]) -> ctypes.Array[c_void_p]:
 
 
 def _fastest(variants: Sequence[Callable[[int], None]]) -> Callable[[int], None]:
-    """The variant with the shortest of three passes, after a first one that warms up."""
+    """Return the variant with the shortest of three passes, after one that warms up."""
 
     def shortest(run: Callable[[int], None]) -> int:
         times = []
@@ -72,7 +72,7 @@ def _fastest(variants: Sequence[Callable[[int], None]]) -> Callable[[int], None]
 
 
 def gather(out: Array, weight: Array, batches: Sequence[Array]) -> Contender:
-    """A contender that copies ``weight[ids]`` into ``out`` for each int64 batch of ids."""
+    """Return a contender that copies ``weight[ids]`` into ``out`` for each int64 batch of ids."""
     n, dim = out.shape
     library = _library() if n >= SMALL else "the call"
     if isinstance(library, str):
@@ -88,7 +88,7 @@ def gather(out: Array, weight: Array, batches: Sequence[Array]) -> Contender:
 
 
 def fill(array: Array) -> Contender:
-    """A contender that stores 1.0 into every float of ``array``, from ``aligned``."""
+    """Return a contender that stores 1.0 into every float of ``array``, made by ``aligned``."""
     library = _library()
     if isinstance(library, str):
         return Contender("limit", absent=library)
@@ -98,10 +98,10 @@ def fill(array: Array) -> Contender:
 
 
 def update(weight: Array, columns: int, batches: Sequence[Array], grad: Array) -> Contender:
-    """A contender that reads ``grad`` once and rewrites ``columns * dim`` floats of each row met.
+    """Return a contender that reads ``grad`` and rewrites ``columns * dim`` floats of each row.
 
-    The columns follow the weight in the row. Grouping is done beforehand, so the limit does not pay
-    for it; rows keep their values.
+    The columns follow the weight in the row. The ids are grouped in advance, at no cost to the
+    limit. Rows keep their values.
     """
     library = _library() if len(grad) >= SMALL else "the call"
     if isinstance(library, str):
@@ -114,7 +114,7 @@ def update(weight: Array, columns: int, batches: Sequence[Array], grad: Array) -
     memory = (weight.ctypes.data, weight.strides[0] // 4, columns)
     pointers = [_pointers(arrays) for arrays in zip(*groups, strict=True)]
     sizes = (c_int64 * len(groups))(*[len(rows) for rows, _, _ in groups])
-    values = grad.ctypes.data_as(c_void_p)  # which keeps the array
+    values = grad.ctypes.data_as(c_void_p)  # keeps the array alive
     case = (*memory, *pointers, sizes, len(batches), len(grad), grad.shape[1], values)
     teams = {1, THREADS} if len(grad) <= SMALL else {THREADS}
     variants = [
@@ -125,16 +125,16 @@ def update(weight: Array, columns: int, batches: Sequence[Array], grad: Array) -
 
 
 def disk_write_rate(folder: Path, size: int, writers: int) -> float:
-    """Bytes/s of sequential O_DIRECT writes into a new file, the final fdatasync included."""
+    """Return the bytes/s of sequential O_DIRECT writes into a new file, with a final fdatasync."""
     path = folder / "disk-limit.tmp"
-    block = mmap.mmap(-1, BLOCK)  # page-aligned, as O_DIRECT wants
+    block = mmap.mmap(-1, BLOCK)  # page-aligned, as O_DIRECT requires
     block.write(np.random.default_rng(0).bytes(BLOCK))  # random: some disks store zeros for free
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
     except OSError as error:
         raise SystemExit(
-            f"{folder} takes no O_DIRECT writes ({error.strerror}): set TMPDIR to a folder on the "
-            "disk to measure"
+            f"{folder} supports no O_DIRECT writes ({error.strerror}): set TMPDIR to a folder on "
+            "the disk to measure"
         ) from error
     try:
         os.posix_fallocate(fd, 0, size)

@@ -1,12 +1,13 @@
-"""The limits of a run on disk: a memory group, an empty page cache, the disk's own rate of reads.
+"""The limits of a run on disk: a memory group, an empty page cache, and the rate of the disk.
 
-A memory group is a cgroup of its own, of version 1 or 2, at the root of the hierarchy, with a limit
-that page cache counts towards. Both versions charge a page to the group that brought it in, so a
-process that joins after its imports has the limit for its table and batches alone. The disk's rate
-is that of fio with io_uring, O_DIRECT, 128 reads of 4 KiB under way, on the file in question.
+A memory group is a new cgroup, of version 1 or 2, at the root of the hierarchy, whose limit
+includes the page cache. Both versions charge a page to the group that read it first, so the limit
+of a process that joins after its imports applies to its table and batches alone. The rate of the
+disk is measured by fio with io_uring, O_DIRECT and 128 concurrent reads of 4 KiB, on the file in
+question.
 
-It refuses to guess: what cannot be made or measured raises `Unavailable`, whose text goes into the
-cells of the report.
+A limit that cannot be set or measured raises `Unavailable`, whose text goes into the cells of the
+report.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ import numpy as np
 from bench.harness import Array
 
 PAGE = mmap.PAGESIZE
-DEPTH = 128  # reads under way
-EMPTY = 0.01  # of a file may stay in the page cache, and the cache still counts as empty
+DEPTH = 128  # concurrent reads
+EMPTY = 0.01  # the share of a file in the page cache below which the cache counts as empty
 
 
 class Unavailable(Exception):
-    """Why a limit can be neither made nor measured here."""
+    """The reason why a limit can be neither set nor measured on this machine."""
 
 
 @dataclass(frozen=True)
 class _Version:
-    """The names of one version of the memory controller."""
+    """The file names of one version of the memory controller."""
 
     limit: str
     no_swap: tuple[str, str]  # file and value
@@ -51,7 +52,7 @@ _V2 = _Version("memory.max", ("memory.swap.max", "0"), "anon")
 
 
 def _root() -> tuple[Path, _Version]:
-    """Where memory groups are made, and how their files are called."""
+    """Return the folder of memory groups and the names of their files."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     for _, folder, kind, options, *_ in mounts:
         if kind == "cgroup" and "memory" in options.split(","):
@@ -65,12 +66,14 @@ def _root() -> tuple[Path, _Version]:
 
 @contextlib.contextmanager
 def memory_group(limit: int) -> Iterator[Path]:
-    """A new cgroup that may hold `limit` bytes; at the end it is removed, so it must be empty.
+    """Create a cgroup with a limit of `limit` bytes and yield its folder; remove it at the end.
+
+    The group must be empty by then.
 
     Raises
     ------
     Unavailable
-        No controller, or no right to use it.
+        If there is no memory controller, or no permission to use it.
     """
     root, version = _root()
     folder = root / f"pyembed-bench-{os.getpid()}"
@@ -82,7 +85,7 @@ def memory_group(limit: int) -> Iterator[Path]:
         raise Unavailable(f"no memory cgroup: {error.strerror}; needs root") from error
     try:
         (folder / version.limit).write_text(str(limit))
-        with contextlib.suppress(OSError):  # where there is no swap there may be no such file
+        with contextlib.suppress(OSError):  # without swap the file may be missing
             (folder / version.no_swap[0]).write_text(version.no_swap[1])
         yield folder
     finally:
@@ -90,7 +93,7 @@ def memory_group(limit: int) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    for _ in range(50):  # a process that has just ended is counted for a moment
+    for _ in range(50):  # a process still counts for a moment after its end
         with contextlib.suppress(OSError):
             folder.rmdir()
         if not folder.exists():
@@ -99,12 +102,12 @@ def _remove(folder: Path) -> None:
 
 
 def join(group: str) -> None:
-    """Move this process into a group: what it allocates and reads from now on counts there."""
+    """Move this process into a group, which counts its memory and page cache from now on."""
     (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def anonymous(group: str) -> int:
-    """Bytes of a group that are no page cache: arrays, buffers, the interpreter's later needs."""
+    """Return the bytes of a group without its page cache: arrays, buffers, the interpreter."""
     folder = Path(group)
     name = (_V2 if (folder / _V2.limit).exists() else _V1).anonymous
     lines = (folder / "memory.stat").read_text().splitlines()
@@ -112,21 +115,21 @@ def anonymous(group: str) -> int:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has had read from disks since it began."""
+    """Return the bytes that disks have read for this process since its start."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 def require_disk(folder: Path) -> None:
-    """Refuse a folder that lies in memory, where nothing is larger than memory."""
+    """Raise `Unavailable` if a folder is on a file system in memory."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     inside = [(len(at), kind) for at, kind in mounts if folder.resolve().is_relative_to(at)]
     if max(inside)[1] in ("tmpfs", "ramfs"):
-        raise Unavailable(f"{folder} lies in memory; set PYEMBED_BENCH_DIR to a folder on a disk")
+        raise Unavailable(f"{folder} is in memory; set PYEMBED_BENCH_DIR to a folder on a disk")
 
 
 def _resident(path: Path) -> float:
-    """The share of a file that lies in the page cache, whoever brought it there."""
+    """Return the share of a file that is in the page cache."""
     size = path.stat().st_size
     if size == 0:
         return 0.0
@@ -135,25 +138,25 @@ def _resident(path: Path) -> float:
         pages = np.empty(-(-size // PAGE), np.uint8)
         arguments = [ctypes.c_void_p(start.ctypes.data), ctypes.c_size_t(size)]
         failed = ctypes.CDLL(None).mincore(*arguments, ctypes.c_void_p(pages.ctypes.data))
-        del start  # or the map could not be closed
+        del start  # the map cannot be closed while a view exists
     return 1.0 if failed else float((pages & 1).mean())
 
 
 def _forget(path: Path) -> None:
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # only what is on the disk can be dropped
+        os.fsync(file.fileno())  # only clean pages can be dropped
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def empty_cache(path: Path) -> None:
     """Drop a file, or all files in a folder, from the page cache.
 
-    First these files alone, for the sake of others on the machine; if that is not enough, all.
+    If dropping these files alone fails, drop the whole page cache of the machine.
 
     Raises
     ------
     Unavailable
-        If they stay: somebody has them mapped, or this is not root.
+        If they stay, because a process maps them or this user is not root.
     """
     files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
     large = [f for f in files if f.stat().st_size > 1 << 20]
@@ -168,11 +171,11 @@ def empty_cache(path: Path) -> None:
 
 
 def read_direct(path: Path, offset: int, size: int) -> bytes:
-    """Bytes of a file from the disk itself: the page cache is neither used nor filled."""
+    """Read bytes of a file from the disk, past the page cache."""
     first, last = offset // PAGE * PAGE, -(-(offset + size) // PAGE) * PAGE
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
-        with mmap.mmap(-1, last - first) as buffer:  # page-aligned, as O_DIRECT wants
+        with mmap.mmap(-1, last - first) as buffer:  # page-aligned, as O_DIRECT requires
             os.preadv(fd, [buffer], first)
             return buffer[offset - first : offset - first + size]
     finally:
@@ -180,13 +183,13 @@ def read_direct(path: Path, offset: int, size: int) -> bytes:
 
 
 def rows_direct(path: Path, offset: int, stride: int, ids: Array, width: int) -> Array:
-    """The first `width` floats of rows of `stride` bytes, as they lie on the disk."""
+    """Read the first `width` floats of rows of `stride` bytes from the disk."""
     pieces = [read_direct(path, offset + int(i) * stride, 4 * width) for i in ids]
     return np.frombuffer(b"".join(pieces), np.float32).reshape(len(ids), width)
 
 
 def fio_version() -> str:
-    """What fio calls itself, or that there is none."""
+    """Return the version of fio, or "not installed"."""
     if not shutil.which("fio"):
         return "not installed"
     done = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=False)
@@ -194,11 +197,12 @@ def fio_version() -> str:
 
 
 def fio_rate(path: Path, seconds: float) -> float:
-    """Pages of 4 KiB a second that the disk delivers from random places of a file.
+    """Return how many random pages of 4 KiB of a file the disk reads per second.
 
     Raises
     ------
     Unavailable
+        If fio is missing or fails.
     """
     if not shutil.which("fio"):
         raise Unavailable("fio is not installed")

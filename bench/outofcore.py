@@ -1,21 +1,21 @@
 """Out of core: a table on disk is many times larger than the memory that a process may use.
 
-Every number comes from a process of its own (`outofcore_child`), alone in a memory cgroup, on a
-table that was dropped from the page cache. The limit is the disk's rate of random 4 KiB reads, by
-fio on the same file before and after. From a table s times as large as memory, a batch of uniform
-ids needs its unique pages, less 1/s of them, which memory can hold; so
+Every number comes from a new process (`outofcore_child`), alone in a memory cgroup, on a table that
+was dropped from the page cache. The limit is the disk's rate of random 4 KiB reads, measured by fio
+on the same file before and after. If the table is s times as large as memory, a batch of uniform
+ids reads its unique pages less the part 1/s that memory can hold. Therefore
 
-    fio / pyembed = pages that are needed / fio's rate / our time.
+    fio / pyembed = pages to read / fio's rate / our time.
 
-*gather* and *step*: all batches of some seconds count, so that whatever stalls one in ten counts
-too; of cold batches the median. A step is gather, update, and what is written back meanwhile.
-*layout*: the hot rows of a Zipf stream side by side, or scattered. *lookahead*: a model that
-computes as long as a step takes. *stalls*: every step of a long training. *by size*: one memory,
-ids from more and more of the file.
+*gather* and *step*: the mean over all batches of some seconds, which includes every stall; for cold
+batches, the median. A step is gather and update, with the write-back during that time.
+*layout*: the hot rows of a Zipf stream are adjacent, or scattered. *lookahead*: the model computes
+for as long as a step takes. *stalls*: every step of a long training. *by size*: the memory is
+fixed, and the ids come from more and more of the file.
 
-Tables are opened with durability "none", as no peer keeps a journal; `durability` has its cost.
-Peers take smaller batches where they would need seconds for one. It needs root for the cgroups and
-refuses to measure without a limit: every cell then says why there is no number.
+Tables are opened with durability "none", as no peer keeps a journal; `durability` measures its
+cost. Peers that would take seconds for a batch get smaller ones. The cgroups require root; without
+a limit nothing is measured, and every cell gives the reason.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ import numpy as np
 
 from bench import limits_disk
 from bench.disk_tables import FBGEMM, FROM_FILE, LMDB, MEMMAP, OURS, ROCKS, THREE
-from bench.harness import Bar, Row, Samples, Verdict, _version, judge, progress, show_time
+from bench.harness import Bar, Row, Samples, Verdict, judge, progress, show_time, version
 from bench.outofcore_child import Result, Spec
 from bench.outofcore_runs import FULL, PLAIN, QUICK, THREE_FILES, TIMES, Measured, Run, opened
 
 QUESTION = (
-    "How fast are gather and training when the table is larger than memory, against every peer, "
-    "and how far from what the disk allows?"
+    "How fast are gather and training on a table larger than memory, compared with every peer and "
+    "with the limit of the disk?"
 )
 GATHER, STEP, LAYOUT, LOOKAHEAD, STALLS = "gather", "step", "layout", "lookahead", "stalls"
 GATHER_BY_SIZE, STEP_BY_SIZE = "gather by size", "Adagrad step by size"
@@ -45,7 +45,7 @@ FIO, PACKED, HASHED = "fio", "packed", "hashed"
 PEERS = (MEMMAP, FROM_FILE, FBGEMM, LMDB, ROCKS)
 COLD, STEADY = "cold", "steady"
 ADAGRAD, ADAM = "Adagrad", "Adam"
-HOT_MEMORY = 0.1  # of the table, in `layout`
+HOT_MEMORY = 0.1  # memory as a part of the table, in `layout`
 MAX_LOOKAHEAD = 1.15  # times the longer of step and model
 MAX_STALL = 10  # times the median step
 BARS = (
@@ -62,8 +62,8 @@ Results = Mapping[str, Measured]  # of each contender
 
 
 def facts() -> dict[str, str]:
-    """What belongs beside these numbers, besides the machine and the usual versions."""
-    versions = {name: _version(name) for name in ("lmdb", "rocksdict")}
+    """Return the versions that matter here, in addition to the usual ones."""
+    versions = {name: version(name) for name in ("lmdb", "rocksdict")}
     return versions | {"fio": limits_disk.fio_version()}
 
 
@@ -77,7 +77,7 @@ def _at_most(what: str, value: float, bar: float) -> Verdict:
 
 
 def _per_id(result: Result) -> float:
-    """Seconds an id: of cold batches, each by itself, the median; of batches in turn the mean."""
+    """Return seconds per id: the median of cold batches, or the mean of consecutive ones."""
     middle = median if result["what"] == COLD else mean
     return float(middle(result["seconds"])) / int(result["n"])
 
@@ -85,15 +85,15 @@ def _per_id(result: Result) -> float:
 def _report(
     table: str, case: dict[str, object], results: Results, disk: float | str, times: float = TIMES
 ) -> Row:
-    """A row of rates, and what the bars say. The first of `results` is ours."""
+    """Return a row of rates, with the bars judged. The first of `results` is ours."""
     ours, row = next(iter(results)), Row(table, case, {})
-    present = {who: r for who, r in results.items() if not isinstance(r, str)}
-    samples: Samples = {who: [_per_id(r)] for who, r in present.items()}
-    rates = {who: 1 / seconds for who, (seconds,) in samples.items()}
-    for who, result in results.items():
-        row.cells[who] = result if isinstance(result, str) else _show_rate(rates[who])
+    present = {contender: r for contender, r in results.items() if not isinstance(r, str)}
+    samples: Samples = {contender: [_per_id(r)] for contender, r in present.items()}
+    rates = {contender: 1 / seconds for contender, (seconds,) in samples.items()}
+    for contender, result in results.items():
+        row.cells[contender] = result if isinstance(result, str) else _show_rate(rates[contender])
     row.cells["limit: fio"] = disk if isinstance(disk, str) else _show_rate(disk)
-    best = max(set(PEERS) & set(rates), key=lambda who: rates[who], default=None)
+    best = max(set(PEERS) & set(rates), key=lambda contender: rates[contender], default=None)
     if best and ours in rates:
         row.cells["pyembed / best peer"] = f"{rates[ours] / rates[best]:.3g}×"
     if ours in rates and not isinstance(disk, str):
@@ -101,16 +101,16 @@ def _report(
         if held < 1:
             samples[FIO] = [present[ours]["pages per id"] * (1 - held) / disk]
             row.cells["fio / pyembed"] = f"{samples[FIO][0] / samples[ours][0]:.2f}×"
-    complete = all(who in rates for who in PEERS)
+    complete = all(contender in rates for contender in PEERS)
     judged = [b for b in BARS if b.applies(table, case)]
     row.verdicts = [judge(b, samples if b.ours in samples else {}, best, complete) for b in judged]
     row.data = {"rates": rates, "fio": disk}
-    row.data["results"] = {who: _summary(result) for who, result in present.items()}
+    row.data["results"] = {contender: _summary(result) for contender, result in present.items()}
     return row
 
 
 def _summary(result: Result) -> Result:
-    """A result whose thousands of times became five numbers."""
+    """Reduce the thousands of times of a result to five numbers."""
     times = result["seconds"]
     middle = {"batches": len(times), "mean": mean(times), "median": median(times)}
     return result | {"seconds": middle | {"low": min(times), "high": max(times)}}
@@ -119,11 +119,11 @@ def _summary(result: Result) -> Result:
 def _gather(run: Run, emit: Emit) -> None:
     size = run.size
     for cache in (COLD, STEADY):
-        ours, disk = run.beside_disk(run.spec(OURS, cache, "", size.n))
+        ours, disk = run.with_disk(run.spec(OURS, cache, "", size.n))
         results: dict[str, Measured] = {OURS: ours}
-        for who in PEERS:
+        for contender in PEERS:
             n = size.n_cold_peer if cache == COLD else size.n
-            results[who] = run.child(replace(run.spec(who, cache, "", n), rounds=3))
+            results[contender] = run.child(replace(run.spec(contender, cache, "", n), rounds=3))
         case = {"cache": cache, "N": size.n, "table / memory": TIMES, "ids": "uniform"}
         emit(_report(GATHER, case, results, disk))
 
@@ -143,19 +143,24 @@ def _gather_by_size(run: Run, emit: Emit) -> None:
     for times in run.size.ratios:
         task = partial(_sized, run, times, "")
         ours = task(OURS)
-        results = {OURS: run.child(ours)} | {who: run.child(task(who)) for who in PEERS}
+        results = {OURS: run.child(ours)} | {
+            contender: run.child(task(contender)) for contender in PEERS
+        }
         emit(_report(GATHER_BY_SIZE, {"table / memory": times}, results, run.disk(ours), times))
 
 
-def _sized(run: Run, times: float, optimizer: str, who: str) -> Spec:
-    """A task of *by size*: the memory is such that the largest table is the whole file."""
+def _sized(run: Run, times: float, optimizer: str, contender: str) -> Spec:
+    """Return a task of *by size*, with so much memory that the largest table is the whole file."""
     limit = int(run.size.file / max(run.size.ratios))
-    spec = run.spec(who, STEADY, optimizer, run.size.n_by_size, times, limit)
+    spec = run.spec(contender, STEADY, optimizer, run.size.n_by_size, times, limit)
     return replace(spec, seconds=run.size.seconds_by_size)
 
 
 def _peer_steps(run: Run, optimizer: str) -> dict[str, Measured]:
-    return {who: run.child(run.spec(who, STEADY, optimizer, run.size.n)) for who in PEERS}
+    return {
+        contender: run.child(run.spec(contender, STEADY, optimizer, run.size.n))
+        for contender in PEERS
+    }
 
 
 def _step_row(run: Run, optimizer: str, results: Results, disk: float | str) -> Row:
@@ -208,15 +213,17 @@ def run(quick: bool, emit: Emit) -> None:
             _gather(r, emit)
             _layout(r, emit)
             _gather_by_size(r, emit)
-            # Adagrad first: what Adam leaves may be no state of Adagrad's.
+            # Adagrad first: the values that Adam leaves may be invalid as a state of Adagrad.
             adagrad = _peer_steps(r, ADAGRAD)
             sized = {
-                times: {who: r.child(_sized(r, times, ADAGRAD, who)) for who in PEERS}
+                times: {
+                    contender: r.child(_sized(r, times, ADAGRAD, contender)) for contender in PEERS
+                }
                 for times in r.size.ratios_step
             }
             adam = _peer_steps(r, ADAM)
         with r.files(ADAGRAD):
-            ours, disk = r.beside_disk(r.spec(OURS, STEADY, ADAGRAD, r.size.n))
+            ours, disk = r.with_disk(r.spec(OURS, STEADY, ADAGRAD, r.size.n))
             results = {OURS: ours, THREE: "with Adam only"} | adagrad
             emit(_step_row(r, ADAGRAD, results, disk))
             for times, others in sized.items():
@@ -227,7 +234,7 @@ def run(quick: bool, emit: Emit) -> None:
             _lookahead(r, emit)
             _stalls(r, emit)
         with r.files(ADAM):
-            ours, disk = r.beside_disk(r.spec(OURS, STEADY, ADAM, r.size.n))
+            ours, disk = r.with_disk(r.spec(OURS, STEADY, ADAM, r.size.n))
         with r.files(THREE_FILES):
             three = r.child(r.spec(THREE, STEADY, ADAM, r.size.n))
         emit(_step_row(r, ADAM, {OURS: ours, THREE: three} | adam, disk))
@@ -248,12 +255,16 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw(axes: Any, title: str, points: Sequence[tuple[Any, dict[str, Any]]]) -> None:
-    """Rates of every contender against table / memory, and the disk's own as a dashed line."""
-    for who in (OURS, *PEERS):
-        line = [(times, data["rates"][who]) for times, data in points if who in data["rates"]]
+    """Draw the rates of all contenders over table / memory, and the disk's as a dashed line."""
+    for contender in (OURS, *PEERS):
+        line = [
+            (times, data["rates"][contender])
+            for times, data in points
+            if contender in data["rates"]
+        ]
         if line:
-            width = 2.4 if who == OURS else 1.2
-            axes.plot(*zip(*line, strict=True), marker="o", ms=4, lw=width, label=who)
+            width = 2.4 if contender == OURS else 1.2
+            axes.plot(*zip(*line, strict=True), marker="o", ms=4, lw=width, label=contender)
     disk = [data["fio"] for _, data in points if not isinstance(data["fio"], str)]
     if disk:
         axes.axhline(median(disk), ls="--", lw=1, color="0.4", label="disk: fio, 4 KiB pages")

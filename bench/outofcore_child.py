@@ -1,16 +1,16 @@
 """One measured process of `outofcore`: ``python -m bench.outofcore_child SPEC`` prints JSON.
 
-Imports and prepared ids come first; then it joins the memory group, empties the page cache of the
-table, opens the table and compares results: gathered rows with the bytes on the disk, a step with
-float64. Only then the clock runs. What a process can do:
+The process imports its modules and prepares the ids. Then it joins the memory group, empties the
+page cache of the table, opens the table and compares results: gathered rows with the bytes on the
+disk, and a step with float64. Only then it measures one of these:
 
-- *cold*: empty the cache, open, one batch, close; a few rounds.
-- *steady*: batches until memory is full and was replaced once: until twice the limit was read from
-  the disk, or, for a table that fits, until batches hardly read. Then batches for some seconds.
+- *cold*: empty the cache, open, gather one batch, close; a few rounds.
+- *steady*: batches until memory has been filled and replaced once: until twice the limit was read
+  from the disk, or, for a table that fits, until batches hardly read. Then batches for seconds.
 - *lookahead*: steps alone, a model alone, then both in turn without and with `pyembed.lookahead`.
 
-Peers that are hundreds of times slower take smaller batches: those of `steady` begin with 32 ids
-and double while a batch takes less than 50 ms. It refuses to choose what is measured: SPEC does.
+Peers that are hundreds of times slower get smaller batches: in `steady` they start with 32 ids, and
+the size doubles while a batch takes less than 50 ms.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from bench.disk_tables import DIM, HEADER, OURS, THREE
 from bench.harness import Array, CheckFailed, check
 
 FIRST, SHORT = 32, 0.05  # ids of a peer's first batch; seconds of one that may double
-FULL = 2  # times the limit is read before a table counts as steady
-FEW = 0.001  # pages read an id: below, the table is in memory
-WARM_SECONDS = 45.0  # and what is steady by then is as steady as it gets
-STREAM = 192  # batches of a stream that is prepared, used in turn
-EDGE = 3  # steps at both ends of a loop that lookahead does not fill
+FULL = 2  # a table counts as steady once this many times the limit was read
+FEW = 0.001  # pages read per id, below which the table is in memory
+WARM_SECONDS = 45.0  # after which the table counts as steady
+STREAM = 192  # batches of a prepared stream, used in turn
+EDGE = 3  # steps at both ends of a loop, which lookahead does not fill
 PATIENCE = 15.0  # seconds of cold batches after which there is no further round
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a process measures."""
+    """The task of a process."""
 
-    who: str
-    path: str  # what the contender opens
+    contender: str
+    path: str  # the table of the contender
     what: str  # "cold", "steady" or "lookahead"
-    optimizer: str  # "" gathers
-    rows: int  # ids are below
+    optimizer: str  # "" for gathers alone
+    rows: int  # ids are below this number
     n: int  # ids of a batch
     limit: int  # bytes of memory
     group: str = ""  # the memory group to join
-    source: str = ""  # the file whose rows are wanted, if the table was not trained
+    source: str = ""  # the file with the expected rows, unless the table was trained
     stride: int = 4 * DIM  # bytes from row to row in `source`
     ids: str = "uniform"
     seconds: float = 10.0
@@ -64,7 +64,7 @@ Stream = Callable[[int], Array]
 
 
 def stream(spec: Spec) -> Stream:
-    """Batches of the size that is asked for; prepared ones, which are costly, all have `n`."""
+    """Return a function of a size that draws batches; costly ones are prepared with size `n`."""
     if spec.ids == "uniform":
         rng = np.random.default_rng(1)
         return lambda n: rng.integers(0, spec.rows, n)
@@ -74,26 +74,26 @@ def stream(spec: Spec) -> Stream:
 
 
 def gradient(n: int) -> Array:
-    """Odd multiples of 1/64: their sums are exact in any order."""
+    """Return odd multiples of 1/64: their sums are exact in any order."""
     odd = np.random.default_rng(3).integers(-4, 4, (n, DIM), dtype=np.int8) * 2 + 1
     return (odd / 64).astype(np.float32)
 
 
 def pages_per_id(ids: Array, stride: int) -> float:
-    """Pages that a batch needs for each of its ids: rows of `stride` bytes after the header."""
+    """Return pages per id of a batch: rows of `stride` bytes follow the header."""
     first = (HEADER + ids * stride) // limits_disk.PAGE
     last = (HEADER + (ids + 1) * stride - 1) // limits_disk.PAGE
     return len(np.unique(np.concatenate([first, last]))) / len(ids)
 
 
 def check_table(table: Any, spec: Spec) -> None:
-    """Stop unless a gather gives the bytes on the disk, and a step what float64 gives."""
+    """Compare a gather with the bytes on the disk, and a step with float64."""
     ids = np.random.default_rng(2).integers(0, spec.rows, 12)
     ids = np.concatenate([ids, ids[:4]])
     if spec.source:
         found = np.asarray(table.gather(ids))
         wanted = limits_disk.rows_direct(Path(spec.source), HEADER, spec.stride, ids, DIM)
-        check(f"{spec.who} gather", np.array_equal(found, wanted))
+        check(f"{spec.contender} gather", np.array_equal(found, wanted))
     if not spec.optimizer:
         return
     grad = gradient(len(ids))
@@ -102,19 +102,20 @@ def check_table(table: Any, spec: Spec) -> None:
     np.add.at(summed, place, grad.astype(np.float64))
     before = table.read(rows)
     table.step(ids, grad)
-    wanted = update._oracle(getattr(table, "rule", spec.optimizer), before, summed, table.steps)
+    wanted = update.oracle(getattr(table, "rule", spec.optimizer), before, summed, table.steps)
     close = np.allclose(table.read(rows)[0], wanted, rtol=1e-5, atol=1e-6)
-    check(f"{spec.who} {spec.optimizer}", close)
+    check(f"{spec.contender} {spec.optimizer}", close)
 
 
 def timed(call: Callable[..., object], *arguments: Any) -> float:
+    """Return the seconds of a call."""
     start = time.perf_counter()
     call(*arguments)
     return time.perf_counter() - start
 
 
 def call_of(table: Any, spec: Spec) -> Callable[[Array], object]:
-    """The one call that is timed: a gather, or gather and step."""
+    """Return the call to time: a gather, or gather and step."""
     if not spec.optimizer:
         gather: Callable[[Array], object] = table.gather
         return gather
@@ -123,7 +124,7 @@ def call_of(table: Any, spec: Spec) -> Callable[[Array], object]:
 
 
 class Filling:
-    """Whether memory has filled: asked after every batch."""
+    """Whether memory has filled, which `done` decides after every batch."""
 
     def __init__(self, spec: Spec) -> None:
         self.need, self.start = FULL * spec.limit, time.monotonic()
@@ -131,12 +132,12 @@ class Filling:
         self.ids = 0
 
     def done(self, n: int) -> bool:
-        """After a batch of `n` ids."""
+        """Count a batch of `n` ids and return whether memory has filled."""
         now = limits_disk.bytes_read()
         if now - self.first > self.need or time.monotonic() - self.start > WARM_SECONDS:
             return True
         self.ids += n
-        if self.ids < 1 << 15:  # too few to say
+        if self.ids < 1 << 15:  # too few for a decision
             return False
         few = now - self.last < FEW * self.ids * limits_disk.PAGE
         self.last, self.ids = now, 0
@@ -144,8 +145,8 @@ class Filling:
 
 
 def warm(call: Callable[[Array], object], draw: Stream, spec: Spec) -> int:
-    """Call until memory has filled; the size of a batch that suits the contender."""
-    n = spec.n if spec.who in (OURS, THREE) else min(FIRST, spec.n)
+    """Call until memory has filled; return a size of batch that suits the contender."""
+    n = spec.n if spec.contender in (OURS, THREE) else min(FIRST, spec.n)
     filling = Filling(spec)
     while True:
         seconds = timed(call, draw(n))
@@ -157,7 +158,7 @@ def warm(call: Callable[[Array], object], draw: Stream, spec: Spec) -> int:
 
 
 def cold(opened: Callable[[], Any], draw: Stream, spec: Spec) -> Result:
-    """One batch on a table that was just opened; the cache is empty."""
+    """Measure one batch on a table that was just opened, with an empty cache; a few rounds."""
     seconds = []
     for _ in range(spec.rounds):
         limits_disk.empty_cache(Path(spec.path))
@@ -171,7 +172,7 @@ def cold(opened: Callable[[], Any], draw: Stream, spec: Spec) -> Result:
 
 
 def steady(opened: Callable[[], Any], draw: Stream, spec: Spec) -> Result:
-    """Batches past the point where memory is full, for some seconds and at least three."""
+    """Fill memory, then measure batches for some seconds, and at least three."""
     table = opened()
     call = call_of(table, spec)
     n = warm(call, draw, spec)
@@ -186,7 +187,7 @@ def steady(opened: Callable[[], Any], draw: Stream, spec: Spec) -> Result:
 
 
 def _model() -> Callable[[int], None]:
-    """Work for one thread: products of matrices that stay in its cache, about 1 ms each."""
+    """Return work for one thread: matrix products in its cache, about 1 ms each."""
     a = np.random.default_rng(4).random((256, 256), np.float32)
     out = np.empty_like(a)
 
@@ -198,7 +199,7 @@ def _model() -> Callable[[int], None]:
 
 
 def lookahead(opened: Callable[[], Any], draw: Stream, spec: Spec) -> Result:
-    """Seconds a step: of steps alone, the model alone, both in turn, and both with lookahead."""
+    """Measure steps alone, the model alone, both in turn, and both with lookahead."""
     import pyembed
 
     table, compute = opened(), _model()
@@ -229,14 +230,14 @@ def lookahead(opened: Callable[[], Any], draw: Stream, spec: Spec) -> Result:
 
 
 def measure(spec: Spec) -> Result:
-    """Do what SPEC says, in the group that it names."""
-    where = disk_tables.Where(spec.who, spec.path, spec.optimizer, spec.limit)
-    disk_tables.absent(spec.who, spec.optimizer)  # imports what it needs, outside the group
+    """Measure the task in the memory group that it names."""
+    where = disk_tables.Where(spec.contender, spec.path, spec.optimizer, spec.limit)
+    disk_tables.absent(spec.contender, spec.optimizer)  # imports the library outside the group
     draw = stream(spec)
     limits_disk.join(spec.group)
 
     def opened() -> Any:
-        return disk_tables.OPEN[spec.who](where)
+        return disk_tables.OPEN[spec.contender](where)
 
     table = opened()
     check_table(table, spec)
@@ -248,6 +249,7 @@ def measure(spec: Spec) -> Result:
 
 
 def main() -> int:
+    """Measure the task of the command line and print the result as JSON."""
     spec = Spec(**json.loads(sys.argv[1]))
     try:
         result = measure(spec)
@@ -260,7 +262,7 @@ def main() -> int:
 
 
 def arguments(spec: Spec) -> list[str]:
-    """The command that measures."""
+    """Return the command that measures a task."""
     text = json.dumps(dataclasses.asdict(spec))
     return [sys.executable, "-m", "bench.outofcore_child", text]
 

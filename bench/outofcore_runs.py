@@ -1,11 +1,11 @@
-"""What `outofcore` runs on: how large things are, the files of a phase, a process a measurement.
+"""The runs of `outofcore`: sizes, the files of a phase, and one process per measurement.
 
-Files go into a folder of their own below PYEMBED_BENCH_DIR, or the temporary folder. A phase makes
-its tables and deletes them, so that no more than twice the size of one lies on the disk at once. A
-table of weights serves those who keep state apart too: all its floats begin between 0 and 1.
+Files go into a new folder in PYEMBED_BENCH_DIR, or in the temporary folder. A phase creates its
+tables and deletes them, so that the disk never holds more than twice the size of a table. A table
+of weights also serves the peers with separate state, because all its floats start between 0 and 1.
 
-What cannot be measured here (no cgroup, no disk, a peer that is missing) is a text in place of a
-result. It refuses to go on when a process of ours fails, or anybody's result is wrong.
+If something cannot be measured (no cgroup, no disk, a missing peer), a text takes the place of the
+result. A process of pyembed that fails, or a wrong result of pyembed, stops the benchmark.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from bench.harness import CheckFailed, progress
 from bench.limits_disk import Unavailable
 from bench.outofcore_child import Result, Spec, arguments
 
-TIMES = 8  # the file is this many times the memory, where nothing else is said
+TIMES = 8  # the default size of the file as a multiple of the memory
 DATABASES = (LMDB, ROCKS)
-PLAIN, THREE_FILES = "plain", "three"  # folders; the others are called like the optimizer
-Measured = Result | str  # or why there is none
+PLAIN, THREE_FILES = "plain", "three"  # folders; the others have the names of optimizers
+Measured = Result | str  # a string gives the reason for a missing result
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large and how long. `n`: ids of a batch."""
+    """The sizes and times of a run. `n` is the number of ids in a batch."""
 
     file: int = 8 << 30
-    smaller: int = 4  # databases have this part of the bytes and the memory: they fill slowly
+    smaller: int = 4  # divides the bytes and the memory of databases, which fill slowly
     n: int = 65536
     n_cold_peer: int = 512
     n_lookahead: int = 16384
@@ -57,7 +57,7 @@ FULL = Size()
 QUICK = Size(
     file=1 << 30,
     smaller=1,  # with less than 64 MB RocksDB is killed
-    n=8192,  # whose pages are a quarter of the memory, as in the full run
+    n=8192,  # its pages are a quarter of the memory, as in the full run
     n_cold_peer=64,
     n_lookahead=2048,
     n_by_size=2048,
@@ -77,7 +77,7 @@ class Run:
     def __init__(self, size: Size, folder: Path) -> None:
         self.size, self.folder = size, folder
         self.limit = size.file // TIMES
-        self.why = ""  # nothing can be measured
+        self.why = ""  # the reason why nothing can be measured
         try:
             limits_disk.require_disk(folder)
             with limits_disk.memory_group(self.limit):
@@ -87,7 +87,7 @@ class Run:
 
     @contextmanager
     def files(self, name: str) -> Iterator[None]:
-        """The files of a phase: PLAIN with the databases, THREE_FILES, or an optimizer's table."""
+        """Create and remove the files of a phase: PLAIN, THREE_FILES or an optimizer's table."""
         try:
             if not self.why:
                 progress(f"building {name}")
@@ -112,13 +112,13 @@ class Run:
             self._table(name, size // (ROW * COLUMNS[name]), name.lower())
         else:
             self._table(name, size // ROW, None)
-            for who in DATABASES:
-                if not disk_tables.absent(who):
+            for contender in DATABASES:
+                if not disk_tables.absent(contender):
                     source, rows = (
                         self.folder / name / "rows.npy",
                         size // self.size.smaller // VALUE,
                     )
-                    disk_tables.fill(who, self.folder / who, source, rows)
+                    disk_tables.fill(contender, self.folder / contender, source, rows)
 
     def _table(self, name: str, rows: int, optimizer: str | None) -> None:
         import pyembed
@@ -128,39 +128,47 @@ class Run:
         pyembed.Table.create(path, rows, DIM, optimizer=optimizer, init=init).close()
 
     def spec(
-        self, who: str, what: str, optimizer: str, n: int, times: float = TIMES, limit: int = 0
+        self,
+        contender: str,
+        what: str,
+        optimizer: str,
+        n: int,
+        times: float = TIMES,
+        limit: int = 0,
     ) -> Spec:
-        """A process's task, but for its group: a table `times` as large as the memory."""
-        limit = (limit or self.limit) // (self.size.smaller if who in DATABASES else 1)
+        """Return a task without its group: the table is `times` as large as the memory."""
+        limit = (limit or self.limit) // (self.size.smaller if contender in DATABASES else 1)
         columns = COLUMNS.get(optimizer, 1)
         folder = {OURS: optimizer or PLAIN, THREE: THREE_FILES, LMDB: LMDB, ROCKS: ROCKS}
-        path = self.folder / folder.get(who, PLAIN)
-        row = VALUE if who in DATABASES else ROW if who == FBGEMM else ROW * columns
-        source, stride = path / "rows.npy", row if who == OURS else ROW
-        if who == THREE:
+        path = self.folder / folder.get(contender, PLAIN)
+        row = VALUE if contender in DATABASES else ROW if contender == FBGEMM else ROW * columns
+        source, stride = path / "rows.npy", row if contender == OURS else ROW
+        if contender == THREE:
             source = path / STATES[0] / "rows.npy"
-        elif who in DATABASES:  # what they were filled with, until they were trained
+        elif contender in DATABASES:  # their values come from there until they are trained
             source, stride = self.folder / PLAIN / "rows.npy", VALUE
         return Spec(
-            who=who,
+            contender=contender,
             path=str(path),
             what=what,
             optimizer=optimizer,
             rows=int(times * limit) // row,
             n=n,
             limit=limit,
-            source="" if who in DATABASES and optimizer else str(source),
+            source="" if contender in DATABASES and optimizer else str(source),
             stride=stride,
             seconds=self.size.seconds,
             rounds=self.size.rounds,
         )
 
     def child(self, spec: Spec) -> Measured:
-        """Measure in a process of its own."""
-        reason = self.why or disk_tables.absent(spec.who, spec.optimizer)
+        """Measure in a new process."""
+        reason = self.why or disk_tables.absent(spec.contender, spec.optimizer)
         if reason:
             return reason
-        progress(f"  {spec.who}: {spec.what} {spec.optimizer or 'gather'} of {spec.rows:,} rows")
+        progress(
+            f"  {spec.contender}: {spec.what} {spec.optimizer or 'gather'} of {spec.rows:,} rows"
+        )
         with limits_disk.memory_group(spec.limit) as group:
             done = subprocess.run(
                 arguments(replace(spec, group=str(group))),
@@ -171,19 +179,19 @@ class Run:
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # the model of lookahead
                 timeout=20 * spec.seconds + 600,
             )
-        if done.returncode == -9 and spec.who not in (OURS, THREE):
+        if done.returncode == -9 and spec.contender not in (OURS, THREE):
             return "killed: out of memory"
         if done.returncode:
             raise SystemExit(f"{spec} ended with {done.returncode}:\n{done.stderr[-2000:]}")
         result: Result = json.loads(done.stdout.splitlines()[-1])
         if "wrong" in result:
-            if spec.who in (OURS, THREE):
+            if spec.contender in (OURS, THREE):
                 raise CheckFailed(result["wrong"])
             return "gives a wrong result"
         return str(result["unavailable"]) if "unavailable" in result else result
 
     def disk(self, spec: Spec) -> float | str:
-        """fio's rate on the file of a task."""
+        """Return the rate of fio on the file of a task."""
         if self.why:
             return self.why
         try:
@@ -191,8 +199,8 @@ class Run:
         except Unavailable as error:
             return str(error)
 
-    def beside_disk(self, spec: Spec) -> tuple[Measured, float | str]:
-        """A process's result, and fio's rate: the mean of before and after."""
+    def with_disk(self, spec: Spec) -> tuple[Measured, float | str]:
+        """Return the result of a process, and the rate of fio: the mean of before and after."""
         before, result, after = self.disk(spec), self.child(spec), self.disk(spec)
         if isinstance(before, str) or isinstance(after, str):
             return result, before
@@ -201,7 +209,7 @@ class Run:
 
 @contextmanager
 def opened(size: Size) -> Iterator[Run]:
-    """A run in a folder of its own."""
+    """Yield a run in a new folder, which is removed at the end."""
     place = os.environ.get("PYEMBED_BENCH_DIR")
     with tempfile.TemporaryDirectory(prefix="pyembed-bench-", dir=place) as folder:
         yield Run(size, Path(folder))

@@ -1,8 +1,8 @@
-"""The other libraries: import them or say why not, and build their tables over given memory.
+"""The other libraries: import them, and build their tables over given memory.
 
-FBGEMM's table is built over the caller's array. Its own default is ``torch.zeros``, whose pages are
-all one physical page until written: a gather from it would measure the cache. It refuses to hide a
-peer: what cannot be imported becomes a reason that the report shows.
+FBGEMM's table is built over the caller's array. Its default is ``torch.zeros``, whose pages are all
+one physical page until they are written, so that a gather from it would measure the cache. A
+library that cannot be imported becomes a reason that the report shows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from bench.harness import THREADS, Array, Contender, progress
 
 LR = 0.01
-POOLING = {"FBGEMM bag": "SUM", "FBGEMM nobag": "NONE"}  # two ways to look one row up an id
+POOLING = {"FBGEMM bag": "SUM", "FBGEMM nobag": "NONE"}  # two ways to look up one row per id
 
 
 @cache
 def torch() -> Any:
-    """The torch module on all our threads, or the reason (a string) why there is none."""
+    """Return the torch module, set to all our threads, or the reason (a string) for its absence."""
     try:
         import torch as module
     except ImportError:
@@ -31,8 +31,7 @@ def torch() -> Any:
 
 @cache
 def fbgemm() -> Any:
-    """The module of FBGEMM's tables, or the reason (a string) why there is none."""
-    """The module of FBGEMM's tables, or the reason (a string) why there is none."""
+    """Return the module of FBGEMM's tables, or the reason (a string) for its absence."""
     if isinstance(torch(), str):
         return "not installed"
     try:
@@ -46,21 +45,21 @@ def fbgemm() -> Any:
 
 
 def tensor(array: Array) -> Any:
-    """The array's memory as a tensor; call only where torch is there."""
+    """Return the array's memory as a tensor; torch must be installed."""
     return torch().from_numpy(array)
 
 
 def why_no_fbgemm() -> str:
-    """Why FBGEMM cannot run, or an empty string."""
+    """Return the reason why FBGEMM cannot run, or an empty string."""
     module = fbgemm()
     return module if isinstance(module, str) else ""
 
 
 def table(weight: Array, optimizer: str, pooling: str) -> Any:
-    """An FBGEMM CPU table that trains ``weight`` in place; call only where FBGEMM is there.
+    """Return an FBGEMM CPU table that trains ``weight`` in place; FBGEMM must be installed.
 
-    ``optimizer`` and ``pooling`` name members of FBGEMM's ``EmbOptimType`` and ``PoolingMode``.
-    int64 ids and fp32 throughout; ids are not bounds-checked, which favours FBGEMM.
+    ``optimizer`` and ``pooling`` name members of FBGEMM's ``EmbOptimType`` and ``PoolingMode``. Ids
+    are int64 and all values fp32. Ids are not bounds-checked, which favours FBGEMM.
     """
     module = fbgemm()
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -84,7 +83,7 @@ def table(weight: Array, optimizer: str, pooling: str) -> Any:
 
 
 def fbgemm_inputs(batches: list[Array]) -> list[tuple[Any, Any]]:
-    """(ids, offsets) of each batch: bags of one id."""
+    """Return (ids, offsets) of each batch, as bags of one id."""
     offsets = torch().arange(len(batches[0]) + 1)
     return [(tensor(ids), offsets) for ids in batches]
 
@@ -94,9 +93,9 @@ def _unpack(call: Any, x: tuple[Any, ...]) -> Any:
 
 
 def gathers(weight: Array, out: Array, batches: list[Array]) -> list[Contender]:
-    """Every peer's way to gather ``weight[ids]``; those with an ``out=`` write into ``out``.
+    """Return every peer's gather of ``weight[ids]``; those with an ``out=`` write into ``out``.
 
-    numpy runs with mode="clip", its fast way with ``out=`` (mode="raise" buffers the output).
+    numpy runs with mode="clip", its fast mode with ``out=`` (mode="raise" buffers the output).
     """
     take = partial(np.take, weight, axis=0, out=out, mode="clip")
     found = [Contender("numpy take(out=)", take, batches)]

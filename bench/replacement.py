@@ -1,24 +1,24 @@
-"""Replacement: which pages leave memory if the ids of coming batches are known, and what it saves.
+"""Replacement: the reads that a policy of eviction saves if the ids of coming batches are known.
 
-Simulated, so the reads are the same on every machine: a table of 1 GiB in pages of 4 KiB and
-batches of 4096 ids, which is a table of 16 GiB and batches of 65536 at a sixteenth. For uniform ids
-the scale does not matter; a Zipf distribution over more rows has a somewhat longer tail. All pages
-of a batch are in memory together, because a step writes what the gather read. A policy gives
-every page a number; pages that the batch does not touch leave in falling order of it:
+The reads are simulated, so they are the same on every machine. The table has 1 GiB in pages of 4
+KiB and batches have 4096 ids: a sixteenth of a table of 16 GiB with batches of 65536. For uniform
+ids the scale does not matter; a Zipf distribution over more rows has a somewhat longer tail. All
+pages of a batch are in memory together, because a step writes the rows that the gather read. A
+policy gives every page a number; pages outside the batch leave memory in falling order of it:
 
-- ``LRU``: batches since the last use. What lookahead over the page cache comes close to.
-- ``hot set``: how seldom it was used in the past. The hottest pages stay, as if locked.
-- ``h ahead``: Belady's rule, the farthest next use, where the next h batches are known; what they
-  do not name leaves first, least recently used first. ``h + hot``: seldom used first.
-- ``all known``: the next 512 batches, 8 ids for each page of the table. ``enough`` is how many
-  batches ahead would do; where that is more than 512, still more would help.
+- ``LRU``: batches since the last use. Lookahead over the page cache comes close to it.
+- ``hot set``: the rarity of past uses. The hottest pages stay, as if locked.
+- ``h ahead``: Belady's rule, the farthest next use, if the next h batches are known. Pages without
+  a known use leave first, the least recently used ones first; in ``h + hot``, the rarest ones.
+- ``all known``: the next 512 batches, 8 ids for each page of the table. ``enough`` is the number of
+  known batches that suffices; above 512, still more would help.
 - ``grouped 64``: each page once in 64 batches, as if their ids were sorted by page.
 
-Each policy begins at its steady state. Every cell is the share of a batch's distinct pages that has
-to be read.
+Each policy starts in its steady state. A cell is the share of a batch's distinct pages that are
+read.
 
-Measured: what a hint about one page costs, beside what reading it costs. The file lies below the
-temporary folder (``TMPDIR``), which must be on the disk in question.
+The cost of a hint about one page is measured, and compared with the cost of reading it. The file is
+in the temporary folder (``TMPDIR``), which must be on the disk in question.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from bench import workloads
 from bench.harness import Row, check
 
 QUESTION = (
-    "How many pages does a batch read if known ids choose which pages leave memory, against the "
+    "How many pages does a batch read if known ids choose the pages to evict, compared with the "
     "least recently used; and what does a hint cost?"
 )
 Ints = NDArray[np.int64]
-Policy = Callable[[Ints, Ints, Ints], Ints]  # of age, batches to the next use, uses in the past
+Policy = Callable[[Ints, Ints, Ints], Ints]  # arguments: age, batches to the next use, past uses
 
 PAGE = 4096
 PAGES = 1 << 18
 BATCH = 4096
-PAST = 512  # batches that are only counted: they give the start
-WARM = 32  # simulated, not reported
+PAST = 512  # batches that only set the start
+WARM = 32  # batches that are simulated but not reported
 SHOWN = 96
-FUTURE = 512  # only known
-FAR = 1 << 20  # batches: never, as far as is known
+FUTURE = 512  # batches that are known but not simulated
+FAR = 1 << 20  # batches: no known use
 KINDS = ("uniform", "zipf 0.9 hashed", "zipf 0.9 packed", "zipf 1.05 hashed", "zipf 1.05 packed")
 ROW_BYTES = {256: "256 B", 768: "768 B"}  # 64 floats; 64 floats with the two states of Adam
 RATIOS = (2, 4, 8, 16)
 
-HINTED = 8192  # pages a measurement: a tenth of a second of reading
+HINTED = 8192  # pages of a measurement: a tenth of a second of reading
 WILLNEED, COLD, PAGEOUT = 3, 20, 21  # of Linux's mman.h
-RANGES = 64  # pages a call of process_madvise, system call 440
+RANGES = 64  # pages per call of process_madvise, system call 440
 WRITE, WAIT = 2, 4  # of sync_file_range
 
 
@@ -82,17 +82,17 @@ POLICIES: dict[str, Policy] = {
 
 @dataclass(frozen=True)
 class Trace:
-    """Distinct pages of batches 0, 1, ...; and what is known of each page before batch 0."""
+    """Distinct pages of batches 0, 1, ..., and the uses of each page before batch 0."""
 
     batches: Sequence[Ints]
-    following: Sequence[Ints]  # for each page of each batch: the batch of its next use
-    last: Ints  # for each page of the table: the batch of its last use, negative
-    first: Ints  # the batch of its first use
+    following: Sequence[Ints]  # the batch of the next use of each page of each batch
+    last: Ints  # the batch of the last use of each page of the table, negative
+    first: Ints  # the batch of its first use from batch 0 on
     uses: Ints
 
 
 def link(batches: Sequence[Ints], last: Ints, uses: Ints) -> Trace:
-    """Find the next use of every page, from the end."""
+    """Find the next use of every page, backwards from the last batch."""
     first = np.full(len(last), FAR)
     following = []
     for at in range(len(batches) - 1, -1, -1):
@@ -102,15 +102,17 @@ def link(batches: Sequence[Ints], last: Ints, uses: Ints) -> Trace:
 
 
 def trace(kind: str, row_bytes: int) -> Trace:
-    """Batches of one of the streams of ``workloads.py``, as pages."""
+    """Return the batches of a stream of ``workloads.py`` as pages."""
     streams = workloads.batches(
         kind, PAGES * PAGE // row_bytes, BATCH, PAST + WARM + SHOWN + FUTURE
     )
     pages = []
     for ids in streams:
         first, last = ids * row_bytes // PAGE, (ids * row_bytes + row_bytes - 1) // PAGE
-        pages.append(np.unique(np.concatenate([first, last])))  # some rows of 768 B lie on two
-    used = -PAST - 1 - np.random.default_rng(0).permutation(PAGES)  # not yet used: in any order
+        pages.append(np.unique(np.concatenate([first, last])))  # some rows of 768 B span two pages
+    used = (
+        -PAST - 1 - np.random.default_rng(0).permutation(PAGES)
+    )  # pages without a use, in any order
     uses = np.zeros(PAGES, np.int64)
     for at, batch in enumerate(pages[:PAST]):
         used[batch] = at - PAST
@@ -119,17 +121,17 @@ def trace(kind: str, row_bytes: int) -> Trace:
 
 
 def steady(t: Trace, memory: int, policy: Policy) -> Ints:
-    """The pages that a policy holds before batch 0.
+    """Return the pages that a policy keeps in memory before batch 0.
 
-    Of a page whose next use is known the whole interval between its uses counts, not what is left
-    of it: Belady's rule let a page with a long one go at its beginning.
+    For a page with a known next use, the whole time between its uses counts, and not the rest of
+    it: Belady's rule evicts a page with a long pause at the start of the pause.
     """
     order = np.argpartition(policy(-t.last, t.first - t.last, t.uses), memory)
     return order[:memory]
 
 
 def reads(t: Trace, resident: Ints, policy: Policy, start: int, stop: int) -> float:
-    """Pages read by a batch, on average over batches start .. stop-1."""
+    """Return the pages that a batch reads, on average over batches start .. stop-1."""
     memory, total = len(resident), 0
     last, following, uses = t.last.astype(np.int32), t.first.astype(np.int32), t.uses
     inside = np.zeros(len(last), np.bool_)
@@ -150,12 +152,12 @@ def reads(t: Trace, resident: Ints, policy: Policy, start: int, stop: int) -> fl
 
 
 def _check_simulation() -> None:
-    """The reference string of the operating-system textbooks: 12 reads by LRU, 9 at best."""
+    """Check the reference string of textbooks on operating systems: LRU reads 12, the best 9."""
     pages = [7, 0, 1, 2, 0, 3, 0, 4, 2, 3, 0, 3, 2, 1, 2, 0, 1, 7, 0, 1]
     last = np.full(11, -1)
     t = link([np.array([page]) for page in pages], last, np.zeros(11, np.int64))
     for name, expected in (("LRU", 12), ("all known", 9)):
-        found = reads(t, np.array([8, 9, 10]), POLICIES[name], 0, 20)  # three that are never used
+        found = reads(t, np.array([8, 9, 10]), POLICIES[name], 0, 20)  # three pages without a use
         check(f"the simulation of {name}", found * 20 == expected)
 
 
@@ -164,7 +166,7 @@ def _simulate(
 ) -> None:
     t = trace(kind, row_bytes)
     stop = WARM + SHOWN
-    touched = sum(len(batch) for batch in t.batches[WARM:stop]) / SHOWN
+    accessed = sum(len(batch) for batch in t.batches[WARM:stop]) / SHOWN
     once = len(np.unique(np.concatenate(t.batches[WARM : WARM + 64]))) / 64
     for ratio in ratios:
         memory = PAGES // ratio
@@ -175,13 +177,13 @@ def _simulate(
         check(f"{kind} {ratio}: Belady's rule", found["all known"] <= 1.01 * min(found.values()))
         enough = int(np.partition(t.first - t.last, memory)[memory])
         case = {"ids": kind, "row": ROW_BYTES[row_bytes], "table / memory": ratio}
-        cells = {"pages a batch": f"{touched:.0f}"}
-        cells |= {name: f"{100 * n / touched:.1f} %" for name, n in found.items()}
+        cells = {"pages a batch": f"{accessed:.0f}"}
+        cells |= {name: f"{100 * n / accessed:.1f} %" for name, n in found.items()}
         cells["LRU / 64 ahead"] = f"{found['LRU'] / found['64 ahead']:.2f}×"
         cells["LRU / all known"] = f"{found['LRU'] / found['all known']:.2f}×"
         cells["enough"] = f"{enough}" if enough <= FUTURE else f"> {FUTURE}"
-        cells["grouped 64"] = f"{100 * once / touched:.1f} %"
-        emit(Row("reads", dict(case), cells, data={"reads": found, "pages": touched}))
+        cells["grouped 64"] = f"{100 * once / accessed:.1f} %"
+        emit(Row("reads", dict(case), cells, data={"reads": found, "pages": accessed}))
 
 
 class _File:
@@ -195,8 +197,8 @@ class _File:
         path.write_bytes(np.random.default_rng(0).bytes(pages * PAGE))
         self.fd = os.open(path, os.O_RDWR)
         os.fsync(self.fd)
-        # A written file lies in large folios, of which a hint about one page does nothing. Read
-        # again, without read-ahead, it lies in single pages, as that of a running table does.
+        # The page cache has a written file in large folios, which ignore a hint about one page.
+        # Read again, without readahead, it is in single pages, like the file of a running table.
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         self.map = mmap.mmap(self.fd, pages * PAGE)
         self.map.madvise(mmap.MADV_RANDOM)
@@ -204,20 +206,20 @@ class _File:
         self.pidfd = os.pidfd_open(os.getpid())
 
     def resident(self, pages: Ints) -> float:
-        """The share of these pages that is in memory."""
+        """Return the share of these pages that is in memory."""
         bits = np.zeros(len(self.bytes), np.uint8)
         self.libc.mincore(self.bytes.ctypes.data, len(self.map), bits.ctypes.data)
         return float(np.mean(bits[pages] & 1))
 
     def advise(self, pages: Ints, advice: int) -> None:
-        """A call of madvise for each page."""
+        """Call madvise for each page."""
         madvise = self.libc.madvise
         for address in (self.bytes.ctypes.data + pages * PAGE).tolist():
             if madvise(address, PAGE, advice):
                 raise OSError(ctypes.get_errno(), f"madvise {advice} is refused")
 
     def advise_many(self, pages: Ints, advice: int) -> None:
-        """A call of process_madvise for each 64 pages."""
+        """Call process_madvise once for 64 pages."""
         ranges = np.full((len(pages), 2), PAGE, np.uint64)  # struct iovec
         ranges[:, 0] = self.bytes.ctypes.data + pages * PAGE
         for at in range(0, len(pages), RANGES):
@@ -227,13 +229,13 @@ class _File:
                 raise OSError(ctypes.get_errno(), f"process_madvise {advice} is refused")
 
     def write_back(self, pages: Ints) -> None:
-        """Begin to write each page, then wait for all."""
+        """Start to write each page, then wait for all."""
         for page in np.sort(pages).tolist():
             self.libc.sync_file_range(self.fd, page * PAGE, PAGE, WRITE)
         self.libc.sync_file_range(self.fd, 0, 0, WAIT)
 
     def close(self) -> None:
-        """Give up the descriptors; the mapping goes with the last view of it."""
+        """Close the descriptors; the mapping ends with its last view."""
         os.close(self.pidfd)
         os.close(self.fd)
 
@@ -243,7 +245,7 @@ def _hints(emit: Callable[[Row], None]) -> None:
         file = _File(Path(folder, "hints.tmp"), 3 * HINTED)
         clean, many, dirty = np.random.default_rng(1).permutation(3 * HINTED).reshape(3, HINTED)
 
-        def touch(pages: Ints, write: bool = False) -> None:
+        def access(pages: Ints, write: bool = False) -> None:
             file.advise_many(pages, WILLNEED)
             if write:
                 file.bytes[pages] += 1
@@ -261,15 +263,15 @@ def _hints(emit: Callable[[Row], None]) -> None:
                 cells = {"a page": str(error.strerror)}
             emit(Row("hints", {"what": what}, cells))
 
-        row("read, 64 asked for a call, then touched", clean, lambda: touch(clean))
-        touch(many)
+        row("read, 64 requested per call, then accessed", clean, lambda: access(clean))
+        access(many)
         row("COLD, 64 a call", clean, lambda: file.advise_many(clean, COLD))
         row("PAGEOUT, one a call", clean, lambda: file.advise(clean, PAGEOUT))
         row("PAGEOUT, 64 a call", many, lambda: file.advise_many(many, PAGEOUT))
-        touch(dirty, write=True)
+        access(dirty, write=True)
         row("write back, one a call", dirty, lambda: file.write_back(dirty))
         row("PAGEOUT after it, 64 a call", dirty, lambda: file.advise_many(dirty, PAGEOUT))
-        touch(many, write=True)
+        access(many, write=True)
         row("PAGEOUT of changed pages, 64 a call", many, lambda: file.advise_many(many, PAGEOUT))
         row("write back after it", many, lambda: file.write_back(many))
         row("and PAGEOUT again", many, lambda: file.advise_many(many, PAGEOUT))

@@ -1,15 +1,15 @@
 """Many tables: a step of the 26 tables of a recommender, one batch of 2048 ids each.
 
 The sizes are those of the Criteo Kaggle data set, hashed to at most a million rows: from 3 rows to
-a million. pyembed takes the steps one by one, and with ``step_many`` in one go; FBGEMM's module is
-made for many tables, and its backward over a retained graph holds the step (see `update`). torch
-steps 26 sparse gradients that are there already, in one call of its optimizer: it sums duplicates
-and updates, as the others do; its backward, which makes the gradients, is not counted.
+a million. pyembed takes the steps one by one, and all at once with ``step_many``. FBGEMM's module
+is made for many tables, and its backward over a retained graph includes the step (see `update`).
+torch steps 26 existing sparse gradients in one call of its optimizer: it sums duplicates and
+updates, as the others do, but the backward that creates the gradients is not counted.
 
-Checked before timing: the rows that a step touches, against float64, rtol 1e-5 and atol 1e-6, with
-gradients whose sums are exact in any order (torch's SGD, which rounds for every occurrence, 100
-times that). It refuses to time a rule that a peer does not have, or FBGEMM not in parallel. The
-limit is that of `update`, over the rows of all tables as one batch, grouped beforehand.
+Before timing, the changed rows are compared with float64, with rtol 1e-5 and atol 1e-6 (100 times
+that for torch's SGD, which rounds for every occurrence); the sums of the gradients are exact in any
+order. A rule that a peer does not have, or that FBGEMM runs on one thread, is not timed. The limit
+is that of `update`, over the rows of all tables as one batch, grouped in advance.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from bench import limit, peers
 from bench.harness import THREADS, Array, Bar, Contender, Row, check, timed_row
 
 QUESTION = (
-    "How fast is a step of 26 tables at once against their steps one by one, against FBGEMM's one "
-    "module of 26 tables, and against torch's sparse optimizers?"
+    "How fast is one step of 26 tables compared with 26 single steps, with FBGEMM's one module of "
+    "26 tables, and with torch's sparse optimizers?"
 )
 TABLE = "26 tables"
 SIZES = (
@@ -32,7 +32,7 @@ SIZES = (
     27, 14992, 1_000_000, 10, 5652, 2173, 4, 1_000_000, 18, 15, 286_181, 105, 142_572,
 )  # fmt: skip
 BATCH = 2048
-RULES = {  # the state's name; what FBGEMM and torch call the rule
+RULES = {  # the name of the state, and the names of the rule in FBGEMM and torch
     "SGD": ("sgd", "EXACT_SGD", "SGD"),
     "Adagrad": ("adagrad", "", "Adagrad"),
     "RowwiseAdagrad": ("rowwise_adagrad", "EXACT_ROWWISE_ADAGRAD", ""),
@@ -46,7 +46,7 @@ BATCHES = 8  # that take turns
 
 
 def _oracle(rule: str, weight: Array, ids: Array, grad: Array) -> tuple[Array, Array]:
-    """The touched rows, and what the first step makes of them, in float64."""
+    """Return the rows of a batch, and their values after the first step, in float64."""
     rows, where = np.unique(ids, return_inverse=True)
     g = np.zeros((rows.size, grad.shape[1]))
     np.add.at(g, where, grad.astype(np.float64))
@@ -90,7 +90,7 @@ def _fbgemm(rule: str, dim: int) -> Any:
 
 
 def _backward(made: Any, batches: list[list[Array]], grads: list[Array]) -> tuple[Any, list[Any]]:
-    """A call that takes the step, and its inputs: a retained graph for each batch."""
+    """Return a call that takes the step, and its inputs: a retained graph for each batch."""
     torch = peers.torch()
     offsets = torch.arange(len(SIZES) * BATCH + 1)
     graphs = [made(peers.tensor(np.concatenate(ids)), offsets) for ids in batches]
@@ -99,7 +99,7 @@ def _backward(made: Any, batches: list[list[Array]], grads: list[Array]) -> tupl
 
 
 class _Torch:
-    """26 weights with one sparse optimizer; gradients as backward leaves them, not summed."""
+    """26 weights with one sparse optimizer, and gradients that are not coalesced."""
 
     def __init__(self, rule: str, dim: int) -> None:
         torch = peers.torch()
@@ -211,9 +211,10 @@ def _torch_contender(
 def _limit(
     weights: list[Array], rule: str, batches: list[list[Array]], grads: list[Array]
 ) -> Contender:
-    """The rows of all tables, numbered from the first table's first.
+    """Update the rows of all tables as one batch, numbered from the start of the first table.
 
-    None where they are no whole number of rows apart: tables begin on pages, and not all rows do.
+    The contender is absent if the tables are not a whole number of rows apart: tables begin on
+    pages, but not all rows do.
     """
     stride, first = weights[0].strides[0], weights[0].ctypes.data
     apart = [divmod(weight.ctypes.data - first, stride) for weight in weights]

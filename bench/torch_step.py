@@ -1,17 +1,18 @@
-"""The torch adapter: what a call costs, a training step, and the memory of a step.
+"""The torch adapter: the cost of a call, of a training step, and the memory of a step.
 
-*one id*: forward with grad enabled, eager, of one id: what the call costs beside nn.Embedding. Its
-bar is a difference, since both are all overhead. *step*: forward, backward from a gradient that
-lies there, and the optimizer; ours steps in backward. torch: nn.Embedding(sparse=True) and its own
-optimizer, over an array on huge pages, as in ``update``.
+*one id*: an eager forward of one id with grad enabled. Its bar is the difference to nn.Embedding,
+since both are pure overhead. *step*: forward, backward from a given gradient, and the optimizer;
+ours steps in backward. torch: nn.Embedding(sparse=True) and its own optimizer, over an array on
+huge pages, as in ``update``.
 
-*memory*: in a child process for each contender, whose table, state, ids and a first small step are
-there before the peak is reset (``/proc/self/clear_refs``). What the peak then grows by in steps of
-N ids is beside the table: the rows, their gradient, which the step makes, and whatever the library
-needs. torch makes its states in the first step, so they lie there too.
+*memory*: each contender runs in a child process, which creates its table, state and ids and takes a
+small step before it resets its peak (``/proc/self/clear_refs``). Steps of N ids then raise the peak
+by the memory that they need in addition to the table: the rows, their gradient, which the step
+creates, and the library's own buffers. torch creates its states in the first step, so they exist
+by then too.
 
-Checked before timing: rows bit for bit; steps against float64, as in ``update``. It refuses to name
-a peak where the system cannot reset it: the cell says so.
+Before timing, rows are compared bit for bit, and steps with float64, as in ``update``. If the
+system cannot reset a peak, the cell says so.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from bench.harness import (
 )
 
 QUESTION = (
-    "What does the torch adapter cost beside nn.Embedding: a call, a training step, and the memory "
-    "of a step?"
+    "What does the torch adapter cost compared with nn.Embedding: a call, a training step, and the "
+    "memory of a step?"
 )
 CALL, STEP, MEMORY = "one id", "step", "memory"
 OURS, PARAMETER, TORCH = "pyembed", "pyembed, a Parameter", "torch"
 ROWS, DIM, N = update.ROWS, update.DIM, 65536
-MORE_SECONDS = 5e-6  # than nn.Embedding: the bar of one id
-MOST_BYTES = 4 * N * DIM * 4  # beside the table: four times the rows of a batch
+MORE_SECONDS = 5e-6  # the bar of one id: the difference to nn.Embedding
+MOST_BYTES = 4 * N * DIM * 4  # in addition to the table: four times the rows of a batch
 STEPS_IN_CHILD = 3
 BARS = tuple(
     Bar(STEP, {"optimizer": (name,)}, OURS, TORCH, ratio)
@@ -66,7 +67,7 @@ def _layer(optimizer: str, table: Any) -> Any:
 
 
 class Adapter(update.Pyembed):
-    """The layer of pyembed.torch: backward is the step."""
+    """The layer of pyembed.torch, whose backward is the step."""
 
     def __init__(self, optimizer: str) -> None:
         super().__init__(optimizer)
@@ -74,12 +75,12 @@ class Adapter(update.Pyembed):
         self.optimizer = self.layer.optimizer
 
     def use(self, batches: list[Array], grad: Array) -> tuple[Any, Any]:
-        """Ids and the gradient as tensors."""
+        """Keep the gradient as a tensor and return the ids as tensors."""
         self.gradient = peers.tensor(grad)
         return [peers.tensor(ids) for ids in batches], ()
 
     def train(self, x: Any) -> None:
-        """Forward, backward, and so the step."""
+        """Run forward and backward, and so the step."""
         self.layer(x).backward(self.gradient)
 
 
@@ -128,7 +129,7 @@ def _step(optimizer: str, weight: Array, quick: bool) -> Row:
 
 
 def _peak_of_child(name: str, optimizer: str) -> int | str:
-    """Bytes by which the peak of a process grows in its steps, or why there is no number."""
+    """Return the bytes by which steps raise the peak of a process, or why they are unknown."""
     command = [sys.executable, "-m", "bench.torch_step", name, optimizer]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -157,11 +158,11 @@ def _in_kib(name: str) -> int:
 
 
 def child(name: str, optimizer: str) -> int:
-    """Take steps, and return by how many bytes they raised the peak of this process."""
+    """Take steps, and return the bytes by which they raise the peak of this process."""
     torch = peers.torch()
     warnings.filterwarnings("ignore", message="Sparse invariant checks")
     if name == OURS:
-        layer = Adapter(optimizer).layer  # its rows are drawn, and the state lies in their pages
+        layer = Adapter(optimizer).layer  # with rows drawn, and its state in their pages
 
         def step(ids: Any) -> None:
             rows = layer(ids)
@@ -183,10 +184,10 @@ def child(name: str, optimizer: str) -> int:
         for state in trainer.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor) and value.numel() > N:
-                    value.view(-1)[::1024] += 0.0  # its pages are there before the peak is reset
+                    value.view(-1)[::1024] += 0.0  # maps its pages before the peak is reset
     batches = [torch.randint(ROWS, (N,)) for _ in range(STEPS_IN_CHILD)]
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now the current size
     before = _in_kib("VmRSS")
     for ids in batches:
         step(ids)
@@ -197,7 +198,7 @@ def run(quick: bool, emit: Callable[[Row], None]) -> None:
     """Measure every case and emit its row."""
     if isinstance(peers.torch(), str):
         raise SystemExit("bench torch_step: needs torch; pip install -e '.[bench]'")
-    warnings.filterwarnings("ignore", message="Sparse invariant checks")  # torch's own Adagrad
+    warnings.filterwarnings("ignore", message="Sparse invariant checks")  # from torch's Adagrad
     emit(_one_id(quick))
     for optimizer in update.TORCH:  # before this process has a table of its own
         emit(_memory(optimizer))

@@ -1,23 +1,24 @@
-"""Update: rows are gathered, a gradient arrives, the optimizer changes the rows it touched.
+"""Update: gather rows, then let an optimizer change them by a gradient.
 
-Two tables. *gather + step*: pyembed's ``embedding(ids)`` and ``optimizer.step(ids, grad)``; torch's
-forward, backward and sparse optimizer step; FBGEMM's forward and its backward, which holds the
-step. *step alone*: pyembed's step, grouping included; FBGEMM's backward over a retained graph (on
-the machine it was tried on, as long as forward and backward minus forward); and the limit, the same
-row and gradient bytes with the grouping made beforehand. Refusing a gradient with NaN before a row
-changes means to read it twice; "skip_row" is the step that leaves such rows alone and reads once.
+There are two tables. *gather + step*: pyembed's ``embedding(ids)`` and ``optimizer.step(ids,
+grad)``; torch's forward, backward and sparse optimizer step; FBGEMM's forward and its backward,
+which includes the step. *step alone*: pyembed's step with its grouping; FBGEMM's backward over a
+retained graph (on the machine where it was tried, this takes as long as forward and backward minus
+forward); and the limit, which moves the same bytes of rows and gradient, grouped in advance. A step
+that refuses a gradient with NaN before any row changes reads the gradient twice; "skip_row" leaves
+out such rows and reads it once.
 
-FBGEMM's row-wise Adagrad keeps one number a row where Adagrad keeps one a weight. It is the only
-optimizer of FBGEMM that is parallel on a CPU, so our Adagrad, which moves twice the row bytes, is
-held against it, as well as our own row-wise Adagrad. The other rules have no peer with sparse
-gradients on a CPU: their row says what they cost against the limit. torch and FBGEMM train one
-array on huge pages; torch allocates its own states.
+FBGEMM's row-wise Adagrad keeps one number per row; Adagrad keeps one per weight. Row-wise Adagrad
+is the only optimizer of FBGEMM that is parallel on a CPU, so both our Adagrad, which moves twice
+the bytes, and our row-wise Adagrad are compared with it. The other rules have no peer with sparse
+gradients on a CPU; they are compared with the limit. torch and FBGEMM train one array on huge
+pages; torch allocates its own states.
 
-Checked before timing: a step of every contender on every case, against float64, on up to 4096
-touched rows with the most frequent among them, rtol 1e-5 and atol 1e-6 (torch's SGD, which rounds
-for every occurrence, 100 times that); untouched rows bit for bit.
-Gradients are odd multiples of 1/64, whose sums are exact in any order, so the tolerance covers the
-rule and not the order of summation. It refuses to time an optimizer a peer does not have.
+Before timing, one step of every contender on every case is compared with float64, on up to 4096 of
+the changed rows including the most frequent ones, with rtol 1e-5 and atol 1e-6. The tolerance is
+100 times that for torch's SGD, which rounds for every occurrence. All other rows must not change.
+Gradients are odd multiples of 1/64, whose sums are exact in any order, so that the tolerance covers
+the rule and not the order of summation.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ from bench import limit, peers, workloads
 from bench.harness import THREADS, Array, Bar, Contender, Row, aligned, check, timed_row
 
 QUESTION = (
-    "How fast is gather + optimizer step against torch's forward + backward + sparse step, and the "
-    "step alone against FBGEMM and the memory limit?"
+    "How fast is gather + optimizer step compared with torch's forward + backward + sparse step, "
+    "and the step alone compared with FBGEMM and the limit of the memory?"
 )
 BOTH, STEP = "gather + step", "step alone"
 DIM, ROWS = 64, 4_000_000
 SIZES = (64, 4096, 65536, 1_000_000)
-FEW = (65536, 1_000_000)  # of the rules without a peer
+FEW = (65536, 1_000_000)  # sizes for the rules without a peer
 M = (1_000_000,)
 
 
 class Rule(NamedTuple):
-    """An optimizer of pyembed: its class, the name of its state, and what it is made with."""
+    """An optimizer of pyembed: its class, the name of its state, and its arguments."""
 
     kind: str
     state: str
-    columns: int  # as wide as the weight, which is one; the limit moves so many
+    columns: int  # number of columns as wide as the weight, the weight included
     arguments: Mapping[str, float] = MappingProxyType({})
 
 
@@ -108,12 +109,15 @@ BARS = (
 )
 
 
-# A trainer has: use (prepare a case; gives the inputs of the next two), train (gather + step),
-# apply (the step alone), read (float64 copies of the weight and of each state of some rows),
-# rule (which oracle) and steps (taken so far, for Adam's bias correction).
+# A trainer has the methods use (prepare a case and return the inputs of the next two), train
+# (gather + step), apply (the step alone) and read (float64 copies of the weight and of each state
+# of some rows), and the attributes rule (of the oracle) and steps (taken so far, for the bias
+# correction).
 
 
 class Pyembed:
+    """A layer of pyembed over a table in memory."""
+
     name = OURS
 
     def __init__(self, optimizer: str) -> None:
@@ -156,6 +160,8 @@ class Pyembed:
 
 
 class Torch:
+    """torch.nn.Embedding with a sparse gradient, over a given array."""
+
     name, steps = "torch", 0
 
     def __init__(self, optimizer: str, weight: Array) -> None:
@@ -180,11 +186,13 @@ class Torch:
         tensors = [self.embedding.weight.detach()]
         tensors += [state[name] for name in TORCH_STATES[self.rule] if name in state]
         parts = [tensor.numpy()[rows].astype(np.float64) for tensor in tensors]
-        # SparseAdam makes its states, all zero, in the first step.
+        # SparseAdam creates its states, all zero, in the first step.
         return parts + [0 * parts[0]] * (COLUMNS[self.rule] - len(parts))
 
 
 class Fbgemm:
+    """FBGEMM's table over a given array; its backward is the step."""
+
     steps = 0
 
     def __init__(self, name: str, optimizer: str, weight: Array) -> None:
@@ -208,8 +216,8 @@ class Fbgemm:
         return [part.astype(np.float64) for part in parts]
 
 
-def _oracle(rule: str, parts: list[Array], g: Array, t: int) -> Array:
-    """The weights after step ``t`` (the first is 1) with summed gradients ``g``, in float64."""
+def oracle(rule: str, parts: list[Array], g: Array, t: int) -> Array:
+    """Return the float64 weights after step ``t`` (the first is 1) with summed gradients ``g``."""
     w, *states = parts
     given = RULES[rule].arguments
     lr, decay = peers.LR, given.get("weight_decay", 0.0)
@@ -261,24 +269,24 @@ def _norm(rows: Array) -> Array:
 
 
 def check_step(trainer: Any, call: Callable[[Any], None], x: Any, ids: Array, grad: Array) -> None:
-    """Take one step and compare it with the oracle; ``grad`` holds a row for every id."""
+    """Take one step and compare it with the oracle; ``grad`` has a row for every id."""
     rng = np.random.default_rng(2)
     unique, counts = np.unique(ids, return_counts=True)
     hot = unique[np.argsort(counts)[-64:]]
-    touched = np.unique(np.append(hot, rng.choice(unique, min(4032, len(unique)), replace=False)))
+    changed = np.unique(np.append(hot, rng.choice(unique, min(4032, len(unique)), replace=False)))
     others = np.setdiff1d(rng.integers(0, ROWS, 4096), unique)
-    chosen = np.flatnonzero(np.isin(ids, touched))
-    g = np.zeros((len(touched), DIM))
-    np.add.at(g, np.searchsorted(touched, ids[chosen]), grad[chosen].astype(np.float64))
-    before, still = trainer.read(touched), trainer.read(others)
+    chosen = np.flatnonzero(np.isin(ids, changed))
+    g = np.zeros((len(changed), DIM))
+    np.add.at(g, np.searchsorted(changed, ids[chosen]), grad[chosen].astype(np.float64))
+    before, still = trainer.read(changed), trainer.read(others)
     call(x)
-    wanted = _oracle(trainer.rule, before, g, trainer.steps)
+    wanted = oracle(trainer.rule, before, g, trainer.steps)
     # torch's SGD adds every occurrence to the weight by itself, and a hot row has 100,000 of them.
     loose = 100 if trainer.name == "torch" and trainer.rule == "SGD" else 1
-    close = np.allclose(trainer.read(touched)[0], wanted, rtol=1e-5 * loose, atol=1e-6 * loose)
+    close = np.allclose(trainer.read(changed)[0], wanted, rtol=1e-5 * loose, atol=1e-6 * loose)
     check(f"{trainer.name} {trainer.rule}", close)
     same = all(map(np.array_equal, still, trainer.read(others)))
-    check(f"{trainer.name} {trainer.rule} (untouched rows)", same)
+    check(f"{trainer.name} {trainer.rule} (rows outside the batch)", same)
 
 
 def _grouping(batches: list[Array]) -> Contender:
@@ -292,7 +300,7 @@ def _grouping(batches: list[Array]) -> Contender:
 
 
 def _peers(optimizer: str, weight: Array) -> list[Any]:
-    """A trainer for torch and for both of FBGEMM, or an absent contender that says why not."""
+    """Return trainers for torch and for both ways of FBGEMM; an absent one gives the reason."""
     if optimizer not in WITH_PEERS:
         return []
     torch = peers.torch()

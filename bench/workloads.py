@@ -1,19 +1,19 @@
-"""Id streams: which rows a batch asks for. Fixed seeds; every stream is a list of int64 batches.
+"""Id streams: the rows that batches ask for. Seeds are fixed; a stream is a list of int64 batches.
 
-- ``uniform``: every row alike, the worst case for a cache.
-- ``zipf 0.9``, ``zipf 1.05``: p(k) proportional to k^-s over all ranks k = 1..rows, by exact
-  inverse CDF (a cumulative sum and a binary search). Not ``np.random.zipf``, which is undefined for
-  s <= 1 and has no upper bound, so that a modulo would fold its tail onto the hot rows.
+- ``uniform``: all rows are equally likely, the worst case for a cache.
+- ``zipf 0.9``, ``zipf 1.05``: p(k) is proportional to k^-s over all ranks k = 1..rows, by exact
+  inverse CDF (a cumulative sum and a binary search). ``np.random.zipf`` is undefined for s <= 1 and
+  has no upper bound, so that a modulo would fold its tail onto the hot rows.
 - ``production``: the reuse inside one batch of the 2021 Meta traces (``fbgemm_t856_bs65536``).
 
 ``packed`` leaves rank k on row k-1 (hot rows share pages); ``hashed`` scatters the ranks over the
 table by a multiplication modulo rows with an odd constant that is coprime to rows, a bijection.
 
-How each was checked: ``python -m bench.workloads`` asserts it. Uniform: counts of 256 equal parts
-of the table within 6 sigma. Zipf: the counts of the 100 hottest rows and the cumulative counts at
-each power of two within 6 sigma of the formula. Hashed: the images of all rows are all rows.
-Production: the share of accesses in every bucket within 0.005 of the published share, 47 % (+-2) of
-the unique rows touched once, 6.4 to 7.6 accesses a unique row.
+``python -m bench.workloads`` checks the streams. Uniform: the counts of 256 equal parts of the
+table are within 6 sigma. Zipf: the counts of the 100 hottest rows, and the cumulative counts at
+each power of two, are within 6 sigma of the formula. Hashed: the images of all rows are all rows.
+Production: the share of accesses in every bucket is within 0.005 of the published share, 47 % (+-2)
+of the unique rows are accessed once, and a unique row is accessed 6.4 to 7.6 times.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 
 # Share of the accesses whose row occurs (bound .. next bound - 1) times in a batch. The published
-# buckets are 1, 2, 3-4, 5-8, ..., 16K-32K, > 32K. The last two are one here: in a batch of 1 M ids
-# a row with more than 32K of them would be more than the published share.
+# buckets are 1, 2, 3-4, 5-8, ..., 16K-32K, > 32K. The last two are merged here: in a batch of 1 M
+# ids, a single row with more than 32K accesses would exceed the published share.
 REUSE_BOUNDS = (1, 2, 3, *(2**k + 1 for k in range(2, 16)))
 REUSE_SHARES = (
     0.069, 0.044, 0.068, 0.101, 0.121, 0.104, 0.073, 0.058,
@@ -46,17 +46,19 @@ def _zipf_cdf(rows: int, s: float, q: float) -> NDArray[np.float64]:
 
 
 def zipf(rng: np.random.Generator, rows: int, count: int, s: float, q: float = 0.0) -> Ids:
-    """``count`` ranks 0..rows-1 with p(rank) proportional to (rank + 1 + q)^-s."""
+    """Return ``count`` ranks 0..rows-1 with p(rank) proportional to (rank + 1 + q)^-s."""
     return np.searchsorted(_zipf_cdf(rows, s, q), rng.random(count), side="right")
 
 
 def production(rng: np.random.Generator, rows: int, count: int) -> Ids:
-    """``count`` ids of a batch with the published reuse; a smaller batch is a sample of one.
+    """Return ``count`` ids with the published reuse; a small batch is a sample of a full one.
 
-    Rows met often hold the same low ranks in every batch; the others are drawn anew from the rest
-    of the table, without which every batch would find its tail in the cache.
+    Frequent rows have the same low ranks in every batch. The others are drawn anew from the rest of
+    the table; otherwise every batch would find its tail in the cache.
     """
-    total = 1.02 * max(count, REUSE_BATCH)  # a little too much, because rows are whole; cut below
+    total = 1.02 * max(
+        count, REUSE_BATCH
+    )  # a little too many, since rounding loses some; cut below
     parts = []
     for low, high, share in zip(REUSE_BOUNDS[:-1], REUSE_BOUNDS[1:], REUSE_SHARES, strict=True):
 
@@ -77,7 +79,7 @@ def production(rng: np.random.Generator, rows: int, count: int) -> Ids:
 
 
 def scatter(ranks: Ids, rows: int) -> Ids:
-    """The ``hashed`` placement: a bijection of 0..rows-1 that tears neighbours apart."""
+    """Place ranks as ``hashed`` does: a bijection of 0..rows-1 that separates neighbours."""
     factor = 2_654_435_761 % rows | 1  # Knuth's multiplier
     while math.gcd(factor, rows) != 1:
         factor += 2
@@ -85,7 +87,7 @@ def scatter(ranks: Ids, rows: int) -> Ids:
 
 
 def batches(kind: str, rows: int, count: int, how_many: int, seed: int = 1) -> list[Ids]:
-    """Batches of a stream named like ``uniform``, ``zipf 1.05 hashed``, ``production packed``."""
+    """Return batches of a stream: ``uniform``, ``zipf 1.05 hashed``, ``production packed``, ..."""
     name, *rest = kind.split()
     rng = np.random.default_rng(seed)
     if name == "uniform":
@@ -102,7 +104,7 @@ def batches(kind: str, rows: int, count: int, how_many: int, seed: int = 1) -> l
 
 
 def _check() -> None:
-    """Assert what the docstring of this file says about the streams."""
+    """Assert that the streams have the properties that the docstring of this file names."""
     rows, count = 100_000, 2_000_000
     (ids,) = batches("uniform", rows, count, 1)
     parts = np.bincount(ids * 256 // rows, minlength=256)
@@ -126,7 +128,7 @@ def _check() -> None:
     assert np.all(abs(shares - np.array(REUSE_SHARES)) < 0.005), shares
     assert 0.45 < np.mean(times == 1) < 0.49, np.mean(times == 1)
     assert 6.4 < len(ids) / len(times) < 7.6, len(ids) / len(times)
-    print("uniform, zipf, hashed and production streams are what they say")
+    print("the uniform, zipf, hashed and production streams are as described")
 
 
 if __name__ == "__main__":
