@@ -1,8 +1,7 @@
-"""The next batches' pages, asked for on a helper thread while the model computes this one.
+"""Lookahead: a helper thread reads the pages of the next batches while the model computes this one.
 
-It changes time, never results: a batch comes out as it went in, in its place, and a lookup that
-finds its rows in memory does the same as one that has to wait for them. So does a step that finds
-their old content in the journal, see `Rows.prefetch`.
+It changes time, never results: batches are yielded unchanged and in order, and lookups and steps
+compute the same, whether their rows are in memory and in the journal already or not.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from pyembed.table import Table
 
 Batch = TypeVar("Batch")
 MAX_DEPTH = 1 << 16
-PATIENCE_SECONDS = 5.0  # how long the end of a loop waits for a source that gives no batch
+JOIN_SECONDS = 5.0  # the longest wait at the end of a loop for a source that yields no batch
 
 
 class HasTable(Protocol):
-    """A layer: it has a table, whichever framework it is of."""
+    """A layer of any framework: it has a table."""
 
     @property
     def table(self) -> Any:
-        """Where its rows are."""
+        """The table of its rows."""
 
 
 def lookahead(
@@ -38,32 +37,33 @@ def lookahead(
     depth: int = 2,
     ids: Callable[[Batch], ArrayLike] | None = None,
 ) -> Generator[Batch, None, None]:
-    """Yield the batches, with the pages of the next ones on their way into memory.
+    """Yield batches, while a helper thread reads the pages of the next ones into memory.
 
-    With durability "power", and once the table has changes, the old content of their rows is on its
-    way to the disk too, and a step does not wait for that sync: for batches that are trained on.
+    With durability "power", and once the table has changes, the thread also writes the old content
+    of their rows to the journal, so that steps on these batches do not wait for its sync.
 
     Parameters
     ----------
     batches : iterable
-        Read on a helper thread, at most `depth` batches ahead of the loop.
+        The batches; the helper thread reads them, at most `depth` ahead of the loop.
     table : Table, Embedding or EmbeddingBag
-        The layers of `pyembed.torch` too.
+        The table, or a layer over it, from `pyembed.torch` too.
     depth : int
-        1 or more. Memory must hold the pages of `depth` + 1 batches.
+        1 or more. Memory must have room for the pages of `depth` + 1 batches.
     ids : function of a batch, optional
-        The ids that it will look up, of any shape, a tensor too; if not given, a batch is its ids.
+        Returns the ids that the batch will look up, of any shape, as an array or tensor. By default
+        a batch is its ids.
 
-    Yields
-    ------
-    batch
-        As it came from `batches`, in order.
+    Returns
+    -------
+    generator
+        It yields the batches unchanged and in order.
 
     Raises
     ------
     ArgumentError, DTypeError
-        At the call. What `batches` or `ids` raises, and an IdError, comes in the loop, in the place
-        of the batch that it belongs to.
+        If `depth` or `table` is not allowed. Exceptions of `batches` and `ids`, and IdError, are
+        raised in the loop instead of the batch that they belong to.
 
     Examples
     --------
@@ -81,7 +81,7 @@ def lookahead(
 
 
 class _Source:
-    """The helper thread and what it has ready: (batch, None), or (None, what ended it)."""
+    """The helper thread and its queue: of (batch, None), and at the end (None, exception)."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class _Source:
         try:
             batch = next(self._batches)
             self._table.prefetch(batch if self._ids is None else self._ids(batch), wait=True)
-        except BaseException as error:  # to be raised in the loop, where somebody sees it
+        except BaseException as error:  # raised in the loop, by the caller's thread
             return None, error
         return batch, None
 
@@ -134,7 +134,7 @@ class _Source:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
-            self._thread.join(PATIENCE_SECONDS)
+            self._thread.join(JOIN_SECONDS)
             if not self._thread.is_alive():
                 with contextlib.suppress(AttributeError):
                     self._batches.close()  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Initialisers: how the rows of a new table get their values.
+"""Initialisers: recipes for the rows of a new table.
 
 Random values are counter-based: element (r, c) of a table with `dim` columns is value r * dim + c
-of the stream that the seed names, whatever the number of threads, the SIMD level, or the pieces
-in which the table is made. So a table that grew by `append` equals one that was made at once.
+of the seed's stream, for any number of threads, any SIMD level, and any pieces in which the table
+is made. Therefore a table that grew by `append` equals one that was made at once.
 """
 
 from __future__ import annotations
@@ -27,13 +27,24 @@ class Initializer:
     Attributes
     ----------
     whole : bool
-        It can only make all rows at once, in memory.
+        Whether it makes all rows at once, in memory, and so cannot append rows.
     """
 
     whole = False
 
     def for_shape(self, rows: int, dim: int) -> Initializer:
-        """The recipe for a weight of this shape; most do not depend on it."""
+        """The recipe for a weight of this shape; most recipes do not depend on the shape.
+
+        Parameters
+        ----------
+        rows, dim : int
+            The shape of the whole weight.
+
+        Returns
+        -------
+        Initializer
+            A recipe whose `fill` makes the rows of such a weight.
+        """
         del rows, dim
         return self
 
@@ -44,13 +55,19 @@ class Initializer:
 
         Parameters
         ----------
-        array : float32 array of shape (rows, dim)
-            Its rows may be strided; the floats within a row are contiguous.
+        array : ndarray of float32, shape (rows, dim)
+            Its rows may be strided; the floats in a row are contiguous.
         seed : int
-            Names the stream, 0 .. 2^64 - 1.
+            Selects the stream of random values, 0 .. 2^64 - 1.
         first_row : int
-            The row of the table that ``array[0]`` is.
+            The row number of ``array[0]`` in the table.
         num_threads : int, optional
+            See `Table.create`.
+
+        Raises
+        ------
+        ArgumentError
+            If `seed` is out of range, or the recipe makes whole tables and `first_row` is not 0.
         """
         if not 0 <= seed < 2**64:
             raise ArgumentError(f"seed = {seed}; allowed: 0..2^64-1")
@@ -70,18 +87,18 @@ class _Constant(Initializer):
 
 @dataclass(frozen=True)
 class _Random(Initializer):
-    """A stream of the kernels. normal: mean and deviation; uniform: low and high."""
+    """A stream of the kernels: "normal" with mean a and deviation b, or "uniform" in [a, b)."""
 
     kind: str
     a: float
     b: float
 
     def _fill(self, array: F32, seed: int, first_row: int, num_threads: int | None) -> None:
-        workers = _threads.for_work(array.size, _threads.resolve(num_threads))
+        num_threads = _threads.for_work(array.size, _threads.resolve(num_threads))
         b = self.b
         if self.kind == "uniform":  # the kernel wants the width
             b = float(np.float32(self.b) - np.float32(self.a))
-        _core.fill(_core.Column(array), self.kind, seed, first_row, self.a, b, workers)
+        _core.fill(_core.Column(array), self.kind, seed, first_row, self.a, b, num_threads)
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,7 @@ class _TruncatedNormal(Initializer):
 
 @dataclass(frozen=True)
 class _Fans(Initializer):
-    """xavier and kaiming: a recipe whose scale comes from the shape (fan_in dim, fan_out rows)."""
+    """A recipe of xavier or kaiming, scaled by the shape (fan_in: dim, fan_out: rows)."""
 
     rule: Callable[[int, int], Initializer]
 
@@ -126,7 +143,7 @@ class _Eye(Initializer):
 
 @dataclass(frozen=True)
 class _Whole(Initializer):
-    """A recipe of a whole matrix."""
+    """A recipe that makes a whole matrix."""
 
     make: Callable[[F32, int], None]
     whole = True
@@ -146,6 +163,18 @@ def _finite(**values: float) -> None:
 def normal(mean: float = 0.0, std: float = 1.0) -> Initializer:
     """Normal distribution, by Box-Muller; the tail reaches 6.6 standard deviations.
 
+    Parameters
+    ----------
+    mean, std : float
+        The mean and the standard deviation.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> rows = np.empty((2, 3), np.float32)
     >>> normal(std=0.01).fill(rows, seed=7)
@@ -159,7 +188,18 @@ def normal(mean: float = 0.0, std: float = 1.0) -> Initializer:
 
 
 def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
-    """Uniform distribution over [low, high); rounding to float32 may give `high` itself."""
+    """Uniform distribution over [low, high); rounding to float32 may give `high` itself.
+
+    Parameters
+    ----------
+    low, high : float
+        The limits.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+    """
     _finite(low=low, high=high)
     if high < low:
         raise ArgumentError(f"uniform({low}, {high}); allowed: low <= high")
@@ -167,23 +207,52 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
 
 
 def constant(value: float) -> Initializer:
-    """Every element is `value`."""
+    """Every element is `value`.
+
+    Parameters
+    ----------
+    value : float
+        A finite number.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+    """
     _finite(value=value)
     return _Constant(value)
 
 
 def zeros() -> Initializer:
-    """Every element is zero."""
+    """Every element is zero.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+    """
     return _Constant(0.0)
 
 
 def ones() -> Initializer:
-    """Every element is one."""
+    """Every element is one.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+    """
     return _Constant(1.0)
 
 
 def eye() -> Initializer:
-    """Ones on the diagonal, zeros elsewhere."""
+    """Ones on the diagonal, zeros elsewhere.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+    """
     return _Eye()
 
 
@@ -192,7 +261,17 @@ def trunc_normal(
 ) -> Initializer:
     """Normal distribution cut to [a, b], by the inverse of its distribution function.
 
-    a and b are values, not multiples of std, as in torch.
+    Parameters
+    ----------
+    mean, std : float
+        The mean and the standard deviation before the cut.
+    a, b : float
+        The limits: values, not multiples of `std`, as in torch.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
     """
     _finite(mean=mean, std=std, a=a, b=b)
     if std <= 0 or a >= b:
@@ -201,8 +280,22 @@ def trunc_normal(
 
 
 def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
-    """The recommended factor for a nonlinearity, torch's table.
+    """The recommended factor for a nonlinearity, from torch's table.
 
+    Parameters
+    ----------
+    nonlinearity : {"linear", "sigmoid", "tanh", "relu", "leaky_relu", "selu"}
+        The function that follows the layer.
+    param : float, optional
+        The slope of leaky_relu; 0.01 by default.
+
+    Returns
+    -------
+    float
+        The factor.
+
+    Examples
+    --------
     >>> calculate_gain("relu")
     1.4142135623730951
     """
@@ -221,7 +314,23 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
 
 
 def xavier_uniform(gain: float = 1.0) -> Initializer:
-    """Uniform within gain * sqrt(6 / (rows + dim)). (Glorot, Bengio, AISTATS 2010.)"""
+    """Uniform within ± gain * sqrt(6 / (rows + dim)).
+
+    Parameters
+    ----------
+    gain : float
+        A factor, see `calculate_gain`.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+
+    References
+    ----------
+    Glorot, Bengio: "Understanding the difficulty of training deep feedforward neural networks",
+    AISTATS 2010.
+    """
     _finite(gain=gain)
 
     def rule(fan_in: int, fan_out: int) -> Initializer:
@@ -232,7 +341,18 @@ def xavier_uniform(gain: float = 1.0) -> Initializer:
 
 
 def xavier_normal(gain: float = 1.0) -> Initializer:
-    """Normal with deviation gain * sqrt(2 / (rows + dim))."""
+    """Normal with standard deviation gain * sqrt(2 / (rows + dim)); see `xavier_uniform`.
+
+    Parameters
+    ----------
+    gain : float
+        A factor, see `calculate_gain`.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+    """
     _finite(gain=gain)
     return _Fans(lambda fan_in, fan_out: normal(0, gain * math.sqrt(2 / (fan_in + fan_out))))
 
@@ -240,9 +360,25 @@ def xavier_normal(gain: float = 1.0) -> Initializer:
 def kaiming_uniform(
     a: float = 0.0, mode: str = "fan_in", nonlinearity: str = "leaky_relu"
 ) -> Initializer:
-    """Uniform within sqrt(3) * gain / sqrt(fan): dim, or rows with mode "fan_out".
+    """Uniform within ± sqrt(3) * gain / sqrt(fan).
 
-    (He et al., ICCV 2015.) `a` is the slope of a leaky_relu.
+    Parameters
+    ----------
+    a : float
+        The slope of leaky_relu, for the gain.
+    mode : {"fan_in", "fan_out"}
+        Whether fan is dim, or rows.
+    nonlinearity : str
+        The function that follows the layer, see `calculate_gain`.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+
+    References
+    ----------
+    He et al.: "Delving Deep into Rectifiers", ICCV 2015.
     """
     gain, take = calculate_gain(nonlinearity, a), _fan(mode)
 
@@ -256,7 +392,22 @@ def kaiming_uniform(
 def kaiming_normal(
     a: float = 0.0, mode: str = "fan_in", nonlinearity: str = "leaky_relu"
 ) -> Initializer:
-    """Normal with deviation gain / sqrt(fan); see `kaiming_uniform`."""
+    """Normal with standard deviation gain / sqrt(fan); see `kaiming_uniform`.
+
+    Parameters
+    ----------
+    a : float
+        The slope of leaky_relu, for the gain.
+    mode : {"fan_in", "fan_out"}
+        Whether fan is dim, or rows.
+    nonlinearity : str
+        The function that follows the layer, see `calculate_gain`.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+    """
     gain, take = calculate_gain(nonlinearity, a), _fan(mode)
     return _Fans(lambda fan_in, fan_out: normal(0, gain / math.sqrt(take(fan_in, fan_out))))
 
@@ -268,9 +419,22 @@ def _fan(mode: str) -> Callable[[int, int], int]:
 
 
 def orthogonal(gain: float = 1.0) -> Initializer:
-    """A (semi-)orthogonal matrix times gain, by QR, in memory.
+    """A (semi-)orthogonal matrix times gain, by QR, in memory; its bits depend on numpy's LAPACK.
 
-    Its bits are those of numpy's LAPACK. (Saxe, McClelland, Ganguli, ICLR 2014.)
+    Parameters
+    ----------
+    gain : float
+        A factor, see `calculate_gain`.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+
+    References
+    ----------
+    Saxe, McClelland, Ganguli: "Exact solutions to the nonlinear dynamics of learning in deep linear
+    neural networks", ICLR 2014.
     """
     _finite(gain=gain)
 
@@ -278,16 +442,30 @@ def orthogonal(gain: float = 1.0) -> Initializer:
         tall = np.empty((max(array.shape), min(array.shape)), np.float32)
         normal().fill(tall, seed)
         q, r = np.linalg.qr(tall)
-        q *= np.sign(np.diag(r))  # so that it is drawn uniformly
+        q *= np.sign(np.diag(r))  # makes the distribution uniform
         array[...] = gain * (q if array.shape[0] >= array.shape[1] else q.T)
 
     return _Whole(make)
 
 
 def sparse(sparsity: float, std: float = 0.01) -> Initializer:
-    """Normal with deviation std; in each column ceil(sparsity * rows) elements are zero.
+    """Normal with zeros: in each column ceil(sparsity * rows) elements; made in memory.
 
-    In memory. (Martens, ICML 2010.)
+    Parameters
+    ----------
+    sparsity : float
+        The share of zeros in a column, 0 .. 1.
+    std : float
+        The standard deviation of the other elements.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
+
+    References
+    ----------
+    Martens: "Deep learning via Hessian-free optimization", ICML 2010.
     """
     _finite(sparsity=sparsity, std=std)
     if not 0 <= sparsity <= 1:
@@ -303,7 +481,7 @@ def sparse(sparsity: float, std: float = 0.01) -> Initializer:
     return _Whole(make)
 
 
-# Floats of trunc_normal that are transformed at a time, in float64: a few megabytes.
+# Floats that trunc_normal transforms at a time, in float64: a few megabytes.
 _TRANSFORM_FLOATS = 1 << 18
 
 
@@ -343,15 +521,28 @@ def _normal_quantile(p: F64) -> F64:
 
 
 def parse(text: str) -> Initializer:
-    """An initialiser from the command line: ``normal:0,0.01``, ``uniform:-1,1``, ``constant:3``.
+    """Parse an initialiser of the command line.
 
-    >>> parse("normal:0,0.01")
-    _Random(kind='normal', a=0.0, b=0.01)
+    Parameters
+    ----------
+    text : str
+        The name of a function of this module and its arguments, such as ``"normal:0,0.01"``,
+        ``"uniform:-1,1"``, ``"constant:3"`` or ``"zeros"``.
+
+    Returns
+    -------
+    Initializer
+        The recipe.
 
     Raises
     ------
     ArgumentError
-        If the text is not one of these.
+        If the text is anything else.
+
+    Examples
+    --------
+    >>> parse("normal:0,0.01")
+    _Random(kind='normal', a=0.0, b=0.01)
     """
     makers: dict[str, Callable[..., Initializer]] = {
         "normal": normal,

@@ -1,6 +1,6 @@
 """The layers as functions of any float32 array: plain, row-strided, or an np.memmap.
 
-Nothing is copied: `renorm_`, and a `max_norm`, change the rows of the array that is given.
+The array is not copied: `renorm_` and a `max_norm` change its rows.
 """
 
 from __future__ import annotations
@@ -25,16 +25,21 @@ def embedding(
 
     Parameters
     ----------
-    input : integers of any shape
-    weight : float32 array of shape (rows, dim)
+    input : array of integers, any shape
+        Row numbers.
+    weight : ndarray of float32, shape (rows, dim)
+        The rows.
     padding_idx : int, optional
-        Checked, and of no other effect on a lookup.
-    max_norm, norm_type
+        Checked, but without effect on a lookup.
+    max_norm : float, optional
         Rows of the batch with a larger norm are scaled down to it first, in `weight`.
+    norm_type : float
+        The p of that p-norm.
 
     Returns
     -------
-    float32 array of shape input.shape + (dim,)
+    ndarray of float32, shape input.shape + (dim,)
+        A copy of the rows.
 
     Examples
     --------
@@ -61,9 +66,31 @@ def embedding_bag(
 ) -> F32:
     """Reduce bags of rows; see `pyembed.EmbeddingBag`.
 
+    Parameters
+    ----------
+    input : array of integers, shape (ids,) or (bags, ids)
+        Row numbers.
+    weight : ndarray of float32, shape (rows, dim)
+        The rows.
+    offsets : array of integers, shape (bags,), optional
+        The start of each bag in a one-dimensional `input`.
+    max_norm : float, optional
+        Rows of the batch with a larger norm are scaled down to it first, in `weight`.
+    norm_type : float
+        The p of that p-norm.
+    mode : {"mean", "sum", "max"}
+        How the rows of a bag are reduced.
+    per_sample_weights : array of float32, shape input.shape, optional
+        A factor for each row, with mode "sum".
+    include_last_offset : bool
+        Whether `offsets` ends with the end of the last bag.
+    padding_idx : int, optional
+        A row that is left out of every bag.
+
     Returns
     -------
-    float32 array of shape (bags, dim)
+    ndarray of float32, shape (bags, dim)
+        One row for each bag.
 
     Examples
     --------
@@ -82,7 +109,23 @@ def embedding_bag(
 
 
 def renorm_(weight: F32, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Renormed:
-    """Scale the rows that `ids` name down to a norm, in place; see `pyembed.Table.renorm`.
+    """Scale rows down to a norm, in place; see `pyembed.Table.renorm`.
+
+    Parameters
+    ----------
+    weight : ndarray of float32, shape (rows, dim)
+        The rows.
+    ids : array of integers, any shape
+        The numbers of the rows to look at.
+    max_norm : float
+        Rows with a larger norm are scaled down to it.
+    norm_type : float
+        The p of that p-norm.
+
+    Returns
+    -------
+    Renormed
+        How many rows were scaled, and how many have a norm of NaN.
 
     Examples
     --------

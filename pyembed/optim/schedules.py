@@ -1,8 +1,8 @@
-"""Learning rates that depend on the step: what an optimizer takes as its `lr` beside a number.
+"""Schedules: learning rates that depend on the step, for the `lr` of an optimizer.
 
-A schedule is any callable of the number of steps taken so far (0 at the first step) that returns
-the learning rate of the next one. It keeps no state: the optimizer's step count is all there is to
-store. These are the usual ones; they compare equal, pickle, and print as they were made.
+A schedule is any callable that takes the number of steps so far (0 at the first step) and returns
+the learning rate of the next one. It has no state besides the optimizer's step count. The schedules
+here are dataclasses: they can be compared, pickled and printed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,15 @@ def _require(name: str, value: float, low: float, what: str) -> None:
 
 @dataclass(frozen=True)
 class constant:
-    """Always `lr`.
+    """The same learning rate at every step.
 
+    Parameters
+    ----------
+    lr : float
+        The learning rate.
+
+    Examples
+    --------
     >>> constant(0.1)(1000)
     0.1
     """
@@ -40,13 +47,14 @@ class constant:
 
 @dataclass(frozen=True)
 class warmup:
-    """Linear from ``after(0) / steps`` up to `after` in `steps` steps; then `after` itself.
+    """A linear rise from ``after(0) / steps`` to ``after(0)``, followed by `after`.
 
     Parameters
     ----------
     steps : int
+        The number of steps of the warm-up.
     after : float or schedule
-        A schedule counts from the end of the warm-up.
+        The learning rate after the warm-up; a schedule counts steps from its end.
 
     Examples
     --------
@@ -72,8 +80,19 @@ class warmup:
 
 @dataclass(frozen=True)
 class linear:
-    """From `lr` to `end` in a straight line of `steps` steps; then `end`.
+    """A straight line from `lr` to `end`, followed by `end`.
 
+    Parameters
+    ----------
+    lr : float
+        The learning rate at the beginning.
+    steps : int
+        The number of steps of the line.
+    end : float
+        The learning rate at the end.
+
+    Examples
+    --------
     >>> [linear(1.0, 4)(step) for step in (0, 1, 4, 9)]
     [1.0, 0.75, 0.0, 0.0]
     """
@@ -93,8 +112,23 @@ class linear:
 
 @dataclass(frozen=True)
 class cosine:
-    """Half a cosine from `lr` to `end` in `steps` steps; then `end`. (SGDR, without restarts.)
+    """Half a cosine from `lr` to `end`, followed by `end`: SGDR without restarts.
 
+    Parameters
+    ----------
+    lr : float
+        The learning rate at the beginning.
+    steps : int
+        The number of steps of the half cosine.
+    end : float
+        The learning rate at the end.
+
+    References
+    ----------
+    Loshchilov, Hutter: "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017.
+
+    Examples
+    --------
     >>> [round(cosine(1.0, 4)(step), 3) for step in (0, 1, 2, 4, 9)]
     [1.0, 0.854, 0.5, 0.0, 0.0]
     """
@@ -115,8 +149,19 @@ class cosine:
 
 @dataclass(frozen=True)
 class steps:
-    """`lr`, times `factor` after every `every` steps.
+    """Stairs: the learning rate is multiplied by `factor` every `every` steps.
 
+    Parameters
+    ----------
+    lr : float
+        The learning rate at the beginning.
+    every : int
+        The number of steps with the same learning rate.
+    factor : float
+        The factor between two stairs.
+
+    Examples
+    --------
     >>> [steps(1.0, every=2, factor=0.5)(step) for step in range(5)]
     [1.0, 1.0, 0.5, 0.5, 0.25]
     """
@@ -136,8 +181,17 @@ class steps:
 
 @dataclass(frozen=True)
 class inverse_sqrt:
-    """`lr` for `steps` steps, then ``lr * sqrt(steps / step)``.
+    """The learning rate `lr` for `steps` steps, then ``lr * sqrt(steps / step)``.
 
+    Parameters
+    ----------
+    lr : float
+        The learning rate at the beginning.
+    steps : int
+        The number of steps before the decrease.
+
+    Examples
+    --------
     >>> [inverse_sqrt(1.0, 4)(step) for step in (0, 4, 16, 64)]
     [1.0, 1.0, 0.5, 0.25]
     """

@@ -90,7 +90,8 @@ def read_counts(path: str | os.PathLike[str]) -> NDArray[np.int64]:
 
     Returns
     -------
-    int64 array of shape (rows,)
+    ndarray of int64, shape (rows,)
+        The count of each id.
 
     Raises
     ------
@@ -138,7 +139,8 @@ def count_ids(path: str | os.PathLike[str], rows: int) -> NDArray[np.int64]:
 
     Returns
     -------
-    int64 array of shape (rows,)
+    ndarray of int64, shape (rows,)
+        The count of each id.
 
     Raises
     ------
