@@ -1,8 +1,8 @@
 """Word vectors of identifiers, from the source of Python's own standard library.
 
-Trains a skip-gram model with character n-grams (2 million rows beside the words', so the table is
-large), prints the nearest neighbours of some identifiers, and draws a map of the most frequent
-ones. Everything that is written goes into the folder ``demo``.
+The demo trains a skip-gram model with character n-grams, which have 2 million rows in addition to
+those of the words, so the table is large. It prints the nearest neighbours of some identifiers and
+draws a map of the most frequent ones. All files go into the folder ``demo``.
 
 Run it with ``make demo``.
 """
@@ -18,12 +18,12 @@ from pyembed.train import Model, plot_words, train_skipgram
 HERE = Path("demo")
 MODEL, PICTURE = HERE / "model", HERE / "words.png"
 WORDS = ["TypeError", "socket", "sha256", "Lock", "__add__", "SIGINT", "January", "lstrip", "True"]
-# Not the library's own, tables of characters, and files that are badly encoded by intent.
+# Packages of others, tables of characters, and files that are badly encoded by intent.
 EXCLUDE = ["site-packages", "dist-packages", "encodings", "lib2to3", "bad*.py", "encoded_modules"]
 
 
 def main() -> None:
-    """Train, print, draw."""
+    """Train a model, print neighbours, and draw a map."""
     if MODEL.exists():
         shutil.rmtree(MODEL)
     HERE.mkdir(exist_ok=True)

@@ -1,15 +1,14 @@
-"""Matrix factorisation: recommend from who-took-what, with two embedding tables.
+"""Matrix factorisation: recommend items to users, with two embedding tables.
 
-The data: what each module of Python's standard library imports, read with `ast`. A module is a
-"user"; what it imports, a module or a name of one, is an "item". Bayesian personalised ranking
-(Rendle et al., UAI 2009) asks that a user's row agrees better with an imported item than with one
-drawn at random:
+The data are the imports of each module of Python's standard library, read with `ast`. A module is a
+"user"; an imported module or name is an "item". Bayesian personalised ranking (Rendle et al., UAI
+2009) trains a user's row to agree better with an imported item than with a random one:
 
     loss = -log sigmoid(user . (item - other) + bias[item] - bias[other]) + decay
 
-One import of every module is held out. The question is whether it is among the ten best of those
-that the module is not yet known to import: the hit rate at 10. What to look for: a hit rate well
-above that of the ten most imported, and neighbours that belong together.
+One import of every module is held out. The hit rate at 10 is the share of modules for which it is
+among the ten best items that the module is not yet known to import. Expect a hit rate well above
+that of the ten most imported items, and neighbours that belong together.
 
 Run it with ``.venv/bin/python examples/matrix_factorisation.py``; it takes a few seconds.
 """
@@ -20,19 +19,22 @@ import ast
 import sysconfig
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import pyembed
 
 DIM, LR, DECAY, BATCH, EPOCHS, SPLITS = 32, 0.1, 0.03, 256, 100, 5
 SHOWN = ["io.StringIO", "json", "socket", "struct", "subprocess", "threading", "typing.Any"]
-# Tests, and folders whose modules import little but each other.
+# Tests, and folders whose modules mostly import each other.
 SKIP = {"test", "tests", "site-packages", "dist-packages", "encodings", "idlelib", "distutils"}
+Array = NDArray[Any]
 
 
 def imports() -> list[tuple[str, str]]:
-    """Pairs (module, what it imports), each once; relative imports aside."""
+    """Return the distinct pairs (module, imported item), without relative imports."""
     root, pairs = Path(sysconfig.get_path("stdlib")), set()
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root).with_suffix("")
@@ -51,8 +53,8 @@ def imports() -> list[tuple[str, str]]:
     return sorted(pair for pair in pairs if active[pair[0]] > 2)
 
 
-def train(user: np.ndarray, item: np.ndarray, seen: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Scores of all pairs, and the rows of the items."""
+def train(user: Array, item: Array, seen: Array, seed: int) -> list[Array]:
+    """Train, and return the scores of all pairs and the rows of the items."""
     rng, small = np.random.default_rng(seed), pyembed.init.normal(std=0.1)
     users = pyembed.Table.memory(seen.shape[0], DIM, init=small, seed=1)
     items = pyembed.Table.memory(seen.shape[1], DIM, init=small, seed=2)
@@ -61,7 +63,7 @@ def train(user: np.ndarray, item: np.ndarray, seen: np.ndarray, seed: int) -> li
     for _ in range(EPOCHS):
         for at in np.array_split(rng.permutation(len(user)), len(user) // BATCH):
             other = rng.integers(0, items.rows, len(at))
-            kept = ~seen[user[at], other]  # what the user did take is no counter-example
+            kept = ~seen[user[at], other]  # an item that the user has is no counter-example
             u, pair = user[at[kept]], np.stack([item[at], other], axis=1)[kept]
             x, y, b = users.gather(u), items.gather(pair), bias.gather(pair)[..., 0]
             difference = y[:, 0] - y[:, 1]
@@ -74,14 +76,14 @@ def train(user: np.ndarray, item: np.ndarray, seen: np.ndarray, seed: int) -> li
     return [users.weight @ items.weight.T + bias.weight[:, 0], items.weight]
 
 
-def hit_rate(scores: np.ndarray, seen: np.ndarray, user: np.ndarray, item: np.ndarray) -> float:
-    """How often fewer than ten unseen items score higher than the held-out one."""
+def hit_rate(scores: Array, seen: Array, user: Array, item: Array) -> float:
+    """Return how often fewer than ten unseen items score higher than the held-out one."""
     unseen = np.where(seen, -np.inf, scores)
     return float(((unseen[user] > unseen[user, item][:, None]).sum(axis=1) < 10).mean())
 
 
 def main() -> None:
-    """Read, hold out, train, compare; five times."""
+    """Read the imports; five times, hold some out, train, and compare with popularity."""
     pairs = imports()
     users, user = np.unique([user for user, _ in pairs], return_inverse=True)
     names, item = np.unique([item for _, item in pairs], return_inverse=True)
@@ -99,7 +101,7 @@ def main() -> None:
     ours, popular = np.mean(rates, axis=0)
     print(f"hit rate at 10, mean of {SPLITS} splits with {len(users)} imports held out:")
     print(f"  two tables {ours:.1%}, the most imported {popular:.1%}\n")
-    names, rows = (x[seen.sum(axis=0) >= 5] for x in (names, rows))  # rare ones say little
+    names, rows = (x[seen.sum(axis=0) >= 5] for x in (names, rows))  # not the rare ones
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     for at in np.flatnonzero(np.isin(names, SHOWN)):
         near = np.argsort(-(unit @ unit[at]))[1:5]

@@ -1,42 +1,45 @@
-"""Padding: sequences of different lengths in one array, and nothing changes but the shape.
+"""Padding: sequences of different lengths in one array, with unchanged results.
 
-Arrays are rectangular, sentences are not. So short sequences are filled up with an id that means
-nothing, and the layer is told which one: `padding_idx`. Its row starts as zeros and takes no
-gradient. The texts of HTTP's status codes are the sequences here, and a small model (the mean of
-the rows, then a linear regression on the first digit of the code) runs three ways:
+Arrays are rectangular, sentences are not. Short sequences are therefore filled up with an id
+without a meaning, the `padding_idx` of the layer. Its row starts as zeros and takes no gradient.
+Here the sequences are the texts of HTTP's status codes. A small model (the mean of the rows, then a
+linear regression on the first digit of the code) runs in three ways:
 
 1. one sequence at a time, without padding;
-2. padded, with `Embedding`: the mean has to divide by the true length;
-3. with `EmbeddingBag`, which makes the mean itself, from offsets or from the padded array.
+2. padded, with `Embedding`, where the mean must divide by the true length;
+3. with `EmbeddingBag`, which computes the mean from offsets or from the padded array.
 
-What to look for: one loss and one gradient. 1 and 2 add the same numbers in another order, so they
-agree to within float32 rounding; the two inputs of 3 agree to the bit.
+Expect one loss and one gradient. Ways 1 and 2 add the same numbers in another order, so they agree
+to within float32 rounding; the two inputs of 3 agree to the bit.
 
-Run it with ``.venv/bin/python examples/padding.py``; it takes no time.
+Run it with ``.venv/bin/python examples/padding.py``; it takes less than a second.
 """
 
 from __future__ import annotations
 
 import re
 from http import HTTPStatus
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import pyembed
 from pyembed.words.vocab import Vocab
 
 PAD, DIM = 0, 8
 TOLERANCE = 1e-6
+Array = NDArray[Any]
 
 
-def error(means: np.ndarray, head: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
-    """Half the mean squared error of ``means @ head``, and the gradient of the means."""
+def error(means: Array, head: Array, target: Array) -> tuple[float, Array]:
+    """Return half the mean squared error of ``means @ head``, and the gradient of the means."""
     wrong = (means @ head - target) / np.float32(len(target))
     return float((wrong * wrong).sum() * len(target) / 2), np.outer(wrong, head)
 
 
 def main() -> None:
-    """Three ways, one result."""
+    """Compute loss and gradient in three ways, and compare them."""
     texts = [f"{status.phrase}. {status.description}" for status in HTTPStatus]
     sentences = [re.findall(r"[a-z]+", text.lower()) for text in texts]
     vocab = Vocab(["<pad>", *sorted({word for words in sentences for word in words})])
@@ -61,7 +64,7 @@ def main() -> None:
     for one, row in zip(sequences, grad * share, strict=True):
         alone += layer.backward(one, np.tile(row, (len(one), 1)))
 
-    # 2. Padded. The gradient reaches the padding too; the layer drops it.
+    # 2. Padded. The gradient has rows for the padding too, which the layer ignores.
     padded_loss, grad = error(layer(padded).sum(axis=1) * share, head, target)
     spread = np.repeat((grad * share)[:, None], padded.shape[1], axis=1)
     together = layer.backward(padded, spread)
@@ -69,7 +72,7 @@ def main() -> None:
     print(f"one at a time: loss {loss:.6f}\npadded:        loss {padded_loss:.6f}")
     print(f"same gradient to {TOLERANCE:g}: {close}; at the padding row: {together[PAD].sum():g}\n")
 
-    # 3. Bags over the same rows. Padding counts in no mean; offsets say where each bag begins.
+    # 3. Bags over the same rows. No mean includes padding; offsets are the starts of the bags.
     bag = pyembed.EmbeddingBag(len(vocab), DIM, mode="mean", padding_idx=PAD, table=layer.table)
     flat = bag.bags(np.concatenate(sequences), np.cumsum(lengths) - lengths)
     bag_loss, grad = error(bag(flat), head, target)

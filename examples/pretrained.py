@@ -1,12 +1,13 @@
 """Pretrained vectors: load them from a GloVe file, use them frozen, then fine-tune them.
 
-The usual way to begin with little data. The file is made on the spot, in GloVe's format: Python's
-built-in names, described by the pairs of letters in them (a singular value decomposition of the
-counts). The task: is a name an exception? Half of the names are for training.
+This is the usual way to start with little data. The example first writes a file in GloVe's format.
+It has a vector for each of Python's built-in names: a singular value decomposition of the counts of
+its pairs of letters. The task is to tell whether a name is an exception; half of the names are for
+training.
 
-First only a linear classifier is trained, over the frozen vectors; then only the vectors, under the
-classifier as it is. What to look for: the training loss falls further, only the rows of the
-training names have moved, and therefore the test is what it was.
+First it trains a linear classifier on the frozen vectors, then the vectors under the unchanged
+classifier. Expect that the training loss falls further, that only the rows of the training names
+move, and that the result of the test therefore stays the same.
 
 Run it with ``.venv/bin/python examples/pretrained.py``; it takes less than a second.
 """
@@ -16,18 +17,21 @@ from __future__ import annotations
 import builtins
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import pyembed
 from pyembed import build
 from pyembed.words.vocab import Vocab
 
 DIM = 12
+Array = NDArray[Any]
 
 
 def write_glove(path: Path) -> None:
-    """Built-in names as a text of vectors."""
+    """Write the built-in names as a text of vectors."""
     names = sorted(name for name in dir(builtins) if not name.startswith("_"))
     pairs = [[f"^{name}$"[at : at + 2] for at in range(len(name) + 1)] for name in names]
     different = sorted({pair for one in pairs for pair in one})
@@ -39,40 +43,42 @@ def write_glove(path: Path) -> None:
 
 
 def is_exception(name: str) -> bool:
-    """The label."""
+    """Return the label of a name."""
     value = getattr(builtins, name)
     return isinstance(value, type) and issubclass(value, BaseException)
 
 
 class Classifier:
-    """Logistic regression over rows, by hand."""
+    """A logistic regression on rows, without a library."""
 
     def __init__(self) -> None:
         self.weight, self.bias = np.zeros(DIM, np.float32), np.float32(0)
 
-    def probability(self, rows: np.ndarray) -> np.ndarray:
+    def probability(self, rows: Array) -> Array:
+        """Return the probability that each row is an exception."""
         return 1 / (1 + np.exp(-(rows @ self.weight + self.bias)))
 
-    def step(self, rows: np.ndarray, label: np.ndarray, lr: float) -> np.ndarray:
-        """Move the weight and the bias; give the gradient of the rows."""
+    def step(self, rows: Array, label: Array, lr: float) -> Array:
+        """Move the weight and the bias, and return the gradient of the rows."""
         error = (self.probability(rows) - label) / len(label)
         grad = np.outer(error, self.weight)
         self.weight -= np.float32(lr) * (rows.T @ error)
         self.bias -= np.float32(lr) * error.sum()
         return grad
 
-    def report(self, rows: np.ndarray, label: np.ndarray) -> str:
+    def report(self, rows: Array, label: Array) -> str:
+        """Format the loss and the accuracy."""
         probability = self.probability(rows)
         loss = -np.log(np.where(label == 1, probability, 1 - probability)).mean()
         return f"loss {loss:.3f}, {np.mean((probability > 0.5) == label):.0%} correct"
 
 
 def main() -> None:
-    """Build, use, fine-tune."""
+    """Build a table from the file, use it frozen, and fine-tune it."""
     with tempfile.TemporaryDirectory() as folder:
         text, path = Path(folder) / "names.txt", Path(folder) / "names.pyembed"
         write_glove(text)
-        # The rows of a table on disk carry their optimizer's state, so it is named when it is made.
+        # Rows on disk contain the state of the optimizer, so the table is created for one.
         build.from_vectors(path, text, optimizer="adagrad")
         vocab = Vocab.load(path)
         label = np.array([is_exception(name) for name in vocab], np.float32)  # in order of rows
@@ -81,7 +87,7 @@ def main() -> None:
         model = Classifier()
 
         frozen = pyembed.Embedding.from_pretrained(path)  # opened for reading
-        with frozen.table:  # a reader's lock keeps writers out
+        with frozen.table:  # the lock of a reader excludes writers
             for _ in range(300):
                 model.step(frozen(train), label[train], lr=0.1)
             print(f"frozen, train:     {model.report(frozen(train), label[train])}")
@@ -95,9 +101,7 @@ def main() -> None:
         layer = pyembed.Embedding.from_pretrained(path, freeze=False)
         with layer.table:  # commits at its end
             optimizer = pyembed.optim.Adagrad(layer, lr=0.02)
-            for _ in range(
-                50
-            ):  # the classifier stays as it is, so that only rows make a difference
+            for _ in range(50):  # lr=0: the classifier stays the same, only rows change
                 optimizer.step(train, model.step(layer(train), label[train], lr=0))
             print(f"fine-tuned, train: {model.report(layer(train), label[train])}")
             print(f"fine-tuned, test:  {model.report(layer(test), label[test])}")

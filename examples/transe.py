@@ -1,18 +1,18 @@
-"""TransE: embed a knowledge graph, here that of WordNet. pyembed beside torch.nn.
+"""TransE: embed a knowledge graph, here that of WordNet. pyembed and torch.nn.
 
-A relation is a translation: head + relation should be near tail, and nearer than if head or tail
-is another entity, drawn at random (Bordes et al., NeurIPS 2013). The entities are the synsets of
-WordNet, with a norm of at most one: that is the layer's `max_norm`. Of each relation and its
-inverse (kind of, has kind) one is kept, or half of the held-out triples would be known already.
+A relation is a translation: head + relation should be near tail, and nearer than with a random
+entity as head or tail (Bordes et al., NeurIPS 2013). The entities are the synsets of WordNet, with
+a norm of at most one, the layer's `max_norm`. The example keeps one of each relation and its
+inverse (kind of, has kind); otherwise half of the held-out triples would be known already.
 
-Hits at 10, filtered: how often is the true tail (and the true head) of a held-out triple among the
-ten nearest entities, not counting those that are true as well?
+Hits at 10, filtered: the share of held-out triples whose true tail (and true head) is among the ten
+nearest entities, without counting other entities that are true as well.
 
 Each seed trains the same model twice: with `pyembed.torch.Embedding`, its Adagrad and
 `pyembed.torch.Optimizer`, and with `torch.nn.Embedding(sparse=True)` and `torch.optim.Adagrad`. The
-weights at the start, the batches, the rule and the loop are the same. What to look for: losses that
-are equal, to rounding, from the first batch to the last; and one rate of hits, some thousand times
-that of chance.
+weights at the start, the batches, the rule and the loop are the same. Expect losses that are equal
+up to rounding from the first batch to the last, and one rate of hits, some thousand times that of
+chance.
 
 Run it with ``.venv/bin/python examples/transe.py``; it takes most of a minute, needs torch, and
 WordNet 3.0 in /usr/share/wordnet (``apt install wordnet-base``) or where ``--wordnet`` says.
@@ -41,7 +41,7 @@ Triple = tuple[str, str, str]
 
 
 def read_triples(folder: Path, parts: list[str]) -> list[Triple]:
-    """Relations between synsets, of which every synset has two or more."""
+    """Return relations between synsets; every synset has two or more of them."""
     found: dict[frozenset[str], Triple] = {}  # one for a pair, as "similar to" goes both ways
     for part in parts:
         for line in (folder / f"data.{part}").read_text(encoding="utf-8").splitlines():
@@ -65,7 +65,7 @@ def read_triples(folder: Path, parts: list[str]) -> list[Triple]:
 
 
 def train(entities: nn.Module, relations: nn.Module, triples: Tensor, seed: int) -> list[float]:
-    """Train both tables; the loss of every batch."""
+    """Train both tables, and return the loss of every batch."""
     model = nn.ModuleList([entities, relations])
     optimizer: torch.optim.Optimizer
     if isinstance(entities, nn.Embedding):
@@ -91,7 +91,7 @@ def train(entities: nn.Module, relations: nn.Module, triples: Tensor, seed: int)
 
 
 def hits_at_10(entities: nn.Module, relations: nn.Module, test: Tensor, triples: Tensor) -> float:
-    """How often fewer than ten entities, of those that would be false, are nearer than the true."""
+    """Return how often fewer than ten false entities are nearer than the true one."""
     tails, heads = defaultdict(list), defaultdict(list)
     for head, relation, tail in triples.tolist():
         tails[head, relation].append(tail)
@@ -116,7 +116,7 @@ def hits_at_10(entities: nn.Module, relations: nn.Module, test: Tensor, triples:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read, hold out and train twice for each seed, compare."""
+    """For each seed, hold out triples, train both kinds of layers, and compare them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="verbs alone, one seed")
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not all((options.wordnet / f"data.{part}").exists() for part in parts):
         print(f"no WordNet in {options.wordnet}: apt install wordnet-base, or give --wordnet")
         return
-    torch.sparse.check_sparse_tensor_invariants.disable()  # as is; torch warns if it is not said
+    torch.sparse.check_sparse_tensor_invariants.disable()  # torch warns without this setting
 
     found = read_triples(options.wordnet, parts)
     synsets, ends = np.unique([(h, t) for h, _, t in found], return_inverse=True)

@@ -1,12 +1,11 @@
-"""Words to vectors: the first thing that an embedding layer is for.
+"""Words to vectors: the basic task of an embedding layer.
 
-A model cannot take words, it takes numbers. So each word of a small text (the Zen of Python) gets
-an id, the number of its row in a table, and the layer turns ids of any shape into the rows. The
-rows are random here: the other examples train them. What to look for in the output: the two
-"better" of the first lines are one id and one vector, and a word or an id that the table does not
-have is an error that says so, never a wrong row.
+A model takes numbers, not words. Each word of a small text (the Zen of Python) therefore gets an
+id, the number of its row in a table, and the layer turns ids of any shape into rows. The rows are
+random here; the other examples train them. Expect that both words "better" have one id and one
+vector, and that a word or an id that the table does not have is an error, never a wrong row.
 
-Run it with ``.venv/bin/python examples/words_to_vectors.py``; it takes no time.
+Run it with ``.venv/bin/python examples/words_to_vectors.py``; it takes less than a second.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ DIM = 4
 
 
 def zen() -> str:
-    """The Zen of Python. The module prints it when it is imported, and keeps it in rot13."""
+    """Return the Zen of Python, which its module prints on import and keeps in rot13."""
     with contextlib.redirect_stdout(io.StringIO()):
         this = importlib.import_module("this")
     return codecs.decode(this.s, "rot13")
 
 
 def split(text: str) -> list[str]:
-    """The words of a text, in lower case."""
+    """Return the words of a text, in lower case."""
     return re.findall(r"[a-z']+", text.lower())
 
 
 def main() -> None:
-    """Words, ids, vectors, and the two errors."""
+    """Print words, ids, vectors, and the two errors."""
     words = split(zen())
     counted = Counter(words).most_common()  # the most frequent word gets row 0
     vocab = Vocab([word for word, _ in counted], counts=[count for _, count in counted])
@@ -61,17 +60,17 @@ def main() -> None:
     pair = ids.reshape(2, 5)  # two sentences of five words
     print(f"\nids of shape {pair.shape} give vectors of shape {layer(pair).shape}")
 
-    print("\nwhat is not in the table is an error:")
+    print("\nan unknown word or id is an error:")
     try:
         vocab.ids(["simple", "is", "beautifull"])
     except KeyError as error:
         print(f"  KeyError: {error.args[0]}")
     try:
         layer([3, len(vocab)])
-    except IdError as error:  # an IndexError, if you would rather catch that
+    except IdError as error:  # also an IndexError
         print(f"  IdError: {error}")
     try:
-        layer([[3, -1]])  # no Python list: -1 is not the last row
+        layer([[3, -1]])  # unlike in a Python list, -1 is not the last row
     except IdError as error:
         print(f"  IdError: {error}")
 
