@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import shutil
+import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,21 +93,6 @@ def names_of_calls(how: How, plan: Plan) -> list[str]:
     raise AssertionError(ended.error)
 
 
-def kill_points(how: How, plans: Iterable[Plan]) -> Counts:
-    """Kill the process before, and after, the n-th call, for every n."""
-    counts = Counts("killed at a call")
-    for plan in plans:
-        for n, action in itertools.product(how.points(len(names_of_calls(how, plan))), DEATHS):
-            with worker.scratch(how.root) as folder:
-                ended = worker.run(folder, plan, Fault(n, action), how.mutant)
-                problem = "" if ended.signal == 9 else f"it did not die: {ended.error}"
-                problem = problem or worker.judge(folder, plan, how.mutant, resume=n % 8 == 0)
-                counts.add(f"{plan}, {action} call {n}", problem)
-            if how.enough(counts):
-                return counts
-    return counts
-
-
 def random_kills(how: How, plans: Iterable[Plan], count: int) -> Counts:
     """Kill the process from outside, at a random time."""
     counts, rng = Counts("killed at a random time"), np.random.default_rng(how.offset)
@@ -165,10 +151,9 @@ def dirty_tables(how: How, plan: Plan, every: int) -> Iterator[Path]:
                 yield folder
 
 
-def recovery_points(how: How, plans: Iterable[Plan], actions: Iterable[str]) -> Counts:
+def recovery_points(how: How, plans: Iterable[Plan], actions: Sequence[str]) -> Counts:
     """Recover the table of a dead writer; at every call, the process dies or the call fails."""
-    actions = list(actions)
-    counts = Counts(f"recovery {'killed at' if actions == list(DEATHS) else 'with a failing'} call")
+    counts = Counts(f"recovery {'killed at' if actions == DEATHS else 'with a failing'} call")
     for plan in plans:
         for folder in dirty_tables(how, plan, 25):
             with worker.scratch(how.root) as other:
@@ -188,14 +173,19 @@ def recovery_points(how: How, plans: Iterable[Plan], actions: Iterable[str]) -> 
 
 def _ending(ended: worker.Ended, action: str) -> str:
     """Return the problem with a run that met a failure, unless its error is a promised one."""
+    if action in DEATHS:
+        return "" if ended.signal == signal.SIGKILL else f"it did not die: {ended.error}"
     if ended.signal:
         return "" if "kill" in action else f"signal {ended.signal}"
     return ended.error if ended.error and not ended.typed else ""
 
 
-def failures(how: How, plans: Iterable[Plan], actions: Iterable[str] = FAILURES) -> Counts:
-    """Fail the n-th call once, for every n; the caller ends, or goes on as a caller may."""
-    counts, actions = Counts("a call fails"), list(actions)
+def faults(how: How, plans: Iterable[Plan], actions: Sequence[str] = FAILURES) -> Counts:
+    """Kill the process at the n-th call, or fail that call, for every n.
+
+    After a failure the caller ends, or goes on as a caller may.
+    """
+    counts = Counts("killed at a call" if actions == DEATHS else "a call fails")
     for plan in plans:
         for n, action in itertools.product(how.points(len(names_of_calls(how, plan))), actions):
             with worker.scratch(how.root) as folder:

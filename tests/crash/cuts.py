@@ -14,16 +14,15 @@ from pyembed.errors import DirtyError, PyembedError
 from tests.crash import disk, mutants, program, worker
 from tests.crash.calls import Layer
 from tests.crash.cells import Counts, How, collect, dirty_tables, names_of_calls
-from tests.crash.program import Plan
+from tests.crash.program import Plan, Said
 
 
 def _cut_everywhere(
-    root: Path, start: disk.Node, recorder: disk.Recorder, plan: Plan, how: How, said: list[Any]
+    root: Path, recorder: disk.Recorder, plan: Plan, how: How, said: Said
 ) -> list[list[str]]:
     """Return [case, problem] for each prefix of the events in each mode."""
-    now = disk.Disk(recorder.root, start)
+    now, found = disk.Disk(recorder), []
     now.said = list(said)
-    found = []
     for number, event in enumerate([("say", "", -9), *recorder.events]):
         now.apply(event)
         if event[0] == "sync" or number % how.step != how.offset % how.step:
@@ -46,7 +45,7 @@ class Rebooted(Layer):
         return "another start of the machine"
 
 
-def judge_cut(path: Path, plan: Plan, said: list[tuple[str, int]], mutant: str) -> str:
+def judge_cut(path: Path, plan: Plan, said: Said, mutant: str) -> str:
     """Return the problem with a table after a power cut, or "".
 
     With durability "process" it may be refused, but never be wrong.
@@ -60,6 +59,14 @@ def judge_cut(path: Path, plan: Plan, said: list[tuple[str, int]], mutant: str) 
         return f"{type(error).__name__}: {error}"
 
 
+def _record(root: Path, plan: Plan, how: How, fail_at: int = -1) -> disk.Recorder:
+    root.mkdir(exist_ok=True)
+    recorder = disk.Recorder(root, fail_at)
+    with mutants.installed(how.mutant, recorder):
+        program.train(root / "t.pyembed", plan, recorder.say)
+    return recorder
+
+
 def power_cuts(how: How, plans: Iterable[Plan]) -> Counts:
     """Cut the power after each event of a run; unsynced changes are there, in part, or not."""
     counts = Counts("power cut")
@@ -68,11 +75,7 @@ def power_cuts(how: How, plans: Iterable[Plan]) -> Counts:
         with worker.scratch(how.root) as root:
 
             def child(root: Path = root, plan: Plan = plan) -> list[list[str]]:
-                (root / "run").mkdir()
-                recorder, start = disk.Recorder(root / "run"), disk.load(root / "run")
-                with mutants.installed(how.mutant, recorder):
-                    program.train(root / "run" / "t.pyembed", plan, recorder.say)
-                return _cut_everywhere(root, start, recorder, plan, how, [])
+                return _cut_everywhere(root, _record(root / "run", plan, how), plan, how, [])
 
             collect(counts, child)
         if how.enough(counts):
@@ -88,11 +91,9 @@ def power_cuts_in_recovery(how: How, plans: Iterable[Plan], every: int = 40) -> 
         for folder in dirty_tables(how, plan, every):
             said = program.read_log(folder / "log")
 
-            def child(root: Path = folder, plan: Plan = plan, said: Any = said) -> Any:
-                recorder, start = disk.Recorder(root), disk.load(root)
-                with mutants.installed(how.mutant, recorder):
-                    program.train(root / "t.pyembed", short(plan, said), recorder.say)
-                return _cut_everywhere(root, start, recorder, plan, how, said)
+            def child(root: Path = folder, plan: Plan = plan, said: Said = said) -> Any:
+                recorder = _record(root, short(plan, said), how)
+                return _cut_everywhere(root, recorder, plan, how, said)
 
             collect(counts, child)
             if how.enough(counts):
@@ -100,7 +101,7 @@ def power_cuts_in_recovery(how: How, plans: Iterable[Plan], every: int = 40) -> 
     return counts
 
 
-def short(plan: Plan, said: list[tuple[str, int]]) -> Plan:
+def short(plan: Plan, said: Said) -> Plan:
     """Return the same program, up to the next commit."""
     numbers = [number for word, number in said if word == "ack"]
     return replace(plan, transactions=min(plan.transactions, max(numbers, default=0) + 1))
@@ -116,12 +117,7 @@ def failed_syncs(how: How, plans: Iterable[Plan]) -> Counts:
             with worker.scratch(how.root) as root:
 
                 def child(root: Path = root, plan: Plan = plan, n: int = n) -> list[list[str]]:
-                    (root / "run").mkdir()
-                    recorder = disk.Recorder(root / "run", fail_at=n)
-                    start = disk.load(root / "run")
-                    with mutants.installed(how.mutant, recorder):
-                        program.train(root / "run" / "t.pyembed", plan, recorder.say)
-                    return _cut_at_commits(root, start, recorder, plan, how.mutant)
+                    return _cut_at_commits(root, _record(root / "run", plan, how, n), plan, how)
 
                 collect(counts, child)
             if how.enough(counts):
@@ -129,16 +125,14 @@ def failed_syncs(how: How, plans: Iterable[Plan]) -> Counts:
     return counts
 
 
-def _cut_at_commits(
-    root: Path, start: disk.Node, recorder: disk.Recorder, plan: Plan, mutant: str
-) -> list[list[str]]:
-    now, found, lost = disk.Disk(recorder.root, start), [], False
+def _cut_at_commits(root: Path, recorder: disk.Recorder, plan: Plan, how: How) -> list[list[str]]:
+    now, found, lost = disk.Disk(recorder), [], False
     for number, event in enumerate(recorder.events):
         now.apply(event)
         lost = lost or event[0] == "lose"
         if lost and event[:2] == ("say", "ack"):
             now.build(root / "cut", "none", np.random.default_rng(0))
-            problem = judge_cut(root / "cut" / "t.pyembed", plan, now.said, mutant)
+            problem = judge_cut(root / "cut" / "t.pyembed", plan, now.said, how.mutant)
             found.append([f"{plan}, sync {recorder.fail_at} fails, cut at {number}", problem])
             shutil.rmtree(root / "cut")
     return found

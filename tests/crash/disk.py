@@ -84,11 +84,17 @@ class Recorder(Calls):
         The folder.
     fail_at : int
         The number of the sync that fails and loses its data.
+
+    Attributes
+    ----------
+    events : list
+    start : Node
+        The folder before the first event.
     """
 
     def __init__(self, root: Path, fail_at: int = -1) -> None:
         super().__init__()
-        self.root, self.fail_at = root, fail_at
+        self.root, self.fail_at, self.start = root, fail_at, load(root)
         self.events: list[Event] = []
         self._seen: dict[Path, bytes] = {}  # the content of each file of rows
         rows = root / "t.pyembed" / "rows.npy"
@@ -164,13 +170,13 @@ class Recorder(Calls):
 
 
 class Disk:
-    """Replay events, and build a state that a power cut may leave at any point."""
+    """Replay the events of a recorder, and build the states that a power cut may leave."""
 
-    def __init__(self, root: Path, start: Node) -> None:
-        self.root, self.top = root, start
+    def __init__(self, recorder: Recorder) -> None:
+        self.top = recorder.start
         self.said: list[tuple[str, int]] = []
         self._now: dict[Path, Node] = {}
-        self._index(root, start)
+        self._index(recorder.root, recorder.start)
 
     def _index(self, path: Path, node: Node) -> None:
         self._now[path] = node

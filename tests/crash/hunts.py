@@ -25,12 +25,12 @@ def plans(durability: str, first: int, count: int, stubborn: bool = False) -> li
 
 
 def _kills(how: How) -> Counts:
-    return cells.kill_points(how, plans("process", 0, 4))
+    return cells.faults(how, plans("process", 0, 4), DEATHS)
 
 
 def _refused(how: How) -> Counts:
     actions = ["ENOSPC", "ENOSPC then kill"]
-    return cells.failures(how, plans("process", 0, 4, stubborn=True), actions)
+    return cells.faults(how, plans("process", 0, 4, stubborn=True), actions)
 
 
 def _recoveries(how: How) -> Counts:

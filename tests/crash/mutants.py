@@ -28,6 +28,11 @@ CREATING = ".creating-"  # in the name of a table that is not complete yet
 FRAME_BYTES = 600  # short, so that a transaction has many frames
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether this is the new manifest of a table that is complete, before it has its name."""
+    return path.name == TEMPORARY and CREATING not in path.parent.name
+
+
 class Mutant(Layer):
     """A layer that knows the files of a table apart."""
 
@@ -74,10 +79,34 @@ class RowsChangeBeforeTheyAreRecorded(Mutant):
         super().close(fd)
 
 
-class JournalNotSynced(Mutant):
+class Unsynced(Mutant):
+    """Leave out the syncs of some files."""
+
+    def leaves_out(self, fd: int) -> bool:
+        raise NotImplementedError
+
     def sync(self, fd: int) -> None:
-        if not self.is_journal(fd):
+        if not self.leaves_out(fd):
             self.below.sync(fd)
+
+
+class JournalNotSynced(Unsynced):
+    leaves_out = Mutant.is_journal
+
+
+class RowsNotSynced(Unsynced):
+    leaves_out = Mutant.is_rows
+
+
+class FolderNotSynced(Unsynced):
+    leaves_out = Mutant.is_folder
+
+
+class ManifestNotSynced(Unsynced):
+    """The folder of the manifest is synced, so its name is durable and its content is not."""
+
+    def leaves_out(self, fd: int) -> bool:
+        return is_manifest(self.path_of(fd))
 
 
 class HelperKnown(Mutant):
@@ -107,12 +136,11 @@ class Announcing:
         return self._executor.submit(run)
 
 
-class MarkedAheadBeforeSynced(HelperKnown):
+class MarkedAheadBeforeSynced(HelperKnown, Unsynced):
     """The helper does not sync the frames that it writes ahead."""
 
-    def sync(self, fd: int) -> None:
-        if not (self.in_helper and self.is_journal(fd)):
-            self.below.sync(fd)
+    def leaves_out(self, fd: int) -> bool:
+        return self.in_helper and self.is_journal(fd)
 
 
 class MarkedAheadOverACommit(HelperKnown):
@@ -137,12 +165,6 @@ class ManifestBeforeTheRows(Mutant):
     def close(self, fd: int) -> None:
         self._owed.discard(fd)
         super().close(fd)
-
-
-class RowsNotSynced(Mutant):
-    def sync(self, fd: int) -> None:
-        if not self.is_rows(fd):
-            self.below.sync(fd)
 
 
 class SaltKept(Mutant):
@@ -177,7 +199,7 @@ class DirtyAfterTheFirstChange(Mutant):
         return self.below.pwrite(fd, parts, at)
 
 
-class UndoNotSynced(Mutant):
+class UndoNotSynced(Unsynced):
     """Rows that a recovery or a rollback put back are not synced; it cuts the file just before."""
 
     _undone = False
@@ -186,11 +208,10 @@ class UndoNotSynced(Mutant):
         self.below.truncate(fd, size)
         self._undone = self._undone or self.is_rows(fd)
 
-    def sync(self, fd: int) -> None:
-        if self._undone and self.is_rows(fd):
-            self._undone = False
-        else:
-            self.below.sync(fd)
+    def leaves_out(self, fd: int) -> bool:
+        leaves_out = self._undone and self.is_rows(fd)
+        self._undone = self._undone and not leaves_out
+        return leaves_out
 
 
 class UndoOfTheFirstFrameOnly(Mutant):
@@ -261,22 +282,13 @@ class BootNotCompared(Mutant):
 
 class ManifestWrittenInPlace(Mutant):
     def open(self, path: Path, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
-        if path.name == TEMPORARY and CREATING not in path.parent.name:
+        if is_manifest(path):
             path = path.with_name("manifest.json")
         return super().open(path, flags, mode, dir_fd=dir_fd)
 
     def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
-        if source.name != TEMPORARY or CREATING in source.parent.name:
+        if not is_manifest(source):
             super().rename(source, target, dir_fd=dir_fd)
-
-
-class ManifestNotSynced(Mutant):
-    """Its folder is synced, so the name is durable and the content is not."""
-
-    def sync(self, fd: int) -> None:
-        path = self.path_of(fd)
-        if path.name != TEMPORARY or CREATING in path.parent.name:
-            self.below.sync(fd)
 
 
 class FailedSyncForgotten(Mutant):
@@ -286,12 +298,6 @@ class FailedSyncForgotten(Mutant):
         try:
             self.below.sync(fd)
         except OSError:
-            self.below.sync(fd)
-
-
-class FolderNotSynced(Mutant):
-    def sync(self, fd: int) -> None:
-        if not self.is_folder(fd):
             self.below.sync(fd)
 
 

@@ -26,6 +26,7 @@ from pyembed.storage.fs import Folder
 from tests.crash.calls import CHANGE, Calls
 
 RULES: dict[str, Callable[..., Optimizer]] = {"adagrad": Adagrad, "adam": Adam}
+Said = list[tuple[str, int]]  # announcements: a word and a number
 STARTS = init.uniform(-1.0, 1.0)
 TRIES = 3
 SMALL = 2000  # rows: the oracle keeps a copy of each commit of a table that has at most so many
@@ -267,13 +268,13 @@ class Log:
             os.fsync(self._fd)
 
 
-def read_log(path: Path) -> list[tuple[str, int]]:
+def read_log(path: Path) -> Said:
     """Return the lines of a `Log`."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [(line.split()[0], int(line.split()[1])) for line in lines]
 
 
-def allowed(said: list[tuple[str, int]]) -> set[int]:
+def allowed(said: Said) -> set[int]:
     """Return the generations that may be found: the last acknowledged one, and one under way."""
     acknowledged = max((number for word, number in said if word == "ack"), default=-1)
     return {acknowledged} | {number for _, number in said if number == acknowledged + 1}
@@ -282,7 +283,7 @@ def allowed(said: list[tuple[str, int]]) -> set[int]:
 def judge(
     path: Path,
     plan: Plan,
-    said: list[tuple[str, int]],
+    said: Said,
     resume: bool,
     changed_rows: type[ChangedRows] = ChangedRows,
 ) -> dict[str, Any]:

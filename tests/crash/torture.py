@@ -60,7 +60,7 @@ def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
     many = [*plans("process", 0, 8), *plans("power", 8, 8), *plans("none", 16, 1)]
     failed = plans("process", 1, 1 if short else 2, stubborn=True)
     return {
-        "kill-points": lambda: cells.kill_points(how(61), [*both, *none]),
+        "kill-points": lambda: cells.faults(how(61), [*both, *none], DEATHS),
         "random-kills": lambda: cells.random_kills(how(1), many, 20 if short else 2000),
         "little-memory": lambda: cells.kills_with_little_memory(how(1), 0 if short else 20),
         "resumed": lambda: cells.resumed(how(1), many[:16], 3 if short else 100),
@@ -68,8 +68,8 @@ def sweeps(short: bool) -> dict[str, Callable[[], Counts]]:
         "recovery-failures": lambda: cells.recovery_points(
             how(97), patient, ["EIO", "ENOSPC", "short", "interrupt after"]
         ),
-        "failures": lambda: cells.failures(how(101), patient),
-        "failures-gone-on": lambda: cells.failures(how(101), stubborn),
+        "failures": lambda: cells.faults(how(101), patient),
+        "failures-gone-on": lambda: cells.faults(how(101), stubborn),
         "failed-syncs": lambda: cuts.failed_syncs(how(17), [*failed, *stubborn]),
         "power-cuts": lambda: cuts.power_cuts(how(11), plans("power", 0, 2 if short else 8)),
         "power-cuts-process": lambda: cuts.power_cuts(how(11), process),
