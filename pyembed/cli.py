@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -71,39 +71,41 @@ def _parser() -> argparse.ArgumentParser:
     _add_recover(commands)
     _add_train(commands)
     _add_similar(commands)
-    _add_doctor(commands)
+    _command(commands, "doctor", "print the facts about this build and machine", _doctor, JSON)
     return parser
 
 
-# --- options that several commands have -----------------------------------------------------------
+def _shared(*flags: str, **settings: Any) -> argparse.ArgumentParser:
+    """An option that several commands have."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(*flags, **settings)
+    return parent
 
 
-def _add_output(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-o", "--output", required=True, help="folder to make; it must not exist")
+OUTPUT = _shared("-o", "--output", required=True, help="folder to make; it must not exist")
+OPTIMIZER = _shared(
+    "--optimizer", metavar="NAME", help="reserve columns for the state of adam, adagrad, ..."
+)
+THREADS = _shared("--threads", type=int, metavar="N", help="number of threads")
+JSON = _shared("--json", action="store_true", help="print the result as JSON")
+QUIET = _shared(
+    *("-q", "--quiet"), dest="progress", action="store_const", const=False, help="draw no bars"
+)
+TABLE = "folder of a table, or a .npy of float32 rows"
 
 
-def _add_optimizer(p: argparse.ArgumentParser) -> None:
-    text = "reserve columns for the state of this optimizer: adam, adagrad, ..."
-    p.add_argument("--optimizer", metavar="NAME", help=text)
-
-
-def _add_threads(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--threads", type=int, metavar="N", help="number of threads")
-
-
-def _add_quiet(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "-q",
-        "--quiet",
-        dest="progress",
-        action="store_const",
-        const=False,
-        help="draw no progress bar",
-    )
-
-
-def _add_json(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--json", action="store_true", help="print the result as JSON")
+def _command(
+    commands: Any,
+    name: str,
+    help: str,
+    run: Callable[[argparse.Namespace], None],
+    *parents: argparse.ArgumentParser,
+) -> Callable[..., Any]:
+    """Add a command; returns the function that adds an option to it."""
+    p = commands.add_parser(name, help=help, description=help, parents=parents)
+    p.set_defaults(run=run, fail=p.error)
+    add: Callable[..., Any] = p.add_argument
+    return add
 
 
 def _show(facts: dict[str, Any], as_json: bool = False) -> None:
@@ -115,49 +117,27 @@ def _show(facts: dict[str, Any], as_json: bool = False) -> None:
         print(f"{name + ':':<18} {text}")
 
 
-# --- one function for the options of a command, one for the command -------------------------------
-
-
 def _add_build(commands: Any) -> None:
-    p = commands.add_parser("build", help="make a table, fresh or from a file of vectors")
-    p.add_argument(
-        "vectors", nargs="?", help="file of word2vec (text or binary) or GloVe vectors, or its .gz"
-    )
-    _add_output(p)
-    p.add_argument(
-        "--format",
-        default="auto",
-        help="format of VECTORS: auto (default), word2vec, word2vec-binary or glove",
-    )
-    p.add_argument("--rows", type=int, metavar="N", help="number of rows of a fresh table")
-    p.add_argument("--dim", type=int, metavar="N", help="floats per row of a fresh table")
-    p.add_argument(
-        "--init",
-        default="normal",
-        help="values of a fresh table: normal[:MEAN,STD] (default), uniform[:LOW,HIGH], "
-        "constant:VALUE or zeros",
-    )
-    _add_optimizer(p)
-    p.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the values (default: 0)"
-    )
-    p.add_argument(
-        "--order",
-        choices=["frequency"],
-        help="keep the rows of frequent ids together, and an id map with the table; needs "
-        "--counts or --ids",
-    )
-    frequency = p.add_mutually_exclusive_group()
-    frequency.add_argument(
-        "--counts", metavar="FILE", help="how often each id occurs: .npy, or text with one a line"
-    )
-    frequency.add_argument("--ids", metavar="FILE", help="ids to count instead: .npy")
-    _add_threads(p)
-    _add_quiet(p)
-    p.set_defaults(run=_build, fail=p.error)
+    text = "make a table, fresh or from a file of vectors"
+    add = _command(commands, "build", text, _build, OUTPUT, OPTIMIZER, THREADS, QUIET)
+    add("vectors", nargs="?", help="word2vec (text, binary) or GloVe file, or its .gz")
+    formats = "format of the vectors: auto (default), word2vec, word2vec-binary, glove"
+    add("--format", default="auto", help=formats)
+    add("--rows", type=int, metavar="N", help="number of rows of a fresh table")
+    add("--dim", type=int, metavar="N", help="floats per row of a fresh table")
+    text = "normal[:MEAN,STD] (default), uniform[:LOW,HIGH], constant:VALUE or zeros"
+    add("--init", default="normal", help=f"values of a fresh table: {text}")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the values (default: 0)")
+    text = "keep the rows of frequent ids together, and an id map; needs --counts or --ids"
+    add("--order", choices=["frequency"], help=text)
+    text = "how often each id occurs: .npy, or text with one count a line"
+    add("--counts", metavar="FILE", help=text)
+    add("--ids", metavar="FILE", help="ids to count instead: .npy")
 
 
 def _build(a: argparse.Namespace) -> None:
+    if a.counts is not None and a.ids is not None:
+        a.fail("--counts and --ids exclude each other")
     if (a.order is None) != (a.counts is None and a.ids is None):
         a.fail("--order frequency needs --counts or --ids, and they need it")
     if a.vectors is not None:
@@ -192,22 +172,12 @@ def _counts(a: argparse.Namespace) -> NDArray[np.int64] | None:
 
 
 def _add_convert(commands: Any) -> None:
-    p = commands.add_parser("convert", help="copy a table with columns added or dropped")
-    p.add_argument("table", help="folder of a table, or a .npy of float32 rows")
-    _add_output(p)
-    _add_optimizer(p)
-    p.add_argument(
-        "--add",
-        action="append",
-        default=[],
-        metavar="NAME:WIDTH",
-        help="column of zeros to add; repeatable",
-    )
-    p.add_argument(
-        "--drop", action="append", default=[], metavar="NAME", help="column to drop; repeatable"
-    )
-    _add_quiet(p)
-    p.set_defaults(run=_convert, fail=p.error)
+    text = "copy a table with columns added or dropped"
+    add = _command(commands, "convert", text, _convert, OUTPUT, OPTIMIZER, QUIET)
+    add("table", help=TABLE)
+    repeated = {"action": "append", "default": []}
+    add("--add", **repeated, metavar="NAME:WIDTH", help="column of zeros to add; repeatable")
+    add("--drop", **repeated, metavar="NAME", help="column to drop; repeatable")
 
 
 def _convert(a: argparse.Namespace) -> None:
@@ -224,19 +194,11 @@ def _convert(a: argparse.Namespace) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    p = commands.add_parser(
-        "export", help="copy a table, or only the rows that changed since a generation"
-    )
-    p.add_argument("table", help="folder of a table")
-    _add_output(p)
-    p.add_argument(
-        "--since",
-        type=int,
-        metavar="GENERATION",
-        help="copy only rows that changed since; the output is for `pyembed apply`",
-    )
-    _add_quiet(p)
-    p.set_defaults(run=_export)
+    text = "copy a table, or only the rows that changed since a generation"
+    add = _command(commands, "export", text, _export, OUTPUT, QUIET)
+    add("table", help="folder of a table")
+    text = "copy only rows that changed since; the output is for `pyembed apply`"
+    add("--since", type=int, metavar="GENERATION", help=text)
 
 
 def _export(a: argparse.Namespace) -> None:
@@ -250,11 +212,10 @@ def _export(a: argparse.Namespace) -> None:
 
 
 def _add_apply(commands: Any) -> None:
-    p = commands.add_parser("apply", help="update a copy with the output of `export --since`")
-    p.add_argument("delta", help="folder that `pyembed export --since` made")
-    p.add_argument("table", help="copy, at the generation that the delta starts from")
-    _add_quiet(p)
-    p.set_defaults(run=_apply)
+    text = "update a copy with the output of `export --since`"
+    add = _command(commands, "apply", text, _apply, QUIET)
+    add("delta", help="folder that `pyembed export --since` made")
+    add("table", help="copy, at the generation that the delta starts from")
 
 
 def _apply(a: argparse.Namespace) -> None:
@@ -266,24 +227,22 @@ def _apply(a: argparse.Namespace) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    p = commands.add_parser("info", help="print the facts about a table")
-    p.add_argument("table", help="folder of a table, or a .npy of float32 rows")
-    p.add_argument(
-        "--resident", action="store_true", help="also print how much of the table is in memory"
-    )
-    _add_json(p)
-    p.set_defaults(run=lambda a: _show(table_facts(a.table, a.resident), a.json))
+    add = _command(commands, "info", "print the facts about a table", _info, JSON)
+    add("table", help=TABLE)
+    text = "also print how much of the table is in memory"
+    add("--resident", action="store_true", help=text)
+
+
+def _info(a: argparse.Namespace) -> None:
+    _show(table_facts(a.table, a.resident), a.json)
 
 
 def _add_verify(commands: Any) -> None:
-    p = commands.add_parser("verify", help="check a table for damage; changes nothing")
-    p.add_argument("table", help="folder of a table, or a .npy of float32 rows")
-    p.add_argument(
-        "--finite", action="store_true", help="also look for NaN and infinity in every row"
-    )
-    _add_json(p)
-    _add_quiet(p)
-    p.set_defaults(run=_verify)
+    text = "check a table for damage; changes nothing"
+    add = _command(commands, "verify", text, _verify, JSON, QUIET)
+    add("table", help=TABLE)
+    text = "also look for NaN and infinity in every row"
+    add("--finite", action="store_true", help=text)
 
 
 def _verify(a: argparse.Namespace) -> None:
@@ -299,13 +258,10 @@ def _verify(a: argparse.Namespace) -> None:
 
 
 def _add_recover(commands: Any) -> None:
-    p = commands.add_parser("recover", help="roll a table back to its last commit")
-    p.add_argument("table", help="folder of a table")
-    p.add_argument(
-        "--salvage", action="store_true", help="keep the rows as they are, and commit them"
-    )
-    _add_json(p)
-    p.set_defaults(run=_recover)
+    text = "roll a table back to its last commit"
+    add = _command(commands, "recover", text, _recover, JSON)
+    add("table", help="folder of a table")
+    add("--salvage", action="store_true", help="keep the rows as they are, and commit them")
 
 
 def _recover(a: argparse.Namespace) -> None:
@@ -315,7 +271,7 @@ def _recover(a: argparse.Namespace) -> None:
 
 
 # The help of the options of `train skipgram`: one for each field of `SkipgramSettings`.
-SKIPGRAM_OPTIONS: dict[str, str] = {
+SKIPGRAM_OPTIONS = {
     "dim": "floats of a vector",
     "window": "largest distance between a word and its context",
     "negative": "false pairs for each true one",
@@ -331,45 +287,26 @@ SKIPGRAM_OPTIONS: dict[str, str] = {
 
 
 def _add_train(commands: Any) -> None:
-    p = commands.add_parser("train", help="train a model whose table may be larger than memory")
+    text = "train a model whose table may be larger than memory"
+    p = commands.add_parser("train", help=text, description=text)
     models = p.add_subparsers(dest="model", required=True, metavar="MODEL")
-    s = models.add_parser("skipgram", help="word vectors from text: skip-gram, negative sampling")
-    s.add_argument("corpus", nargs="+", help="text file, or folder to search for text files")
-    _add_output(s)
+    text = "word vectors from text: skip-gram with negative sampling"
+    add = _command(models, "skipgram", text, _train_skipgram, OUTPUT, THREADS, QUIET)
+    add("corpus", nargs="+", help="text file, or folder to search for text files")
     for field in fields(SkipgramSettings):
         option, default = "--" + field.name.replace("_", "-"), field.default
         meaning = f"{SKIPGRAM_OPTIONS[field.name]} (default: {default})"
-        s.add_argument(option, type=type(default), metavar="N", default=default, help=meaning)
-    s.add_argument(
-        "--suffix", action="append", help="suffix of the files to read in a folder; repeatable"
-    )
-    s.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="pattern of names in a folder not to read; repeatable",
-    )
-    s.add_argument(
-        "--encoding-errors",
-        choices=["strict", "replace"],
-        default="strict",
-        help="stop at bytes that are not UTF-8 (default), or read them as U+FFFD",
-    )
-    s.add_argument(
-        "--checkpoint-every",
-        type=int,
-        metavar="N",
-        help="keep a checkpoint every N batches of 4096 words, in OUTPUT.partial",
-    )
-    s.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue from the last checkpoint; repeat the other options",
-    )
-    _add_threads(s)
-    _add_quiet(s)
-    s.set_defaults(run=_train_skipgram)
+        add(option, type=type(default), metavar="N", default=default, help=meaning)
+    text = "suffix of the files to read in a folder; repeatable"
+    add("--suffix", action="append", help=text)
+    text = "pattern of names in a folder not to read; repeatable"
+    add("--exclude", action="append", default=[], metavar="PATTERN", help=text)
+    text = "stop at bytes that are not UTF-8 (default), or read them as U+FFFD"
+    add("--encoding-errors", choices=["strict", "replace"], default="strict", help=text)
+    text = "keep a checkpoint every N batches of 4096 words, in OUTPUT.partial"
+    add("--checkpoint-every", type=int, metavar="N", help=text)
+    text = "continue from the last checkpoint; repeat the other options"
+    add("--resume", action="store_true", help=text)
 
 
 def _train_skipgram(a: argparse.Namespace) -> None:
@@ -389,14 +326,10 @@ def _train_skipgram(a: argparse.Namespace) -> None:
 
 
 def _add_similar(commands: Any) -> None:
-    p = commands.add_parser("similar", help="print the nearest words of a trained model")
-    p.add_argument("model", help="folder that `pyembed train` made")
-    p.add_argument("words", nargs="+", metavar="WORD", help="word to look up")
-    p.add_argument(
-        "-n", "--topn", type=int, default=10, metavar="N", help="words to print (default: 10)"
-    )
-    _add_json(p)
-    p.set_defaults(run=_similar)
+    add = _command(commands, "similar", "print the nearest words of words", _similar, JSON)
+    add("model", help="folder that `pyembed train` made")
+    add("words", nargs="+", metavar="WORD", help="word to look up")
+    add("-n", "--topn", type=int, default=10, metavar="N", help="words to print (default: 10)")
 
 
 def _similar(a: argparse.Namespace) -> None:
@@ -411,7 +344,5 @@ def _similar(a: argparse.Namespace) -> None:
             print(f"  {cosine:.3f}  {neighbour}")
 
 
-def _add_doctor(commands: Any) -> None:
-    p = commands.add_parser("doctor", help="print the facts about this build and this machine")
-    _add_json(p)
-    p.set_defaults(run=lambda a: _show(show_config(), a.json))
+def _doctor(a: argparse.Namespace) -> None:
+    _show(show_config(), a.json)

@@ -115,12 +115,7 @@ def table_in_training(
     DirtyError, FormatError
         If the partial folder has no checkpoint, is damaged, or is something else.
     """
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ArgumentError(f"checkpoint_every = {checkpoint_every}; allowed: 1 or more batches")
-    if resume and checkpoint_every is None:
-        raise ArgumentError("resume without checkpoint_every; repeat the command that was stopped")
-    if os.path.lexists(output):
-        raise ArgumentError(f"{output} exists; give another output, or remove it")
+    _require_new(output, checkpoint_every, resume)
     partial = output.with_name(output.name + ".partial")
     if resume:
         table = _reopen(partial, settings, num_threads)
@@ -141,6 +136,16 @@ def table_in_training(
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted: {left}") from None
         raise
+
+
+def _require_new(output: Path, checkpoint_every: int | None, resume: bool) -> None:
+    """Refuse an output that exists, and arguments that contradict each other."""
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ArgumentError(f"checkpoint_every = {checkpoint_every}; allowed: 1 or more batches")
+    if resume and checkpoint_every is None:
+        raise ArgumentError("resume without checkpoint_every; repeat the command that was stopped")
+    if os.path.lexists(output):
+        raise ArgumentError(f"{output} exists; give another output, or remove it")
 
 
 def _create(partial: Path, dim: int, checkpoint_every: int | None, threads: int | None) -> Table:
