@@ -1,17 +1,17 @@
-"""An LSTM that tells which package a function is from: pyembed beside torch.nn.
+"""An LSTM that tells which package a function comes from: pyembed against torch.nn.
 
 The functions of eight packages of Python's standard library are sequences of words and signs, of
-different lengths. A batch is padded with an id that means nothing (`padding_idx`), then packed, so
-that the LSTM sees no padding. Every fifth function is for testing.
+different lengths. A batch is padded with a reserved id (`padding_idx`), then packed, so that the
+LSTM sees no padding. Every fifth function is for testing.
 
 Each seed trains the same model twice: with `pyembed.torch.Embedding`, whose Adam runs in backward,
 and with `torch.nn.Embedding(sparse=True)` and `torch.optim.SparseAdam`. The weights at the start,
-the batches and the rule are the same. What to look for: losses that begin equal, to rounding (Adam
-makes a full step of a gradient that is nearly zero, so rounding grows from there, as it does
-between two runs of torch whose weights differ in the last bit), and an accuracy that is the same
-within the spread of the seeds.
+the batches and the rule are the same. Expect losses that start equal up to rounding, and an
+accuracy that is equal within the spread of the seeds. (Adam takes a full step for a gradient that
+is nearly zero, so rounding errors grow, as they do between two runs of torch from weights that
+differ in the last bit.)
 
-Run it with ``.venv/bin/python examples/lstm_classifier.py``; it takes less than a minute, and
+Run it with ``.venv/bin/python examples/lstm_classifier.py``; it takes less than a minute and
 needs torch. ``--quick`` takes a few seconds.
 """
 
@@ -48,7 +48,7 @@ DIM, HIDDEN, LR, DENSE_LR, BATCH, EPOCHS, LONGEST = 32, 64, 0.02, 0.005, 64, 4, 
 
 
 def functions(package: str) -> list[list[str]]:
-    """The first words and signs of each function."""
+    """List the first words and signs of each function."""
     found = []
     for file in sorted(Path(sysconfig.get_path("stdlib"), package).rglob("*.py")):
         if {"test", "tests"} & set(file.parts):
@@ -62,7 +62,7 @@ def functions(package: str) -> list[list[str]]:
 
 
 class Classifier(nn.Module):
-    """The mean of the LSTM's states, and a linear layer over it."""
+    """A linear layer over the mean of the LSTM's states."""
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(HIDDEN, len(PACKAGES))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Scores of shape (batch, packages), for padded ids of shape (batch, words)."""
+        """Compute scores of shape (batch, packages) for padded ids of shape (batch, words)."""
         lengths = (ids != PAD).sum(dim=1)
         rows = self.embedding(ids)
         packed = pack_padded_sequence(rows, lengths, batch_first=True, enforce_sorted=False)
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
 def train(
     embedding: nn.Module, texts: list[Tensor], labels: Tensor, seed: int
 ) -> tuple[Classifier, np.ndarray]:
-    """The trained model, and the loss of every batch."""
+    """Return the trained model and the loss of every batch."""
     torch.manual_seed(seed)
     model = Classifier(embedding)
     dense = [*model.lstm.parameters(), *model.head.parameters()]
@@ -104,14 +104,14 @@ def train(
 
 
 def accuracy(model: Classifier, texts: list[Tensor], labels: Tensor) -> float:
-    """The share of functions whose package has the highest score."""
+    """Return the share of functions whose package has the highest score."""
     with torch.no_grad():
         scores = model(pad_sequence(texts, batch_first=True, padding_value=PAD))
     return float((scores.argmax(dim=1) == labels).float().mean())
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read, train twice for each seed, compare."""
+    """Read the functions, train twice for each seed, and compare."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="every fourth function, one seed")

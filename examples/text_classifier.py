@@ -1,14 +1,13 @@
-"""A text classifier: the mean of a text's word vectors, and a linear layer over it.
+"""A text classifier: a linear layer over the mean of a text's word vectors.
 
-The simplest model of text that works (Joulin et al., "Bag of tricks for efficient text
-classification", 2017). The question here: which package of Python's standard library does a line
-of source come from? A line is the bag of its identifiers and keywords; `EmbeddingBag` makes the
-mean of their rows, and `optimizer.step` takes the gradient of the means, so no array with a row
-for each word is ever made.
+This is the simplest model of text that works (Joulin et al., "Bag of tricks for efficient text
+classification", 2017). It tells which package of Python's standard library a line of source comes
+from. A line is the bag of its identifiers and keywords. `EmbeddingBag` computes the mean of their
+rows, and `optimizer.step` takes the gradient of the means, so no array has a row for each word.
 
-Every fifth block of 50 lines is for testing, and words come from the training lines alone. What to
-look for: the test accuracy against always naming the largest package, and words that give a
-package away.
+Every fifth block of 50 lines is for testing, and all words come from the training lines. Compare
+the test accuracy with that of always naming the largest package, and look at the words that are
+typical of each package.
 
 Run it with ``.venv/bin/python examples/text_classifier.py``; it takes about a second.
 """
@@ -32,7 +31,7 @@ Line = tuple[int, list[str]]  # number of the package, words
 
 
 def read_lines() -> tuple[list[Line], list[Line]]:
-    """Lines of at least three words: for training, and for testing."""
+    """Read lines of at least three words, for training and for testing."""
     root = Path(sysconfig.get_path("stdlib"))
     lines: tuple[list[Line], list[Line]] = [], []
     for package, name in enumerate(PACKAGES):
@@ -48,19 +47,19 @@ def read_lines() -> tuple[list[Line], list[Line]]:
 
 
 def encode(lines: list[Line], vocab: Vocab) -> tuple[list[np.ndarray], np.ndarray]:
-    """The ids of each line, without words that are not in the vocabulary; and its package."""
+    """Look up the ids of each line, without unknown words, and its package."""
     ids = [vocab.ids(word for word in words if word in vocab) for _, words in lines]
     return ids, np.array([package for package, _ in lines])
 
 
 def flat(lines: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids one after the other, and where each line begins."""
+    """Join the ids of all lines, and list where each line begins."""
     sizes = np.array([len(ids) for ids in lines])
     return np.concatenate(lines), np.cumsum(sizes) - sizes
 
 
 def main() -> None:
-    """Read, train, compare."""
+    """Read the lines, train, and compare."""
     train, test = read_lines()
     counts = Counter(word for _, words in train for word in words)
     vocab = Vocab([word for word, count in counts.most_common() if count > 1])

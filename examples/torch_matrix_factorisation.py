@@ -1,19 +1,19 @@
-"""Matrix factorisation in torch: which methods does a module call? pyembed beside torch.nn.
+"""Matrix factorisation in torch: which methods does a module call? pyembed against torch.nn.
 
-The model of `matrix_factorisation.py`, with autograd instead of gradients by hand. A module of
-Python's standard library is a "user", the name of a method that it calls is an "item"; Bayesian
-personalised ranking asks that a user's row agrees better with an item of theirs than with one drawn
-at random. One call of every module is held out; the hit rate at 10 is how often it is among the ten
-best of those that the module is not yet known to call.
+The model is that of `matrix_factorisation.py`, with autograd instead of hand-written gradients. A
+module of Python's standard library is a "user", and the name of a method that it calls is an
+"item". Bayesian personalised ranking demands that a user's row agrees better with an item of the
+user than with a random item. One call of every module is held out; the hit rate at 10 is the share
+of held-out calls among the ten best of those that the module is not yet known to make.
 
 Each seed trains the same model twice: with three `pyembed.torch.Embedding`, their Adagrad and
 `pyembed.torch.Optimizer`, and with three `torch.nn.Embedding(sparse=True)` and
 `torch.optim.Adagrad`. The weights at the start, the batches, the rule and the loop are the same.
-What to look for: losses that are equal, to rounding, from the first batch to the last, and one hit
-rate, well above that of the ten methods that most modules call.
+Expect losses that are equal up to rounding from the first batch to the last, and equal hit rates,
+well above that of the ten methods that most modules call.
 
 Run it with ``.venv/bin/python examples/torch_matrix_factorisation.py``; it takes a few seconds for
-each seed, and needs torch. ``--quick`` takes a few seconds.
+each seed and needs torch. ``--quick`` takes a few seconds.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ import pyembed
 import pyembed.torch
 
 DIM, LR, DECAY, BATCH = 32, 0.1, 0.03, 256
-# Tests, and what is not there in every installation.
+# Tests, and modules that some installations lack.
 SKIP = {"test", "tests", "site-packages", "dist-packages", "idlelib", "distutils", "lib2to3"}
 
 
 def calls() -> list[tuple[str, str]]:
-    """Pairs (module, name of a method that it calls), each once; without rare ones."""
+    """List the pairs (module, name of a method that it calls), without rare ones."""
     root, pairs = Path(sysconfig.get_path("stdlib")), set()
     for file in root.rglob("*.py"):
         module = file.relative_to(root)
@@ -54,19 +54,19 @@ def calls() -> list[tuple[str, str]]:
 def train(
     tables: list[nn.Module], pairs: Tensor, seen: Tensor, seed: int, epochs: int
 ) -> list[float]:
-    """Train the users, the items and the items' biases; the loss of every batch."""
+    """Train users, items and the items' biases; return the loss of every batch."""
     users, items, biases = model = nn.ModuleList(tables)
     optimizer: torch.optim.Optimizer
     if isinstance(users, nn.Embedding):
         optimizer = torch.optim.Adagrad(model.parameters(), lr=LR)
-    else:  # a step for each batch, in which items are looked up twice
+    else:  # because a batch looks up items twice
         optimizer = pyembed.torch.Optimizer(model)
     torch.manual_seed(seed)
     losses = []
     for _ in range(epochs):
         for batch in pairs[torch.randperm(len(pairs))].split(BATCH):
             other = torch.randint(seen.shape[1], (len(batch),))
-            kept = ~seen[batch[:, 0], other]  # what the user did take is no counter-example
+            kept = ~seen[batch[:, 0], other]  # an item of the user is not a counter-example
             user, item, other = batch[kept, 0], batch[kept, 1], other[kept]
             x, y, z = users(user), items(item), items(other)
             better = (x * (y - z)).sum(dim=1) + (biases(item) - biases(other))[:, 0]
@@ -80,20 +80,20 @@ def train(
 
 
 def hit_rate(scores: Tensor, seen: Tensor, held_out: Tensor) -> float:
-    """How often fewer than ten unseen items score higher than the held-out one."""
+    """Return how often fewer than ten unseen items score higher than the held-out one."""
     user, item = held_out.T
     unseen = scores.masked_fill(seen, -torch.inf)
     return float(((unseen[user] > unseen[user, item][:, None]).sum(dim=1) < 10).float().mean())
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read, hold out and train twice for each seed, compare."""
+    """Read the calls, train twice for each seed, and compare."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one seed, fewer epochs")
     options = parser.parse_args(arguments)
     seeds, epochs = (1, 5) if options.quick else (options.seeds, 20)
-    torch.sparse.check_sparse_tensor_invariants.disable()  # as is; torch warns if it is not said
+    torch.sparse.check_sparse_tensor_invariants.disable()  # the default; unset, torch warns
 
     names = calls()
     users, user = np.unique([module for module, _ in names], return_inverse=True)
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         order = np.random.default_rng(seed).permutation(len(user))
         pairs = torch.from_numpy(np.stack([user, item], axis=1)[order])
         first = np.zeros(len(user), bool)
-        first[np.unique(user[order], return_index=True)[1]] = True  # one pair of every user
+        first[np.unique(user[order], return_index=True)[1]] = True  # one pair of each user
         held_out, rest = pairs[first], pairs[~first]
         seen = torch.zeros(shape, dtype=torch.bool)
         seen[rest[:, 0], rest[:, 1]] = True

@@ -1,12 +1,12 @@
-"""A torch model whose embedding lies in a file: the next word, from the two before it.
+"""A torch model with its embedding in a file: predict a word from the two words before it.
 
 `pyembed.torch.Embedding` is a layer like any other. Its rows are in a file, and backward updates
-them; torch's Adam updates the rest. What to look for: the loss falls well below that of always
-answering with the words' frequencies, and the rows that were learned are in the file.
+them; torch's Adam updates the other parameters. Expect a loss well below that of always answering
+with the words' frequencies, and the learned rows in the file.
 
-The words are the names in the source of `argparse`, in their order.
+The words are the names in the source of `argparse`, in order.
 
-Run it with ``.venv/bin/python examples/torch_model.py``; it takes a few seconds, and needs torch.
+Run it with ``.venv/bin/python examples/torch_model.py``; it takes a few seconds and needs torch.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ DIM, EPOCHS, BATCH = 16, 8, 256
 
 
 def names(source: str) -> list[str]:
-    """The identifiers and keywords of a source text."""
+    """List the identifiers and keywords of a source text."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return [token.string for token in tokens if token.type == tokenize.NAME]
 
 
 def train(path: Path, ids: torch.Tensor, words: int) -> float:
-    """Train on pairs of words and the next one; the last epoch's mean loss."""
+    """Train on pairs of words and the next word; return the mean loss of the last epoch."""
     torch.manual_seed(1)
     init = pyembed.init.normal(std=0.1)
     pyembed.Table.create(path, words, DIM, "adagrad", init=init, seed=1).close()
@@ -43,7 +43,7 @@ def train(path: Path, ids: torch.Tensor, words: int) -> float:
         words, DIM, path=path, optimizer=functools.partial(pyembed.optim.Adagrad, lr=0.1)
     )
     model = torch.nn.Sequential(layer, torch.nn.Flatten(), torch.nn.Linear(2 * DIM, words))
-    dense = torch.optim.Adam(model.parameters(), lr=0.01)  # the table is no parameter
+    dense = torch.optim.Adam(model.parameters(), lr=0.01)  # the table is not a parameter
     pairs, targets = torch.stack([ids[:-2], ids[1:-1]], dim=1), ids[2:]
     for _ in range(EPOCHS):
         losses = []
@@ -58,7 +58,7 @@ def train(path: Path, ids: torch.Tensor, words: int) -> float:
 
 
 def main() -> None:
-    """Train, and look into the file."""
+    """Train, and read the rows from the file."""
     words, found = np.unique(names(inspect.getsource(argparse)), return_inverse=True)
     share = np.bincount(found) / len(found)
     print(f"{len(found):,} names, {len(words):,} of them different")

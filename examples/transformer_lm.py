@@ -1,20 +1,20 @@
-"""A Transformer that reads bytes, its large input table in a file: pyembed beside torch.nn.
+"""A Transformer over bytes with its large input table in a file: pyembed against torch.nn.
 
-A language model of bytes has few tokens, so its input can say more than one byte: the input at a
-position is the sum of a row for the last byte, one for the last two, and so on to six, each looked
-up by a hash (as in the Byte Latent Transformer, Pagnoni et al., 2024). The table of the hashes has
-most of the model's parameters, and a batch touches few of them. So it lies in a file: `lookahead`
-reads the rows of the next batches meanwhile, and pyembed's Adagrad updates them, in backward.
+A language model over bytes has few tokens, so its input can describe more than one byte: the input
+at a position is the sum of a row for the last byte, a row for the last two bytes, and so on up to
+six, each looked up by a hash (as in the Byte Latent Transformer, Pagnoni et al., 2024). The table
+of hashes has most of the model's parameters, and a batch uses few of them. It is therefore in a
+file: `lookahead` reads the rows of the next batches, and pyembed's Adagrad updates rows.
 
-The text is the source of twelve packages of Python's standard library, every tenth file for
+The text is the source of twelve packages of Python's standard library, with every tenth file for
 testing. Each seed trains the same model twice, the second time with `torch.nn.Embedding(sparse=
-True)` in memory and `torch.optim.Adagrad`: the weights at the start, the batches and the rule are
-the same. What to look for: losses that begin equal, but for rounding (it grows, as Adagrad's first
-step is a full one, also of a gradient that is nearly zero), and the same bits per byte, far below
-those of the bytes' frequencies.
+True)` in memory and `torch.optim.Adagrad`. The weights at the start, the batches and the rule are
+the same. Expect losses that start equal up to rounding, and equal bits per byte, far below those of
+the bytes' frequencies. (Adagrad takes a full first step, even for a gradient that is nearly zero,
+so rounding errors grow.)
 
-Run it with ``.venv/bin/python examples/transformer_lm.py``; it takes most of a minute, needs torch,
-and 135 MB of disk meanwhile. ``--quick`` takes a few seconds.
+Run it with ``.venv/bin/python examples/transformer_lm.py``; it takes most of a minute, and needs
+torch and 135 MB of temporary disk space. ``--quick`` takes a few seconds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def read_bytes() -> tuple[np.ndarray, np.ndarray]:
-    """The bytes for training, and those for testing."""
+    """Read the bytes for training and those for testing."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [file for name in PACKAGES for file in sorted((root / name).rglob("*.py"))]
     texts: tuple[list[bytes], list[bytes]] = [], []
@@ -55,7 +55,7 @@ def read_bytes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch_at(text: np.ndarray, starts: np.ndarray, bits: int) -> Batch:
-    """Ids of shape (starts, CONTEXT, ORDERS), and the bytes that follow, (starts, CONTEXT)."""
+    """Make ids of shape (starts, CONTEXT, ORDERS), and the following bytes, (starts, CONTEXT)."""
     window = text[starts[:, None] + np.arange(CONTEXT + ORDERS)].astype(np.uint64)
     grams, ids = np.zeros_like(window), []
     for _ in range(ORDERS):  # the last byte, the last two, ...
@@ -66,7 +66,7 @@ def batch_at(text: np.ndarray, starts: np.ndarray, bits: int) -> Batch:
 
 
 class LanguageModel(nn.Module):
-    """A Transformer over the sums of rows, and a linear layer over it."""
+    """A Transformer over sums of rows, and a linear layer over its output."""
 
     def __init__(self, table: nn.Module) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Scores of the next byte, of shape (batch, 256, CONTEXT)."""
+        """Compute scores of the next byte, of shape (batch, 256, CONTEXT)."""
         x = self.table(ids).sum(dim=2) + self.position
         return self.head(self.encoder(x, mask=self.mask, is_causal=True)).transpose(1, 2)
 
@@ -88,7 +88,7 @@ class LanguageModel(nn.Module):
 def train(
     table: nn.Module, batches: Iterable[Batch], seed: int
 ) -> tuple[LanguageModel, np.ndarray]:
-    """The trained model, and the loss of every batch."""
+    """Return the trained model and the loss of every batch."""
     torch.manual_seed(seed)
     model = LanguageModel(table)
     dense = [p for name, p in model.named_parameters() if not name.startswith("table.")]
@@ -108,19 +108,19 @@ def train(
 
 
 def bits_per_byte(model: LanguageModel, batch: Batch) -> float:
-    """The cross-entropy of the bytes that follow."""
+    """Compute the cross-entropy of the following bytes."""
     with torch.no_grad():
         return nn.functional.cross_entropy(model(batch[0]), batch[1]).item() / math.log(2)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read, train twice for each seed, compare."""
+    """Read the text, train twice for each seed, and compare."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one seed, few steps, a small table")
     options = parser.parse_args(arguments)
     seeds, steps, bits = (1, 25, 14) if options.quick else (options.seeds, 120, 18)
-    torch.sparse.check_sparse_tensor_invariants.disable()  # as is; torch warns if it is not said
+    torch.sparse.check_sparse_tensor_invariants.disable()  # the default; unset, torch warns
 
     text, test_text = read_bytes()
     starts = np.linspace(0, len(test_text) - CONTEXT - ORDERS, TESTED).astype(np.int64)
