@@ -32,21 +32,17 @@ def require(
         raise ArgumentError(f"placement = {placement!r}; allowed: {', '.join(PLACEMENTS)}")
     if placement == "table":
         return
-    what = f"placement = {placement!r}"
+    reason = ""
     if not has_table:
-        raise ArgumentError(f"{what} copies existing rows; give path= or table=")
-    if has_optimizer:
-        raise ArgumentError(
-            f"{what} with optimizer=: rows on a device are a Parameter; use an optimizer of torch "
-            "without optimizer=, or placement='table'"
-        )
-    if device.type == "meta":
-        raise ArgumentError(f"{what}, device = meta: it holds no rows; allowed: cpu, cuda, …")
-    if placement == "auto" and not frozen:
-        raise ArgumentError(
-            f"{what} of a layer that learns: free memory would decide how it is trained; freeze "
-            "it, or use 'device' with an optimizer of torch, or 'table' with optimizer="
-        )
+        reason = "copies existing rows; give path= or table="
+    elif has_optimizer:
+        reason = "uses an optimizer of torch; omit optimizer=, or use placement='table'"
+    elif device.type == "meta":
+        reason = "cannot copy to device = meta; allowed: cpu, cuda, …"
+    elif placement == "auto" and not frozen:
+        reason = "is for frozen layers: free memory would decide how others are trained; freeze it"
+    if reason:
+        raise ArgumentError(f"placement = {placement!r} {reason}")
 
 
 def decide(placement: str, table: Table, device: torch.device) -> str:

@@ -13,7 +13,7 @@ ranks have taken, and max_norm, with which a lookup changes rows on one rank onl
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,35 +27,24 @@ from pyembed.optim.optimizer import Optimizer
 from pyembed.torch import device_copy
 
 
-class Ranks(NamedTuple):
-    """Processes that step together: the group of DDP, and our own group of the same ranks."""
-
-    of_ddp: Any
-    group: Any
-    world: int
-
-
 @cache
-def _own_group(of_ddp: Any) -> Any:
-    # Exchanges run on the CPU, whatever backend DDP has, and never interleave with those of DDP.
+def own_group(of_ddp: Any) -> Any:
+    """Make a process group of the same ranks as that of DDP, once.
+
+    Exchanges run on the CPU, whatever backend DDP has, and never interleave with those of DDP.
+    """
     ranks = dist.get_process_group_ranks(of_ddp)
     return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
 
-def join(core: Any, optimizer: Optimizer, accumulates: bool, of_ddp: Any) -> Ranks:
+def join(core: Any, optimizer: Optimizer, accumulates: bool, group: Any) -> None:
     """Give the table of a layer the rows of rank 0, before its first lookup inside DDP.
-
-    Returns
-    -------
-    Ranks
-        The processes with which the layer steps from now on.
 
     Raises
     ------
     ArgumentError
         On every rank, if the table of one of them cannot take the same steps.
     """
-    ranks = Ranks(of_ddp, _own_group(of_ddp), dist.get_world_size(of_ddp))
     table = core.table
     if core.max_norm is not None:
         raise ArgumentError(
@@ -63,8 +52,7 @@ def join(core: Any, optimizer: Optimizer, accumulates: bool, of_ddp: Any) -> Ran
             "max_norm of the optimizer, which scales rows in the step"
         )
     mine = (table.rows, table.dim, repr(optimizer), accumulates, optimizer.steps, table.writable)
-    given: list[Any] = [None] * ranks.world
-    dist.all_gather_object(given, mine, group=ranks.group)
+    given = _gathered(mine, group)
     for rank, theirs in enumerate(given):
         if theirs != (*given[0][:-1], True):
             raise ArgumentError(
@@ -72,18 +60,17 @@ def join(core: Any, optimizer: Optimizer, accumulates: bool, of_ddp: Any) -> Ran
                 f"writable) = {theirs}, rank 0 has {given[0]}; allowed: the same on all ranks, and "
                 "writable. In DDP each rank has a table of its own, in memory or in a folder"
             )
-    first = dist.get_global_rank(ranks.group, 0)
+    first = dist.get_global_rank(group, 0)
     for part in device_copy.chunks(table):
         rows = table.weight[part]
         sent = torch.from_numpy(rows.copy())
-        dist.broadcast(sent, first, group=ranks.group)
+        dist.broadcast(sent, first, group=group)
         if not np.array_equal(sent.numpy(), rows, equal_nan=True):
             with table.writing(np.arange(part.start, part.start + len(rows))) as weight:
                 weight[part] = sent.numpy()
-    return ranks
 
 
-def whole_batch(ranks: Ranks, batch: NDArray[Any] | Bags, grad: F32) -> tuple[Any, F32]:
+def whole_batch(batch: NDArray[Any] | Bags, grad: F32, group: Any) -> tuple[Any, F32]:
     """Join the batches of all ranks.
 
     Returns
@@ -95,10 +82,8 @@ def whole_batch(ranks: Ranks, batch: NDArray[Any] | Bags, grad: F32) -> tuple[An
     ids, bags = (batch.ids, batch) if isinstance(batch, Bags) else (batch, None)
     mine = [ids.reshape(-1).astype(np.int64, copy=False), grad.reshape(-1, grad.shape[-1])]
     mine += [] if bags is None else [np.diff(bags.starts), bags.weights]
-    given: list[Any] = [None] * ranks.world
-    dist.all_gather_object(given, mine, group=ranks.group)
-    ids, values, *rest = (_joined(parts) for parts in zip(*given, strict=True))
-    values /= ranks.world
+    ids, values, *rest = (_joined(parts) for parts in zip(*_gathered(mine, group), strict=True))
+    values /= dist.get_world_size(group)
     if not rest:
         return ids, values
     return Bags(ids, np.append(0, np.cumsum(rest[0])), rest[1]), values
@@ -106,3 +91,9 @@ def whole_batch(ranks: Ranks, batch: NDArray[Any] | Bags, grad: F32) -> tuple[An
 
 def _joined(parts: tuple[Any, ...]) -> Any:
     return None if all(part is None for part in parts) else np.concatenate(parts)
+
+
+def _gathered(mine: Any, group: Any) -> list[Any]:
+    given: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(given, mine, group=group)
+    return given

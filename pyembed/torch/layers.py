@@ -21,15 +21,7 @@ from pyembed.layers import embedding, embedding_bag
 from pyembed.optim.optimizer import Optimizer
 from pyembed.table import Table
 from pyembed.torch import device_copy, ops
-from pyembed.torch.rows import (
-    DeviceRows,
-    ParameterRows,
-    Rows,
-    TableRows,
-    array_of,
-    kind_of,
-    shared_tensor,
-)
+from pyembed.torch.rows import DeviceRows, ParameterRows, Rows, TableRows, array_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -185,7 +177,7 @@ class Layer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight from N(0, 1) with torch's generator, and set the padding row to zero."""
         with torch.no_grad():
-            rows = shared_tensor(self.table) if self._rows.in_table else self.weight
+            rows = self._rows.shared() if self._rows.in_table else self.weight
             nn.init.normal_(rows)
             if self.padding_idx is not None:
                 rows[self.padding_idx] = 0
@@ -415,9 +407,10 @@ def _require_arguments(named: dict[str, Any], makes: bool, where: str, device: A
         raise ArgumentError("_weight, table and path name the same rows; give one of them")
     exists = bool(given) and given != ["_weight"]
     device_copy.require(where, exists, makes, named.get("_freeze", False), device)
-    if given == ["_weight"] and getattr(named["_weight"], "type", str)() != "torch.FloatTensor":
-        kind = kind_of(named["_weight"])
-        raise DTypeError(f"_weight is a {kind}; allowed: a float32 Tensor on the CPU")
+    weight = named.get("_weight")
+    if weight is not None and getattr(weight, "type", str)() != "torch.FloatTensor":
+        found = f"{getattr(weight, 'dtype', '')} {type(weight).__name__}"
+        raise DTypeError(f"_weight is a {found}; allowed: a float32 Tensor on the CPU")
 
 
 def _choose_rows(core: Any, make: MakeOptimizer | None, where: str, device: torch.device) -> Rows:
@@ -434,9 +427,9 @@ def _choose_rows(core: Any, make: MakeOptimizer | None, where: str, device: torc
         return ParameterRows(core)
     if optimizer is None and not core.frozen:
         raise ArgumentError(
-            f"rows {table.path or 'in memory'}, device = {device}: a Parameter needs a writable "
-            "table in memory, on the CPU; freeze the layer, or let the table learn with "
-            "optimizer=functools.partial(pyembed.optim.Adagrad, lr=0.05)"
+            f"table {table.path or 'in memory'}, device = {device}: without optimizer= only a "
+            "writable table in memory learns, on the CPU; give optimizer=functools.partial("
+            "pyembed.optim.Adagrad, lr=0.05), freeze the layer, or use placement='device'"
         )
     return TableRows(core, optimizer)
 
@@ -449,16 +442,17 @@ def _made(make: MakeOptimizer, core: Any) -> Optimizer:
         raise DTypeError(
             f"optimizer = {make!r}; allowed: a class of pyembed.optim, or functools.partial("
             "pyembed.optim.Adagrad, lr=0.05). To train with an optimizer of torch, omit "
-            "optimizer= and give layer.parameters() to that"
+            "optimizer= and give it layer.parameters()"
         )
     return made
 
 
 def _require_device(given: Any, devices: tuple[str, ...]) -> None:
     if not isinstance(given, Tensor):
-        raise DTypeError(f"the input is a {type(given).__name__}; allowed: Tensors")
+        kind = type(given).__name__
+        raise DTypeError(f"the input is a {kind}; allowed: a Tensor; use torch.as_tensor(input)")
     if given.device.type not in devices:
         raise ArgumentError(
-            f"a tensor is on {given.device}; allowed: {', '.join(devices)}. Rows of a layer with "
-            "optimizer= and device='cuda' stay in memory and reach the GPU as copies"
+            f"a tensor is on {given.device}; allowed: {', '.join(devices)}. For tensors on a GPU "
+            "make the layer with optimizer= and device='cuda', or with placement='device'"
         )

@@ -31,7 +31,7 @@ from pyembed.storage import page_cache
 from pyembed.table import Table
 from pyembed.torch import device_copy, distributed
 
-NOT_COPIED = {"number", "view", "ranks", "accumulates"}  # they belong to one layer in one process
+NOT_COPIED = {"number", "view", "group", "accumulates"}  # they belong to one layer in one process
 STATE_SHARE = 0.5  # of memory: a state_dict includes no copy of a file's weight above this size
 
 # Numbers start at random, so that a graph saved by another process refers to no layer of this one.
@@ -60,12 +60,6 @@ def array_of(tensor: Tensor) -> F32:
     """Return a tensor as an array: its own memory if it is on the CPU, else a copy."""
     plain = tensor.is_cpu and not tensor.requires_grad
     return (tensor if plain else tensor.detach().cpu()).numpy()
-
-
-def shared_tensor(table: Table) -> Tensor:
-    """Return the rows of a table as a tensor without a copy; refuse a read-only table."""
-    with table.writing() as weight:
-        return torch.from_numpy(weight)
 
 
 class WeightInTable:
@@ -150,6 +144,11 @@ class Rows:
         """Return the numpy layer whose table holds the rows of this Parameter."""
         return self.core
 
+    def shared(self) -> Tensor:
+        """Return the rows of the table as a tensor without a copy; refuse a read-only table."""
+        with self.core.table.writing() as weight:
+            return torch.from_numpy(weight)
+
     def write_back(self, weight: Any) -> None:
         """Copy rows that changed outside of the table into it."""
 
@@ -177,8 +176,8 @@ class Rows:
     def save(self, state: dict[str, Any], prefix: str, included: bool) -> None:
         """Complete a state_dict in which torch has stored the parameters."""
 
-    def load(self, state: Any, prefix: str, included: bool, strict: bool, *found: Any) -> None:
-        """Load rows that are not in a Parameter; `found` are torch's lists of mismatches."""
+    def load(self, state: Any, prefix: str, included: bool, strict: bool, *lists: Any) -> None:
+        """Load rows that are not in a Parameter, and note mismatches in the lists of torch."""
 
 
 class ParameterRows(Rows):
@@ -188,7 +187,7 @@ class ParameterRows(Rows):
 
     def attributes(self, weight: Tensor | None, device: torch.device) -> dict[str, Any]:
         core = self.core
-        rows = shared_tensor(core.table) if weight is None else weight
+        rows = self.shared() if weight is None else weight
         core.table = Table.memory(0, core.table.dim)  # from here on the Parameter has the rows
         return {"weight": nn.Parameter(rows, not core.frozen)}
 
@@ -217,13 +216,13 @@ class TableRows(Rows):
     ----------
     accumulates : bool
         Backward keeps the gradient for the step of a `pyembed.torch.Optimizer`.
-    ranks : Ranks or None
-        The processes that step together.
+    group : process group or None
+        Ranks that step together.
     """
 
     parameter, devices = "_anchor", ("cpu", "cuda")
     in_table, accumulates = True, False
-    ranks: distributed.Ranks | None = None
+    group: Any = None
 
     def attributes(self, weight: Tensor | None, device: torch.device) -> dict[str, Any]:
         # Autograd calls backward only if an input requires grad, and a table is not an input. The
@@ -239,8 +238,8 @@ class TableRows(Rows):
     def gradient(self, core: Any, batch: Any, grad: F32) -> Tensor | None:
         if self.optimizer is None:
             raise ArgumentError("the layer has no optimizer; give optimizer=, or freeze the layer")
-        if self.ranks is not None:
-            batch, grad = distributed.whole_batch(self.ranks, batch, grad)
+        if self.group is not None:
+            batch, grad = distributed.whole_batch(batch, grad, self.group)
         if self.accumulates:
             self.optimizer.accumulate(batch, grad)
         else:
@@ -249,9 +248,12 @@ class TableRows(Rows):
         return None
 
     def join(self, ddp: DistributedDataParallel) -> None:
-        of_ddp: Any = ddp.process_group
-        if self.optimizer and not (self.ranks and self.ranks.of_ddp is of_ddp):
-            self.ranks = distributed.join(self.core, self.optimizer, self.accumulates, of_ddp)
+        if self.optimizer is None:
+            return
+        group = distributed.own_group(ddp.process_group)
+        if self.group is not group:
+            distributed.join(self.core, self.optimizer, self.accumulates, group)
+            self.group = group
 
     def refuse_sharing(self, parameter: Any) -> None:
         if self.optimizer is not None and parameter.is_cpu and parameter.is_shared():
@@ -273,8 +275,8 @@ class TableRows(Rows):
             )
         state[prefix + "weight"] = torch.from_numpy(np.array(weight))
 
-    def load(self, state: Any, prefix: str, included: bool, strict: bool, *found: Any) -> None:
-        missing, unexpected, errors = found
+    def load(self, state: Any, prefix: str, included: bool, strict: bool, *lists: Any) -> None:
+        missing, unexpected, errors = lists
         missing[:] = [name for name in missing if name != prefix + "_anchor"]
         if not included:
             return
@@ -284,7 +286,8 @@ class TableRows(Rows):
         if key not in state:
             missing += [key] if strict else []
         elif not isinstance(weight, Tensor) or weight.shape != shape:
-            errors.append(f"size mismatch for {key}: {kind_of(weight)}; expected {shape}")
+            found = tuple(getattr(weight, "shape", ()))
+            errors.append(f"size mismatch for {key}: {found}; expected {shape}")
         else:
             values = weight.detach().to("cpu", torch.float32)
             self.core.load_state_dict({"weight": values.numpy()})
@@ -305,9 +308,3 @@ class DeviceRows(Rows):
 
     def description(self, weight: Any) -> list[str]:
         return [*super().description(weight), "placement='device'"]
-
-
-def kind_of(value: Any) -> str:
-    """Describe the dtype, type and shape of a value, for an error message."""
-    shape = tuple(getattr(value, "shape", ()))
-    return f"{getattr(value, 'dtype', '')} {type(value).__name__} of shape {shape}".strip()
