@@ -10,9 +10,10 @@ The parts:
 - _core_parts/pages.pxi: rows of a file that are not in memory: notice, and ask for them ahead
 - _core_parts/rows.pxi: gather, scatter_add, all_finite, fill
 - _core_parts/scratch.pxi: memory that is kept between calls
+- _core_parts/batches.pxi: Batch: ids, gradients, groups
 - _core_parts/groups.pxi: group (ids to unique rows)
 - _core_parts/updates.pxi: the loops over unique rows: sum, add, renorm
-- _core_parts/rules.pxi: optimizer steps: the rules, and what a step does beside its rule
+- _core_parts/rules.pxi: optimizer steps: Rule, Step, update
 - _core_parts/bags.pxi: the loops over bags: reduce, dots; and the gradient of a maximum
 
 Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here (but for sums of rows, decision 0004);
@@ -25,7 +26,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, pow, sqrt
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 
 from pyembed.errors import ArgumentError, IdError
 
@@ -307,19 +308,19 @@ cdef int _check_ids(cnp.ndarray ids, bint wide, int64_t rows, int threads) excep
     raise IdError(f"{where} = {value} is outside {allowed}")
 
 
-def overlaps(tuple columns not None, cnp.ndarray values not None):
-    """Whether an array lies, in part, between the first and the last float of a column."""
-    cdef Column column
-    cdef const char *first
+cdef bint _overlap(Column column, cnp.ndarray values) noexcept:
+    """Whether an array has a part between the first and the last float of a column."""
+    cdef const char *first = <const char *>column.data
     cdef const char *low = <const char *>cnp.PyArray_DATA(values)
+    return (cnp.PyArray_SIZE(values) != 0 and column.rows != 0 and first < low + cnp.PyArray_NBYTES(values)
+            and low < first + 4 * ((column.rows - 1) * column.stride + column.dim))
+
+
+def overlaps(tuple columns not None, cnp.ndarray values not None):
+    """Whether a C-contiguous array has a part between the first and the last float of a column."""
     if not cnp.PyArray_ISCARRAY_RO(values):
         raise ValueError("the values must be C-contiguous")
-    for column in columns:
-        first = <const char *>column.data
-        if cnp.PyArray_SIZE(values) and column.rows and first < low + cnp.PyArray_NBYTES(values) and (
-                low < first + 4 * ((column.rows - 1) * column.stride + column.dim)):
-            return True
-    return False
+    return any(_overlap(column, values) for column in columns)
 
 
 def check_ids(cnp.ndarray ids not None, int64_t rows, int threads):
@@ -351,8 +352,9 @@ cdef extern from *:
 
 include "_core_parts/pages.pxi"
 include "_core_parts/journal.pxi"
-include "_core_parts/rows.pxi"
 include "_core_parts/scratch.pxi"
+include "_core_parts/batches.pxi"
+include "_core_parts/rows.pxi"
 include "_core_parts/groups.pxi"
 include "_core_parts/updates.pxi"
 include "_core_parts/rules.pxi"

@@ -219,18 +219,17 @@ class Rows:
         ids = as_ids(ids)
         values = as_values(values, (*ids.shape, weight.dim), "values")
         require_apart(values, (weight,), "values")
-        workers = _threads.for_work(values.size, self.num_threads)
+        batch = _core.Batch(ids, values, weight.rows, weight.dim)
+        changed = self._read_change(batch, deterministic)
+        threads = _threads.for_work(values.size, self.num_threads)
         if deterministic:
-            groups = grouping.group(ids, weight.rows, self.num_threads)
             with self.still():
-                (column,) = self.begin_change(NO_STATE, groups.rows)
-                _core.add_groups(column, *groups, values, alpha, -1, False, workers)
+                (column,) = self.begin_change(NO_STATE, changed)
+                _core.add_groups(column, batch, alpha, threads)
             return
-        _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
-        touched = self._touched_by(ids)
         with self._turns.shared():
-            (column,) = self.begin_change(NO_STATE, touched)
-            _core.scatter_add(column, ids, values, alpha, workers)
+            (column,) = self.begin_change(NO_STATE, changed)
+            _core.scatter_add(column, batch, alpha, threads)
 
     def renorm(self, ids: ArrayLike, max_norm: float, norm_type: float = 2.0) -> Renormed:
         """Scale the rows that `ids` name, each once, down to a p-norm of at most `max_norm`.
@@ -264,12 +263,12 @@ class Rows:
             if not value >= 0:
                 raise ArgumentError(f"{name} = {value}; allowed: 0 or more, inf included")
         weight, ids = self.weight_column, as_ids(ids)
-        workers = _threads.for_work(ids.size * weight.dim, self.num_threads)
-        _core.check_ids(ids, weight.rows, workers)  # before the manifest is touched
-        touched = self._touched_by(ids)
+        batch = _core.Batch(ids, None, weight.rows, weight.dim)
+        changed = self._read_change(batch, True)
+        threads = _threads.for_work(ids.size * weight.dim, self.num_threads)
         with self.still():
-            (column,) = self.begin_change(NO_STATE, touched)
-            return Renormed(*_core.renorm(column, ids, max_norm, norm_type, workers))
+            (column,) = self.begin_change(NO_STATE, changed)
+            return Renormed(*_core.renorm(column, batch, max_norm, norm_type, threads))
 
     @contextmanager
     def writing(self, ids: ArrayLike | None = None) -> Iterator[F32]:
@@ -293,13 +292,14 @@ class Rows:
         >>> t.gather(2)
         array([5., 5.], dtype=float32)
         """
-        touched = np.arange(self.rows)
-        if ids is not None:
-            ids = as_ids(ids)
-            _core.check_ids(ids, self.rows, self.num_threads)
-            touched = self._touched_by(ids)
+        weight = self.weight_column
+        if ids is None:
+            changed = np.arange(weight.rows)
+        else:
+            batch = _core.Batch(as_ids(ids), None, weight.rows, weight.dim)
+            changed = self._read_change(batch, False)
         with self.still():
-            (column,) = self.begin_change(NO_STATE, touched)
+            (column,) = self.begin_change(NO_STATE, changed)
             view = column.array.view()
             self._open_blocks += 1
             try:
@@ -338,11 +338,17 @@ class Rows:
         """The weight and these state columns, as the kernels take them, to be looked at."""
         return (self.weight_column, *[self._columns[name] for name in state])
 
-    def _touched_by(self, ids: IdArray) -> NDArray[np.int64]:
-        """The rows that ids name, ascending and unique, if somebody keeps what they were."""
-        if not self._keeps_journal():
-            return np.zeros(0, np.int64)
-        return grouping.group(ids, self.rows, self.num_threads).rows
+    def _read_change(self, batch: _core.Batch, grouped: bool) -> NDArray[np.int64]:
+        """Check the ids of rows that are about to change, before the manifest is written.
+
+        Returns the rows, ascending and unique, if the batch is to be grouped or a journal needs
+        them: the batch is sorted once for both.
+        """
+        if grouped or self._keeps_journal():
+            grouping.group_batches([batch], self.num_threads)
+            return batch.unique_rows
+        _core.check(batch, _threads.for_work(batch.ids.size, self.num_threads))
+        return np.zeros(0, np.int64)
 
     def _keeps_journal(self) -> bool:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyembed import _core
-from pyembed.errors import IdError
+from pyembed.errors import ArgumentError, IdError
 from tests.reference import kernels
 from tests.strategies import DIMS, Batch, bad_ids, batches
 
-HYPER = _core.HYPER | {
+HYPER = {
     "lr": 0.05,
     "eps": 1e-8,
     "momentum": 0.9,
@@ -26,21 +27,55 @@ HYPER = _core.HYPER | {
     "l1": 0.02,
     "l2": 0.03,
 }
-# What a step may do beside its rule, each by itself and all that go together.
-EXTRAS: list[dict[str, float]] = [
+OF_EACH_STEP = ("step", "keep", "missed_momentum", "missed_lr", "clip_scale")
+# The options of a step, each by itself, then all that go together.
+OPTIONS: list[dict[str, Any]] = [
     {"clip_value": 0.5},
     {"clip_scale": 0.25},
     {"l2": 0.1},
     {"keep": 0.9},
-    {"keep": 0.9, "step": 50.0},
+    {"keep": 0.9, "lazy": True, "step": 50},
     {"max_norm": 1.0},
     {"max_norm": 3.0, "norm_type": 1.0},
     {"skip_nonfinite": True},
     {"frequency_power": 0.5},
-    {"frequency_power": 1.3, "step": 50.0},
-    {"skip_nonfinite": True, "keep": 0.99, "step": 9.0, "clip_value": 1.0, "max_norm": 2.0},
+    {"frequency_power": 1.3, "lazy": True, "step": 50},
+    {
+        "skip_nonfinite": True,
+        "keep": 0.99,
+        "lazy": True,
+        "step": 9,
+        "clip_value": 1.0,
+        "max_norm": 2.0,
+    },
 ]
-EXTRAS.append(EXTRAS[-1] | {"frequency_power": 0.7})
+OPTIONS.append(OPTIONS[-1] | {"frequency_power": 0.7})
+
+
+def grouped(ids: np.ndarray, grad: np.ndarray | None, rows: int, **more: Any) -> _core.Batch:
+    """A grouped batch of the core."""
+    dim = 0 if grad is None else grad.shape[-1]
+    batch = _core.Batch(np.ascontiguousarray(ids), grad, rows, dim, **more)
+    _core.group([batch], 1)
+    return batch
+
+
+def rule_of(name: str, options: dict[str, Any] = kernels.NO_OPTIONS) -> _core.Rule:
+    """A rule of the core with these options and the hyper-parameters of all tests."""
+    fixed = {name: value for name, value in options.items() if name not in OF_EACH_STEP}
+    rule = _core.Rule(name, **fixed)
+    for option in OF_EACH_STEP:
+        setattr(rule, option, options[option])
+    rule.set_hyper(**HYPER)
+    return rule
+
+
+def update(
+    columns: tuple[_core.Column, ...], batch: _core.Batch, rule: _core.Rule, threads: int
+) -> int:
+    """One step of the core; how many rows it left alone."""
+    _core.update([_core.Step(rule, batch, columns)], threads)
+    return rule.skipped
 
 
 def state_of(rule: str, dim: int) -> list[int]:
@@ -111,15 +146,32 @@ def test_gather_of_a_large_batch(offset: int, simd: str, workers: int) -> None:
     assert equal(out, table[ids])
 
 
+def groups_of(batch: _core.Batch) -> tuple[np.ndarray, ...]:
+    return batch.unique_rows, batch.starts, batch.order
+
+
+def group(ids: np.ndarray, rows: int, threads: int) -> tuple[np.ndarray, ...]:
+    """The groups of ids alone."""
+    batch = _core.Batch(ids, None, rows, 0)
+    _core.group([batch], threads)
+    return groups_of(batch)
+
+
 @given(batch=batches())
 def test_group(batch: Batch, workers: int) -> None:
     """group is a stable sort: unique rows ascend, positions ascend within a row."""
-    for got, expected in zip(
-        _core.group(batch.ids, batch.rows, workers),
-        kernels.group(batch.ids, batch.rows),
-        strict=True,
-    ):
-        assert equal(got, expected)
+    found = group(batch.ids, batch.rows, workers)
+    assert all(map(equal, found, kernels.group(batch.ids, batch.rows)))
+
+
+@given(several=st.lists(batches(), max_size=5))
+def test_group_of_many(several: list[Batch], workers: int) -> None:
+    """Many batches are grouped as each by itself, also where some are grouped already."""
+    made = [_core.Batch(batch.ids, None, batch.rows, 0) for batch in several]
+    _core.group(made[1:2], workers)
+    _core.group(made, workers)
+    for one, batch in zip(made, several, strict=True):
+        assert all(map(equal, groups_of(one), kernels.group(batch.ids, batch.rows)))
 
 
 @pytest.mark.parametrize("rows", [2**11, 2**11 + 1, 2**22, 2**22 + 1, 2**33, 2**40])
@@ -128,10 +180,16 @@ def test_group_of_large_tables(rows: int, workers: int) -> None:
     ids = np.random.default_rng(rows).integers(0, rows, 5000)
     ids[100:200] = ids[300]
     ids[:2] = 0, rows - 1
-    for got, expected in zip(
-        _core.group(ids, rows, workers), kernels.group(ids, rows), strict=True
-    ):
-        assert equal(got, expected)
+    assert all(map(equal, group(ids, rows, workers), kernels.group(ids, rows)))
+
+
+@pytest.mark.parametrize("ids", [[1, 1], [2, 1], [0, 3, 2]])
+def test_unique_ids_ascend(ids: list[int]) -> None:
+    """A batch that says that its ids are unique and ascending is checked for it."""
+    batch = _core.Batch(np.array(ids), None, 4, 0, unique=True)
+    with pytest.raises(ArgumentError, match="unique ascending ids"):
+        _core.group([batch], 1)
+    assert not batch.grouped
 
 
 # Ids around the sizes at which the sort, or the memory of its result, changes.
@@ -144,7 +202,7 @@ def test_groups_stay_while_others_are_made() -> None:
     held: list[tuple[np.ndarray, tuple[np.ndarray, ...]]] = []
     for at in range(6 * len(SIZES)):
         ids = rng.integers(0, 1 << 20, SIZES[at % len(SIZES)])
-        held.append((ids, _core.group(ids, 1 << 20, 1 + at % 3)))
+        held.append((ids, group(ids, 1 << 20, 1 + at % 3)))
         if at % 4 == 3:
             del held[rng.integers(len(held))]
             held[-1] = (held[-1][0], held[-1][1][:1])  # one of the arrays is enough to keep all
@@ -160,7 +218,7 @@ def test_groups_of_several_callers() -> None:
     def caller(at: int) -> bool:
         ids = batches[at % len(batches)]
         expected = kernels.group(ids, 1 << 20)
-        return all(all(map(equal, _core.group(ids, 1 << 20, 1), expected)) for _ in range(50))
+        return all(all(map(equal, group(ids, 1 << 20, 1), expected)) for _ in range(50))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(caller, range(8)))
@@ -171,9 +229,8 @@ def test_sum_groups(batch: Batch, scale: bool, simd: str, workers: int) -> None:
     """Gradients of equal ids are summed in the order of the batch, whatever the threads."""
     grad = batch.grad().reshape(-1, batch.dim)
     groups = kernels.group(batch.ids, batch.rows)
-    out = np.full((groups[0].size, batch.dim), np.nan, np.float32)
-    _core.sum_groups(*groups, grad, out, scale, workers)
-    assert equal(out, kernels.sum_groups(*groups, grad, scale))
+    found = _core.sum_groups(grouped(batch.ids, grad, batch.rows, scale_by_count=scale), workers)
+    assert equal(found, kernels.sum_groups(*groups, grad, scale))
 
 
 @given(batch=batches(), alpha=st.sampled_from([1.0, -0.25, 1e-3]))
@@ -183,17 +240,21 @@ def test_add_groups(batch: Batch, alpha: float, simd: str, workers: int) -> None
     groups = kernels.group(batch.ids, batch.rows)
     skip = int(groups[0][0]) if groups[0].size else -1
     got, expected = batch.table(), batch.table()
-    _core.add_groups(_core.Column(got), *groups, grad, alpha, skip, False, workers)
+    made = grouped(batch.ids, grad, batch.rows, skip_row=skip)
+    _core.add_groups(_core.Column(got), made, alpha, workers)
     sums = kernels.sum_groups(*groups, grad)
     kernels.add_groups(expected, groups[0], sums, np.float32(alpha), skip)
     assert equal(got, expected)
 
 
-@given(batch=batches(), alpha=st.sampled_from([1.0, -0.25, 1e-3]))
-def test_scatter_add(batch: Batch, alpha: float, simd: str) -> None:
-    """On one thread the additions happen in the order of the batch."""
+@given(batch=batches(), alpha=st.sampled_from([1.0, -0.25, 1e-3]), first=st.booleans())
+def test_scatter_add(batch: Batch, alpha: float, first: bool, simd: str) -> None:
+    """On one thread the additions happen in the order of the batch, grouped or not."""
     got, expected = batch.table(), batch.table()
-    _core.scatter_add(_core.Column(got), batch.ids, batch.grad(), alpha, 1)
+    made = _core.Batch(batch.ids, batch.grad(), batch.rows, batch.dim)
+    if first:
+        _core.group([made], 1)
+    _core.scatter_add(_core.Column(got), made, alpha, 1)
     kernels.scatter_add(expected, batch.ids, batch.grad(), alpha)
     assert equal(got, expected)
 
@@ -209,44 +270,46 @@ def test_update(batch: Batch, rule: str, scale: bool, skip: bool, simd: str, wor
     widths = state_of(rule, batch.dim)
     got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
     columns = tuple(map(_core.Column, cut(got, widths)))
-    _core.update((columns, *groups, grad, rule, HYPER, skip_row, scale, None, None, None), workers)
+    made = grouped(batch.ids, grad, batch.rows, skip_row=skip_row, scale_by_count=scale)
+    update(columns, made, rule_of(rule), workers)
     sums = kernels.sum_groups(*groups, grad, scale)
     kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row)
     assert equal(got, expected)
 
 
-@pytest.mark.parametrize("extras", EXTRAS, ids=lambda extras: "-".join(extras))
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "rowwise_adam"])
 @settings(max_examples=5)
 @given(batch=batches())
-def test_update_with_extras(
-    batch: Batch, rule: str, extras: dict[str, float], simd: str, workers: int
+def test_update_with_options(
+    batch: Batch, rule: str, options: dict[str, Any], simd: str, workers: int
 ) -> None:
-    """What a step does beside its rule gives the bits of the reference too."""
+    """The options of a step give the bits of the reference too."""
     grad = batch.grad().reshape(-1, batch.dim)
     groups = kernels.group(batch.ids, batch.rows)
-    if "skip_nonfinite" in extras and grad.size:
+    if "skip_nonfinite" in options and grad.size:
         grad[:: max(1, len(grad) // 3), -1] = [np.nan, np.inf, -np.inf][batch.seed % 3]
-    lazy = "step" in extras
-    kept = lazy + ("frequency_power" in extras)
+    lazy = "lazy" in options
+    kept = lazy + ("frequency_power" in options)
     widths = state_of(rule, batch.dim) + kept * [1]
     if rule == "momentum" and lazy:
-        extras = extras | {"momentum": 0.8, "missed_lr": 0.05}
-    extras = _core.EXTRAS | extras
+        options = options | {"missed_momentum": 0.8, "missed_lr": 0.05}
+    options = kernels.NO_OPTIONS | options
     got, expected = (table_of(batch.rows, widths, batch.seed, max(1, kept)) for _ in range(2))
     columns = tuple(map(_core.Column, cut(got, widths)))
     before = got.copy()
-    step = (columns, *groups, grad, rule, HYPER, -1, False, None, None, extras)
-    found = _core.update(step, workers)
+    found = update(columns, grouped(batch.ids, grad, batch.rows), rule_of(rule, options), workers)
     sums = kernels.sum_groups(*groups, grad)
-    skipped = kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, -1, extras)
+    skipped = kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, -1, options)
     assert found == skipped
     assert equal(got, expected)
-    untouched = np.setdiff1d(np.arange(batch.rows), groups[0])
-    assert equal(got[untouched], before[untouched])
+    others = np.setdiff1d(np.arange(batch.rows), groups[0])
+    assert equal(got[others], before[others])
     if lazy and batch.rows < 1000:
-        _core.catch_up(columns, None, rule, HYPER, extras | {"step": 60.0}, workers)
-        kernels.catch_up(cut(expected, widths), None, extras | {"step": 60.0})
+        options = options | {"step": 60}
+        rows = grouped(np.arange(batch.rows), None, batch.rows, unique=True)
+        _core.catch_up(_core.Step(rule_of(rule, options), rows, columns), workers)
+        kernels.catch_up(cut(expected, widths), options)
         assert equal(got, expected)
 
 
@@ -264,13 +327,58 @@ def test_update_by_frequency(
     skip_row = int(groups[0][-1]) if groups[0].size else -1
     for table in (got, expected):
         table[groups[0][:1], -1] = 2**24
-    extras = _core.EXTRAS | {"frequency_power": power}
+    options = kernels.NO_OPTIONS | {"frequency_power": power}
     columns = tuple(map(_core.Column, cut(got, widths)))
-    step = (columns, *groups, grad, rule, HYPER, skip_row, False, None, None, extras)
-    _core.update(step, workers)
+    made = grouped(batch.ids, grad, batch.rows, skip_row=skip_row)
+    update(columns, made, rule_of(rule, options), workers)
     sums = kernels.sum_groups(*groups, grad)
-    kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row, extras)
+    kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row, options)
     assert equal(got, expected)
+
+
+@given(several=st.lists(batches(), max_size=4))
+def test_update_of_many(several: list[Batch], simd: str, workers: int) -> None:
+    """Threads share the gradients of all tables; the bits are those of single updates."""
+    got, expected, steps = [], [], []
+    for batch in several:
+        rows = np.resize(np.random.default_rng(1).random(997, np.float32), (70000, batch.dim))
+        got.append(rows[: batch.rows].copy())
+        expected.append(got[-1].copy())
+        grad = batch.grad().reshape(-1, batch.dim)
+        groups = kernels.group(batch.ids, batch.rows)
+        made = grouped(batch.ids, grad, batch.rows)
+        steps.append(_core.Step(rule_of("sgd"), made, (_core.Column(got[-1]),)))
+        kernels.update((expected[-1],), groups[0], kernels.sum_groups(*groups, grad), "sgd", HYPER)
+    _core.update(steps, workers)
+    assert all(map(equal, got, expected))
+
+
+def test_a_step_is_recorded_with_its_rows() -> None:
+    """One call changes the rows, counts the step and drops what was accumulated for it."""
+    table = np.zeros((4, 2), np.float32)
+    rule, columns = rule_of("sgd"), (_core.Column(table),)
+    counts: dict[str, dict[str, int]] = {"adam": {"steps": 3}}
+    made = grouped(np.array([1, 1]), np.ones((2, 2), np.float32), 4)
+    pending, rule.step = [made], 7
+    step = _core.Step(rule, made, columns, counts, pending)
+    assert counts == {"adam": {"steps": 3}} and pending
+    _core.update([step], 1)
+    assert counts == {"adam": {"steps": 3}, "sgd": {"steps": 7}} and not pending
+    assert table[1].all() and not table[[0, 2, 3]].any()
+
+
+def test_a_step_refuses_what_does_not_fit() -> None:
+    """Columns of another shape, rows that the table lacks, and its own memory as the gradient."""
+    table = np.zeros((4, 2), np.float32)
+    weight, made = _core.Column(table), grouped(np.array([3]), np.ones((1, 2), np.float32), 4)
+    with pytest.raises(ValueError, match="takes 3 columns"):
+        _core.Step(_core.Rule("adam"), made, (weight,))
+    with pytest.raises(ValueError, match=r"has shape \(3, 2\), not \(4, 2\)"):
+        _core.Step(_core.Rule("adagrad"), made, (weight, _core.Column(table[:3])))
+    with pytest.raises(ValueError, match="not of 3 of 2"):
+        _core.Step(_core.Rule("sgd"), made, (_core.Column(table[:3]),))
+    with pytest.raises(ArgumentError, match="shares memory"):
+        _core.Step(_core.Rule("sgd"), grouped(np.array([3]), table[:1], 4), (weight,))
 
 
 @given(batch=batches(), skip=st.booleans())
@@ -283,7 +391,8 @@ def test_global_norm(batch: Batch, skip: bool, simd: str, workers: int) -> None:
         grad[-1, 0] = np.inf
     for finite in (False, True):
         expected = kernels.global_norm(rows, grad, skip_row, finite)
-        assert _core.global_norm(rows, grad, skip_row, finite, workers) == expected
+        made = grouped(rows, grad, batch.rows, skip_row=skip_row, unique=True)
+        assert _core.global_norm(made, finite, workers) == expected
 
 
 @pytest.mark.parametrize("rule", _core.RULES)
@@ -298,8 +407,7 @@ def test_rules_at_the_edge(rule: str, what: str, simd: str) -> None:
         got[1:] = 0.0 if what == "zero weight" else grad[0, 0]
     expected = got.copy()
     columns = tuple(map(_core.Column, cut(got, widths)))
-    step = (columns, np.arange(4), None, None, grad, rule, HYPER, -1, False, None, None, None)
-    _core.update(step, 1)
+    update(columns, grouped(np.arange(4), grad, 4, unique=True), rule_of(rule), 1)
     kernels.update(cut(expected, widths), np.arange(4), grad, rule, HYPER)
     np.testing.assert_array_equal(got, expected)  # a NaN may have another sign
     if what in ("zeros", "zero weight"):
@@ -315,8 +423,7 @@ def test_update_of_unique_rows(rule: str, simd: str, workers: int) -> None:
     rows = np.unique(rng.integers(0, 300, 200))
     grad = rng.standard_normal((rows.size, 17), np.float32)
     columns = tuple(map(_core.Column, cut(got, widths)))
-    step = (columns, rows, None, None, grad, rule, HYPER, -1, False, None, None, None)
-    _core.update(step, workers)
+    update(columns, grouped(rows, grad, 300, unique=True), rule_of(rule), workers)
     kernels.update(cut(expected, widths), rows, grad, rule, HYPER)
     assert equal(got, expected)
 
@@ -374,8 +481,11 @@ def test_bad_ids_change_nothing(batch: Batch, data: st.DataObject, workers: int)
     message = rf"ids\[{ids.size - 1}\] = {bad} is outside 0\.\.{batch.rows - 1}"
     for call in (
         lambda: _core.gather(column, ids, out, workers),
-        lambda: _core.group(ids, batch.rows, workers),
-        lambda: _core.scatter_add(column, ids, out, 1.0, workers),
+        lambda: group(ids, batch.rows, workers),
+        lambda: _core.check(_core.Batch(ids, None, batch.rows, 0), workers),
+        lambda: _core.scatter_add(
+            column, _core.Batch(ids, out, batch.rows, batch.dim), 1.0, workers
+        ),
     ):
         with pytest.raises(IdError, match=message):
             call()

@@ -135,7 +135,9 @@ def test_reference_has_the_names_of_the_kernels() -> None:
         "crc32c_pieces",
         "mark_rows",
         "unmarked_rows",
+        "check",
         "check_ids",
+        "read_batch",
         "overlaps",
         "all_finite",
         "are_finite",
@@ -149,7 +151,6 @@ def test_reference_has_the_names_of_the_kernels() -> None:
     computing = {name for name in computing - plumbing if not name.startswith("_")}
     rows = {"gather", "scatter_add", "fill", "renorm"}
     groups = {"group", "sum_groups", "add_groups", "global_norm", "update", "catch_up"}
-    groups |= {"group_many", "update_many"}
     bags = {"reduce_bags", "bag_dots", "sum_elements"}
     assert computing == rows | groups | bags
     assert all(callable(getattr(reference, name)) for name in computing)

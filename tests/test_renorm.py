@@ -20,7 +20,9 @@ def test_renorm_kernel(batch: Batch, p: float, share: float, simd: str, workers:
     """The kernel gives the bits of the reference, and leaves other rows alone."""
     limit = share * batch.dim ** (0.0 if p == np.inf else 1 / max(p, 1))
     got, expected = batch.table(), batch.table()
-    counts = _core.renorm(_core.Column(got), batch.ids, limit, p, workers)
+    named = _core.Batch(batch.ids, None, batch.rows, batch.dim)
+    _core.group([named], workers)
+    counts = _core.renorm(_core.Column(got), named, limit, p, workers)
     assert counts == kernels.renorm(expected, batch.ids, limit, p)
     assert got.tobytes() == expected.tobytes()
 

@@ -1,16 +1,12 @@
-# From a batch's ids to its unique rows.
+# From the ids of a batch to its unique rows: a stable radix sort of (row, position), which fills in the arrays of `Batch`.
 #
-# A batch is grouped by a stable radix sort of (row, position). Three arrays describe the result:
-#   rows_u     unique rows, ascending
-#   starts_u1  group u holds order_n[starts_u1[u]] .. order_n[starts_u1[u + 1] - 1]
-#   order_n    positions in the batch, ascending within a group
-# So duplicates are summed in position order whatever the number of threads, and a thread that owns a run of unique
-# rows needs no lock. A batch whose ids are unique and ascending already needs no grouping: starts and order are None.
+# Duplicates are summed in position order whatever the number of threads, and a thread that owns a run of unique rows needs
+# no lock.
 
 cdef enum:
     DIGIT_BITS = 11                               # 2048 counters: 16 KiB, inside the L1 cache
     SHORT_DIGIT_BITS = 8                          # for batches that are no longer than the counters
-    FEW = 64                                      # ids that are sorted by insertion
+    INSERTION_IDS = 64                            # so many ids or fewer are sorted by insertion
 
 
 cdef void _count_ids(const ids_t *ids, int64_t lo, int64_t hi, uint64_t mask, int64_t *count) noexcept nogil:
@@ -19,21 +15,22 @@ cdef void _count_ids(const ids_t *ids, int64_t lo, int64_t hi, uint64_t mask, in
         count[<uint64_t>ids[i] & mask] += 1
 
 
-# Each digit's keys go to a place of their own: two thousand places, which is more than the processor watches. The next line of
-# each is asked for: inside a step 1 M keys take 2.5 ms to group instead of 4.5, and 65536 take 0.20 ms instead of 0.26.
+# The keys of each digit go to a region of their own. Two thousand regions are more than the hardware prefetcher follows, so
+# the next line of each is prefetched: within a step 1 M keys take 2.5 ms to group instead of 4.5, and 65536 take 0.20 ms
+# instead of 0.26.
 cdef enum:
-    FAR = 1 << 14                                 # keys of a thread; fewer are in the cache
+    CACHED_KEYS = 1 << 14                         # of one thread: fewer are in the cache
 
 
 cdef void _place_ids(const ids_t *ids, int64_t lo, int64_t hi, uint64_t mask, int position_bits, int64_t *cursor,
                      uint64_t *keys) noexcept nogil:
     cdef int64_t i, digit
-    cdef bint far = hi - lo >= FAR
+    cdef bint prefetch = hi - lo >= CACHED_KEYS
     for i in range(lo, hi):
         digit = <int64_t>(<uint64_t>ids[i] & mask)
         keys[cursor[digit]] = (<uint64_t>ids[i] << position_bits) | <uint64_t>i
         cursor[digit] += 1
-        if far:
+        if prefetch:
             pe_prefetch_line(keys + cursor[digit] + 7)
 
 
@@ -46,12 +43,12 @@ cdef void _count_keys(const uint64_t *keys, int64_t lo, int64_t hi, int shift, u
 cdef void _place_keys(const uint64_t *keys, int64_t lo, int64_t hi, int shift, uint64_t mask, int64_t *cursor,
                       uint64_t *placed) noexcept nogil:
     cdef int64_t i, digit
-    cdef bint far = hi - lo >= FAR
+    cdef bint prefetch = hi - lo >= CACHED_KEYS
     for i in range(lo, hi):
         digit = <int64_t>((keys[i] >> shift) & mask)
         placed[cursor[digit]] = keys[i]
         cursor[digit] += 1
-        if far:
+        if prefetch:
             pe_prefetch_line(placed + cursor[digit] + 7)
 
 
@@ -95,20 +92,20 @@ cdef inline int _digit_bits(int64_t n) noexcept nogil:
 
 
 cdef inline int64_t _counters(int64_t n, int threads) noexcept nogil:
-    """How many integers `_group` needs beside its result."""
-    return threads * (2 if n <= FEW else <int64_t>1 << _digit_bits(n))
+    """How many integers `_group` needs in addition to its result."""
+    return threads * (2 if n <= INSERTION_IDS else <int64_t>1 << _digit_bits(n))
 
 
 cdef uint64_t *_sort(const void *ids, bint wide, int64_t n, int row_bits, int position_bits, uint64_t *keys,
                      uint64_t *other, int64_t *counts, int threads) noexcept nogil:
     """Stable radix sort by row, lowest digit first. Returns which of both buffers holds the sorted (row, position)."""
-    cdef int most = _digit_bits(n), passes = max(1, (row_bits + most - 1) // most)
+    cdef int widest = _digit_bits(n), passes = max(1, (row_bits + widest - 1) // widest)
     cdef int digit_bits = max(1, (row_bits + passes - 1) // passes), p, t, shift
     cdef uint64_t mask = (<uint64_t>1 << digit_bits) - 1
     cdef int64_t digits = <int64_t>mask + 1, digit, total, here
     cdef const uint64_t *source = NULL            # the first pass reads the ids themselves
     cdef uint64_t *target = keys
-    if n <= FEW:
+    if n <= INSERTION_IDS:
         if wide:
             _insert_ids(<const int64_t *>ids, n, position_bits, keys)
         else:
@@ -183,112 +180,128 @@ cdef inline int _bits(int64_t below) noexcept nogil:
     return bits
 
 
-cdef struct Grouping:
-    # A batch that is grouped. Two of its arrays hold keys at first, and may change places.
-    const void *ids_n
-    bint wide
-    int64_t n
-    int row_bits
-    int position_bits
-    int64_t u
-    int64_t *order_n
-    int64_t *rows_u
-    int64_t *starts_u1
-
-
-cdef int _check_batch(Grouping *g, cnp.ndarray ids, int64_t rows, int threads) except -1:
-    g.wide, g.ids_n, g.n = _is_int64(ids), cnp.PyArray_DATA(ids), cnp.PyArray_SIZE(ids)
-    g.row_bits, g.position_bits = _bits(rows), _bits(g.n)
-    _check_ids(ids, g.wide, rows, threads)
-    if g.row_bits + g.position_bits > 64:
-        raise ValueError(f"{g.n} ids into {rows} rows do not fit into a 64-bit key: split the batch")
+cdef int _begin_group(Batch b, int threads) except -1:
+    """Check a batch before it is sorted. One of unique ids is grouped thereby."""
+    if b.unique:
+        _require_ascending(b)
+        _check(b, threads)
+        b.u, b.rows_u, b.grouped = b.n, <int64_t *>b.ids_n, True
+        return 0
+    _check(b, threads)
+    b.row_bits, b.position_bits = _bits(b.num_rows), _bits(b.n)
+    if b.row_bits + b.position_bits > 64:
+        raise ValueError(f"{b.n} ids into {b.num_rows} rows do not fit into a 64-bit key: split the batch")
     return 0
 
 
-cdef void _place_arrays(Grouping *g, int64_t *data) noexcept nogil:
-    """data has 3 n + 1 elements."""
-    g.order_n, g.rows_u, g.starts_u1 = data, data + g.n, data + 2 * g.n
+cdef int _require_ascending(Batch b) except -1:
+    cdef int64_t i
+    cdef const int64_t *ids = <const int64_t *>b.ids_n
+    for i in range(1, b.n):
+        if ids[i] <= ids[i - 1]:
+            raise ArgumentError("a SparseGrad has unique ascending ids; use step(ids, grad)")
+    return 0
 
 
-cdef void _group(Grouping *g, int64_t *counts, int threads) noexcept nogil:
+cdef inline int64_t _elements(Batch b) noexcept:
+    """How many integers the arrays of a batch take."""
+    return 3 * b.n + 1
+
+
+cdef void _place_arrays(Batch b, _Block block, int64_t at) noexcept:
+    """Put the arrays of a batch at element `at` of a block. Two of them hold keys at first, and may change places."""
+    b.block = block
+    b.order_n, b.rows_u, b.starts_u1 = block.data + at, block.data + at + b.n, block.data + at + 2 * b.n
+
+
+cdef void _group(Batch b, int64_t *counts, int threads) noexcept nogil:
     cdef int64_t *end_t = counts
     cdef int64_t *before_t = counts + threads
-    cdef int64_t n = g.n
-    cdef int bits = g.position_bits, t
-    cdef uint64_t *keys = <uint64_t *>g.order_n
-    keys = _sort(g.ids_n, g.wide, n, g.row_bits, bits, keys, <uint64_t *>g.rows_u, counts, threads)
-    if <int64_t *>keys != g.order_n:
-        g.order_n, g.rows_u = g.rows_u, g.order_n
-    g.u = 0
+    cdef int64_t n = b.n
+    cdef int bits = b.position_bits, t
+    cdef uint64_t *keys = <uint64_t *>b.order_n
+    keys = _sort(b.ids_n, b.wide, n, b.row_bits, bits, keys, <uint64_t *>b.rows_u, counts, threads)
+    if <int64_t *>keys != b.order_n:
+        b.order_n, b.rows_u = b.rows_u, b.order_n
+    b.u = 0
     if threads == 1:
-        g.u = _count_groups(keys, 0, n, bits)
-        _write_groups(keys, 0, n, bits, -1, g.u, g.rows_u, g.starts_u1)
+        b.u = _count_groups(keys, 0, n, bits)
+        _write_groups(keys, 0, n, bits, -1, b.u, b.rows_u, b.starts_u1)
     else:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
             end_t[t] = _count_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), bits)
         for t in range(threads):
-            g.u += end_t[t]
-            end_t[t] = g.u
+            b.u += end_t[t]
+            end_t[t] = b.u
             before_t[t] = <int64_t>(keys[_split(n, t, threads) - 1] >> bits) if _split(n, t, threads) else -1
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
-            _write_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), bits, before_t[t], end_t[t], g.rows_u,
-                          g.starts_u1)
-    g.starts_u1[g.u] = n
+            _write_groups(keys, _split(n, t, threads), _split(n, t + 1, threads), bits, before_t[t], end_t[t], b.rows_u,
+                          b.starts_u1)
+    b.starts_u1[b.u] = n
 
 
-cdef _Block _grouped(Grouping *g, cnp.ndarray ids, int64_t rows, int threads):
-    """Group a batch; its arrays lie in the block that is returned."""
-    _check_batch(g, ids, rows, threads)
-    cdef _Block block = _new_block(3 * g.n + 1 + _counters(g.n, threads))
-    _place_arrays(g, block.data)
-    with nogil:
-        _group(g, block.data + 3 * g.n + 1, threads)
-    _require_unchanged(g, rows)
-    return block
-
-
-cdef inline int _require_unchanged(const Grouping *g, int64_t rows) except -1:
-    if g.u and g.rows_u[g.u - 1] >= rows:
+cdef int _end_group(Batch b) except -1:
+    if b.u and b.rows_u[b.u - 1] >= b.num_rows:
         raise RuntimeError("the ids changed while they were grouped")
+    b.grouped = True
     return 0
 
 
-cdef inline tuple _arrays(const Grouping *g, _Block block):
-    return _int64s(block, g.rows_u, g.u), _int64s(block, g.starts_u1, g.u + 1), _int64s(block, g.order_n, g.n)
+cdef int _group_one(Batch b, int threads) except -1:
+    """Group a batch with all threads."""
+    if not b.grouped:
+        _begin_group(b, threads)
+    if b.grouped:
+        return 0
+    cdef _Block block = _new_block(_elements(b) + _counters(b.n, threads))
+    _place_arrays(b, block, 0)
+    with nogil:
+        _group(b, block.data + 3 * b.n + 1, threads)
+    return _end_group(b)
 
 
-def group(cnp.ndarray ids not None, int64_t rows, int threads):
-    """Unique rows of a batch: (rows_u, starts_u1, order_n), int64; see the top of this part."""
-    cdef Grouping g
-    cdef _Block block = _grouped(&g, ids, rows, threads)
-    return _arrays(&g, block)
-
-
-def group_many(list batches not None, int threads):
-    """`group` for many small batches in one parallel region, a batch to a thread; `batches`: pairs (ids, rows)."""
-    cdef int64_t b, count = len(batches), total = 0, at = 0, counters = <int64_t>1 << DIGIT_BITS
-    cdef _Block block
-    cdef Grouping *g = <Grouping *>malloc((count + 1) * sizeof(Grouping))
+cdef int _group_each(list batches, int threads) except -1:
+    """Group several batches in one parallel region, a batch to a thread."""
+    cdef int64_t j, n = len(batches), total = 0, at = 0, counters = <int64_t>1 << DIGIT_BITS
+    cdef Batch b
+    cdef void **each = <void **>malloc(n * sizeof(void *))
     cdef int64_t *counts = <int64_t *>malloc(<size_t>(counters * threads) * sizeof(int64_t))
     try:
-        if g is NULL or counts is NULL:
+        if each is NULL or counts is NULL:
             raise MemoryError
-        for b in range(count):
-            ids, rows = batches[b]
-            _check_batch(&g[b], ids, rows, 1)
-            total += 3 * g[b].n + 1
+        for b in batches:
+            total += _elements(b)
         block = _new_block(total)
-        for b in range(count):
-            _place_arrays(&g[b], block.data + at)
-            at += 3 * g[b].n + 1
+        for j in range(n):
+            b = batches[j]
+            _place_arrays(b, block, at)
+            at += _elements(b)
+            each[j] = <void *>b
         with nogil:
-            for b in prange(count, num_threads=threads, schedule="dynamic", chunksize=1, use_threads_if=threads > 1):
-                _group(&g[b], counts + threadid() * counters, 1)
-        groups = []
-        for b in range(count):
-            _require_unchanged(&g[b], batches[b][1])
-            groups.append(_arrays(&g[b], block))
-        return groups
+            for j in prange(n, num_threads=threads, schedule="dynamic", chunksize=1, use_threads_if=threads > 1):
+                _group(<Batch>each[j], counts + threadid() * counters, 1)
+        for b in batches:
+            _end_group(b)
     finally:
-        free(g)
+        free(each)
         free(counts)
+    return 0
+
+
+def group(list batches not None, int threads):
+    """Find the unique rows of batches, in place: of one with all threads, of several with a thread for each.
+
+    Raises `IdError` for an id outside a table before any batch is sorted.
+    """
+    cdef Batch b
+    if len(batches) == 1:
+        _group_one(batches[0], threads)
+        return
+    left = []
+    for b in batches:
+        if not b.grouped:
+            _begin_group(b, 1)
+        if not b.grouped:
+            left.append(b)
+    if left:
+        _group_each(left, threads)

@@ -114,29 +114,31 @@ cdef void _scatter_part(const pe_kernels *k, Column column, const void *ids, bin
         _scatter_span(k, column, <const int32_t *>ids, lo, hi, values_nd, alpha, cold)
 
 
-def scatter_add(Column column not None, cnp.ndarray ids not None, cnp.ndarray values not None, float alpha, int threads):
-    """row += alpha * value for every id, each under its row's lock: any number of callers, no addition lost.
+def scatter_add(Column column not None, Batch batch not None, float alpha, int threads):
+    """row += alpha * value for every id, each under the lock of its row: any number of callers, no addition lost.
 
-    With duplicate ids and several threads the order of the additions, and so their rounding, is not fixed.
+    The values are the gradients of the batch, which need not be grouped. With duplicate ids and several threads the order
+    of the additions, and so their rounding, is not fixed.
     """
-    cdef bint wide = _is_int64(ids)
-    cdef int64_t n = cnp.PyArray_SIZE(ids)
+    cdef Batch b = batch
     cdef int t
     cdef const pe_kernels *k = kernels
-    cdef const float *values_nd = _floats(values, n * column.dim)
-    cdef const void *ids_n = cnp.PyArray_DATA(ids)
     _require_writable(column)
-    _check_ids(ids, wide, column.rows, threads)
-    if n * column.dim == 0:
+    if b.grad is None or b.bag_of is not None:
+        raise ValueError("scatter_add takes a value for each id")
+    _require_of_table(b, column)
+    _check(b, threads)
+    if b.n * b.dim == 0:
         return
-    cdef bint cold = _batch_is_cold(column, ids_n, wide, n)
+    cdef bint cold = _batch_is_cold(column, b.ids_n, b.wide, b.n)
     if threads == 1:
         with nogil:
-            _scatter_part(k, column, ids_n, wide, 0, n, values_nd, alpha, cold)
+            _scatter_part(k, column, b.ids_n, b.wide, 0, b.n, b.grad_nd, alpha, cold)
     else:
         with nogil:
             for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
-                _scatter_part(k, column, ids_n, wide, _split(n, t, threads), _split(n, t + 1, threads), values_nd, alpha, cold)
+                _scatter_part(k, column, b.ids_n, b.wide, _split(b.n, t, threads), _split(b.n, t + 1, threads), b.grad_nd,
+                              alpha, cold)
 
 
 cdef inline int _require_writable(Column column) except -1:
@@ -146,40 +148,52 @@ cdef inline int _require_writable(Column column) except -1:
 
 
 cdef enum:
-    FINITE_SPAN = 1 << 14                         # floats looked at at once: 64 KiB, the loop over them is free, and balanced
+    FINITE_SPAN = 1 << 14                         # floats checked at once: 64 KiB, which a thread takes from its cache
 
 
 def all_finite(cnp.ndarray values not None, int threads):
     """True if no element of a C-contiguous float32 array is NaN or infinite."""
-    cdef int64_t n = cnp.PyArray_SIZE(values)
-    cdef const float *values_n = _floats(values, n)
-    return kernels.finite_span(values_n, n) != 0 if n <= FINITE_SPAN else are_finite([values], threads)
+    return _are_finite([values], threads)
 
 
-def are_finite(list arrays not None, int threads):
-    """True if no element of several C-contiguous float32 arrays is NaN or infinite."""
-    cdef int64_t spans = 0, span, i, good = 0
+def are_finite(list batches not None, int threads):
+    """True if no gradient and no coefficient of some batches is NaN or infinite."""
+    cdef Batch b
+    arrays = []
+    for b in batches:
+        arrays.append(b.grad)
+        if b.coefficients is not None:
+            arrays.append(b.coefficients)
+    return _are_finite(arrays, threads)
+
+
+cdef bint _are_finite(list arrays, int threads) except -1:
+    cdef int64_t spans = 0, span, i, good = 0, floats = 0
     cdef const pe_kernels *k = kernels
     cdef cnp.ndarray values
     for values in arrays:
+        _floats(values, cnp.PyArray_SIZE(values))
+        floats += cnp.PyArray_SIZE(values)
         spans += cnp.PyArray_SIZE(values) // FINITE_SPAN + 1
+    if floats <= FINITE_SPAN:                     # of few, a list of spans would take longer than the check
+        for values in arrays:
+            if not k.finite_span(<const float *>cnp.PyArray_DATA(values), cnp.PyArray_SIZE(values)):
+                return False
+        return True
     cdef const float **data = <const float **>malloc(spans * (sizeof(float *) + sizeof(int64_t)))
     if data is NULL:
         raise MemoryError
     cdef int64_t *size = <int64_t *>(data + spans)
-    try:
-        span = 0
-        for values in arrays:
-            _floats(values, cnp.PyArray_SIZE(values))
-            for i in range(cnp.PyArray_SIZE(values) // FINITE_SPAN + 1):
-                data[span] = <const float *>cnp.PyArray_DATA(values) + i * FINITE_SPAN
-                size[span] = min(cnp.PyArray_SIZE(values) - i * FINITE_SPAN, <int64_t>FINITE_SPAN)
-                span += 1
-        with nogil:
-            for span in prange(spans, num_threads=threads, schedule="static", use_threads_if=threads > 1):
-                good += k.finite_span(data[span], size[span])
-    finally:
-        free(data)
+    span = 0
+    for values in arrays:
+        for i in range(cnp.PyArray_SIZE(values) // FINITE_SPAN + 1):
+            data[span] = <const float *>cnp.PyArray_DATA(values) + i * FINITE_SPAN
+            size[span] = min(cnp.PyArray_SIZE(values) - i * FINITE_SPAN, <int64_t>FINITE_SPAN)
+            span += 1
+    with nogil:
+        for span in prange(spans, num_threads=threads, schedule="static", use_threads_if=threads > 1):
+            good += k.finite_span(data[span], size[span])
+    free(data)
     return good == spans
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyembed import grouping, init
+from pyembed import _core, grouping, init
 from pyembed._checks import F32, as_ids, as_values, require_count
 from pyembed.errors import ArgumentError
 from pyembed.grouping import SparseGrad
@@ -142,6 +142,29 @@ class Layer:
     def _skip(self) -> int:
         """The padding row as the kernels take it."""
         return -1 if self.padding_idx is None else self.padding_idx
+
+    def read_gradient(self, ids: Any, grad: ArrayLike | None) -> _core.Batch:
+        """Read the gradient of what the layer returned, for an optimizer.
+
+        Parameters
+        ----------
+        ids : integers of any shape, or a SparseGrad
+        grad : float32 array of shape ids.shape + (embedding_dim,)
+            None with a SparseGrad.
+
+        Returns
+        -------
+        _core.Batch
+            Not yet grouped, so ids may still be outside the table.
+
+        Raises
+        ------
+        DTypeError, ArgumentError
+        """
+        weight = self.table.weight_column
+        return grouping.read_gradient(
+            ids, grad, weight.rows, weight.dim, self._skip, self.scale_grad_by_freq
+        )
 
     def _renorm(self, ids: ArrayLike) -> None:
         if self.max_norm is not None:

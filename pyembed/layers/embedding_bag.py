@@ -7,6 +7,7 @@ Semantics are torch's, with the differences of docs/torch-compatibility.md: offs
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +16,7 @@ from pyembed import _core, _threads, grouping
 from pyembed._checks import F32, as_values
 from pyembed.errors import ArgumentError
 from pyembed.grouping import SparseGrad
-from pyembed.layers.bags import Bags, require_mode
+from pyembed.layers.bags import Bags, require_bags, require_mode
 from pyembed.layers.embedding import Layer
 from pyembed.table import Table
 
@@ -204,19 +205,52 @@ class EmbeddingBag(Layer):
         return sparse if self.sparse else sparse.to_dense(self.table.rows)
 
     def sparse_gradient(self, bags: Bags, grad: ArrayLike) -> SparseGrad:
-        """The gradient of the touched rows."""
-        values = self.check_gradient(bags, grad)
+        """The gradient of the rows of the batch, without the padding row."""
         if self.mode == "max":
-            return self._max_gradient(bags, values)
-        table = self.table
-        groups = grouping.group(bags.ids, table.rows, table.num_threads)
-        sums = np.empty((groups.rows.size, table.dim), np.float32)
-        workers = _threads.for_work(bags.ids.size * table.dim, table.num_threads)
-        coef, scale = self.coefficients(bags), self.scale_grad_by_freq
-        _core.sum_groups(*groups, values, sums, scale, workers, bags.bag_of, coef)
-        return self._without_padding(groups.rows, sums)
+            return self._max_gradient(bags, self._check_gradient(bags, grad))
+        batch = self._read_bags(bags, grad)
+        return self._without_padding(*grouping.sparse_gradient(batch, self.table.num_threads))
 
-    def check_gradient(self, bags: Bags, grad: ArrayLike) -> F32:
+    def read_gradient(self, ids: Any, grad: ArrayLike | None) -> _core.Batch:
+        """Read the gradient of the reduced rows, for an optimizer.
+
+        Parameters
+        ----------
+        ids : Bags or a SparseGrad
+        grad : float32 array of shape (bags, embedding_dim)
+            None with a SparseGrad.
+
+        Returns
+        -------
+        _core.Batch
+            Not yet grouped, so ids may still be outside the table.
+
+        Raises
+        ------
+        DTypeError, ArgumentError
+        """
+        if isinstance(ids, SparseGrad):
+            return super().read_gradient(ids, grad)
+        bags = require_bags(ids)
+        if grad is None:
+            raise ArgumentError("step(ids, grad): grad is missing")
+        if self.mode == "max":
+            return super().read_gradient(self.sparse_gradient(bags, grad), None)
+        return self._read_bags(bags, grad)
+
+    def _read_bags(self, bags: Bags, grad: ArrayLike) -> _core.Batch:
+        return _core.Batch(
+            bags.ids,
+            self._check_gradient(bags, grad),
+            self.table.rows,
+            self.table.dim,
+            self._skip,
+            self.scale_grad_by_freq,
+            bags.bag_of,
+            self._coefficients(bags),
+        )
+
+    def _check_gradient(self, bags: Bags, grad: ArrayLike) -> F32:
         """The gradient as the kernels take it.
 
         Raises
@@ -225,7 +259,7 @@ class EmbeddingBag(Layer):
         """
         return as_values(grad, (len(bags), self.table.dim), "grad")
 
-    def coefficients(self, bags: Bags) -> F32 | None:
+    def _coefficients(self, bags: Bags) -> F32 | None:
         """What the gradient of a bag is multiplied with for each of its positions; None for 1."""
         if self.mode == "sum":
             return bags.weights
@@ -240,8 +274,8 @@ class EmbeddingBag(Layer):
         won = np.flatnonzero(which >= 0)
         groups = grouping.group(which.reshape(-1)[won], self.table.rows, self.table.num_threads)
         values = np.zeros((groups.rows.size, self.table.dim), np.float32)
-        workers = _threads.for_work(won.size, self.table.num_threads)
-        _core.sum_elements(groups.starts, won[groups.order], grad, values, workers)
+        threads = _threads.for_work(won.size, self.table.num_threads)
+        _core.sum_elements(groups.starts, won[groups.order], grad, values, threads)
         return SparseGrad(groups.rows, values)
 
     def per_sample_weights_grad(
@@ -257,7 +291,7 @@ class EmbeddingBag(Layer):
         if self.mode != "sum":
             raise ArgumentError(f"per_sample_weights need mode='sum', not {self.mode!r}")
         bags = self.bags(input, offsets)
-        values = self.check_gradient(bags, grad)
+        values = self._check_gradient(bags, grad)
         out = np.empty(bags.ids.size, np.float32)
         workers = _threads.for_work(bags.ids.size * self.table.dim, self.table.num_threads)
         ids = bags.ids.astype(np.int64, copy=False)

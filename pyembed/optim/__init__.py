@@ -1,11 +1,10 @@
 """Sparse optimizers over a table: SGD … FTRL, one step for one table or for many.
 
 It may import `table` and what is below, and knows neither files nor layers. Read `rules` (the
-formulas),
-then `optimizer` (what all rules share), then `step` (one path for one table or many).
+formulas), then `optimizer` (what all rules share), then `step` (one path for one table or many).
 """
 
-from pyembed.optim.optimizer import Optimizer
+from pyembed.optim.optimizer import Optimizer, step_many
 from pyembed.optim.rules import (
     FTRL,
     LAMB,
@@ -18,7 +17,6 @@ from pyembed.optim.rules import (
     RMSprop,
     RowwiseAdagrad,
 )
-from pyembed.optim.step import step_many
 
 __all__ = [
     "FTRL",

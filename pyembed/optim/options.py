@@ -1,41 +1,42 @@
-"""The options that all optimizers share: what a step does beside its rule, and what is allowed.
+"""The step options that all optimizers share: weight decay, clipping, max_norm, frequency scaling.
 
-They are checked once, when an optimizer is made; what they ask of every step is then a dict that
-`_core.update` takes. What a rule has of its own (momentum, betas) is in `optim`.
+They are checked once, when an optimizer is made, and then become fields of its `_core.Rule`. The
+hyper-parameters of each rule (momentum, betas) are in `rules`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypedDict
 
-from pyembed import _core
 from pyembed._checks import in_range
 from pyembed.errors import ArgumentError
 
 
 class Options(TypedDict, total=False):
-    """What any optimizer does beside its rule, if asked to.
+    """What a step of any optimizer does in addition to its rule, if asked to.
 
     Attributes
     ----------
     nonfinite : {"raise", "skip_row", "allow"}
-        What to do with NaN and infinity in a gradient: refuse the batch; leave the row alone whose
-        summed gradient has one, and count it in `skipped`; or let them through.
+        How NaN and infinity in a gradient are treated: the batch is refused; a row whose summed
+        gradient has one is left alone, and counted in `skipped`; or they are let through.
     weight_decay : float
     decay_mode : {"l2", "decoupled", "lazy"}
         "l2": ``g += weight_decay * w``. "decoupled": ``w *= 1 - lr * weight_decay``. Both for the
-        touched rows alone. "lazy": as decoupled, and a row also gets the decay of all steps since
-        its last one, at the learning rate of now; needs the column ``last_step``.
+        rows of the batch alone. "lazy": as decoupled, and a row also gets the decay of all steps
+        since its last one, at the current learning rate; needs the column ``last_step``.
     clip_value : float, optional
-        Elements of a row's summed gradient are brought into -clip_value .. clip_value.
+        Elements of a row's summed gradient are clamped to -clip_value .. clip_value.
     clip_norm : float, optional
         The summed gradients of all rows of the batch are scaled so that their 2-norm, taken as one
         vector, is at most this (torch's clip_grad_norm_). The sums are made first: another pass.
     max_norm, norm_type : float, optional
-        A touched row with a larger norm is scaled down to it after the step, see `Table.renorm`.
+        A row of the batch with a larger norm is scaled down to it after the step, see
+        `Table.renorm`.
     frequency_power : float
-        p > 0: the learning rate of a row is ``lr / count ** p``, where count is in how many steps
-        the row was touched, this one included; decoupled and lazy decay stay at lr. Needs the
+        p > 0: the learning rate of a row is ``lr / count ** p``, where count is the number of steps
+        that updated the row, this one included; decoupled and lazy decay stay at lr. Needs the
         column ``row_steps``, a float32 that counts up to 2**24 and stays there. FTRL takes 0 .. 1.
     """
 
@@ -50,13 +51,16 @@ class Options(TypedDict, total=False):
 
 
 class Settings(NamedTuple):
-    """Options, checked. `extras` is what they ask of every step, or None if that is nothing."""
+    """Options, checked, with a number for each that was not given."""
 
     nonfinite: str
     weight_decay: float
     decay_mode: str | None
     clip_norm: float | None
-    extras: dict[str, float] | None
+    clip_value: float
+    max_norm: float
+    norm_type: float
+    frequency_power: float
 
 
 def checked(
@@ -72,7 +76,7 @@ def checked(
     norm_type: float = 2.0,
     frequency_power: float = 0.0,
 ) -> Settings:
-    """The options of a rule that has these decay modes, the first of which is its default.
+    """Check the options of a rule that has these decay modes, the first of which is its default.
 
     Raises
     ------
@@ -88,20 +92,15 @@ def checked(
         raise ArgumentError(f"decay_mode = {mode!r}; allowed: {allowed}")
     if clip_value is not None and clip_norm is not None:
         raise ArgumentError("clip_value and clip_norm are both given; allowed: one of them")
-    clip_norm = None if clip_norm is None else in_range("clip_norm", clip_norm, 0.0)
-    extras = dict(_core.EXTRAS)
-    if nonfinite == "skip_row":
-        extras["skip_nonfinite"] = True
-    if clip_value is not None:
-        extras["clip_value"] = in_range("clip_value", clip_value, 0.0)
-    if mode == "l2":
-        extras["l2"] = decay
-    if max_norm is not None:
-        extras["max_norm"] = in_range("max_norm", max_norm, 0.0)
     if not norm_type >= 0:
         raise ArgumentError(f"norm_type = {norm_type}; allowed: 0 or more, inf included")
-    extras["norm_type"] = float(norm_type)
-    extras["frequency_power"] = in_range("frequency_power", frequency_power, 0.0)
-    decays = decay != 0 and mode in ("decoupled", "lazy")
-    asked = decays or clip_norm is not None or extras | {"norm_type": 2.0} != _core.EXTRAS
-    return Settings(nonfinite, decay, mode, clip_norm, extras if asked else None)
+    return Settings(
+        nonfinite,
+        decay,
+        mode,
+        None if clip_norm is None else in_range("clip_norm", clip_norm, 0.0),
+        math.inf if clip_value is None else in_range("clip_value", clip_value, 0.0),
+        math.inf if max_norm is None else in_range("max_norm", max_norm, 0.0),
+        float(norm_type),
+        in_range("frequency_power", frequency_power, 0.0),
+    )

@@ -13,18 +13,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from pyembed import _core
 from pyembed._checks import in_range
 from pyembed.errors import ArgumentError
-from pyembed.layers.embedding import Layer
-from pyembed.optim.optimizer import Optimizer
+from pyembed.optim.optimizer import Optimizer, Target
 from pyembed.optim.options import Options
 from pyembed.optim.schedules import Schedule
-from pyembed.table import Table
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Target = Layer | Table
 ABOVE_ZERO = 1e-30  # of what a rule divides by: float32 still holds it times a bias correction
 
 
@@ -53,6 +51,7 @@ class SGD(Optimizer):
     Examples
     --------
     >>> import numpy as np
+    >>> from pyembed import Table
     >>> t = Table.memory(rows=2, dim=2)
     >>> SGD(t, lr=0.5).step([1, 1], np.ones((2, 2), np.float32))
     >>> t.gather(1)
@@ -89,19 +88,12 @@ class SGD(Optimizer):
                 "lazy_momentum with decay_mode='l2' has no closed form; allowed: 'lazy'"
             )
 
-    def _hyper(self, step: int, lr: float) -> dict[str, float]:
-        if not self.momentum:
-            return {"lr": lr}
+    def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
         add = 1.0 if step == 1 else 1 - self.dampening
-        return {"lr": lr, "momentum": self.momentum, "one_minus_b1": add}
-
-    def _missed(self, lr: float) -> dict[str, float]:
-        if not self.lazy_momentum:
-            return {}
-        return {
-            "momentum": self.momentum,
-            "missed_lr": lr * (self.momentum if self.nesterov else 1),
-        }
+        rule.set_hyper(lr, momentum=self.momentum, one_minus_b1=add)
+        if self.lazy_momentum:
+            rule.missed_momentum = self.momentum
+            rule.missed_lr = lr * (self.momentum if self.nesterov else 1)
 
     def _parameters(self) -> dict[str, Any]:
         shown: dict[str, Any] = {"momentum": self.momentum} if self.momentum else {}
@@ -127,6 +119,7 @@ class Adagrad(Optimizer):
     Examples
     --------
     >>> import numpy as np
+    >>> from pyembed import Table
     >>> t = Table.memory(rows=2, dim=2)
     >>> Adagrad(t, lr=0.5).step([1], np.full((1, 2), 3, np.float32))
     >>> t.gather(1)
@@ -145,8 +138,8 @@ class Adagrad(Optimizer):
         super().__init__(target, lr, options)
         self.eps = in_range("eps", eps, 0.0)
 
-    def _hyper(self, step: int, lr: float) -> dict[str, float]:
-        return {"lr": lr, "eps": self.eps}
+    def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
+        rule.set_hyper(lr, eps=self.eps)
 
     def _parameters(self) -> dict[str, Any]:
         return {"eps": self.eps}
@@ -169,6 +162,7 @@ class RowwiseAdagrad(Adagrad):
     Examples
     --------
     >>> import numpy as np
+    >>> from pyembed import Table
     >>> t = Table.memory(rows=2, dim=2)
     >>> RowwiseAdagrad(t, lr=0.5).step([1], np.full((1, 2), 3, np.float32))
     >>> t.columns
@@ -219,8 +213,8 @@ class RMSprop(Optimizer):
         self.alpha = in_range("alpha", alpha, 0.0, 1.0)
         self.eps = in_range("eps", eps, ABOVE_ZERO)
 
-    def _hyper(self, step: int, lr: float) -> dict[str, float]:
-        return {"lr": lr, "eps": self.eps, "one_minus_b2": 1 - self.alpha}
+    def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
+        rule.set_hyper(lr, eps=self.eps, one_minus_b2=1 - self.alpha)
 
     def _parameters(self) -> dict[str, Any]:
         return {"alpha": self.alpha, "eps": self.eps}
@@ -248,15 +242,14 @@ class _Moments(Optimizer):
         b1, b2 = self.betas
         return 1 - b1**step, math.sqrt(1 - b2**step)
 
-    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+    def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
         # sqrt(v / c^2) + eps = (sqrt(v) + c * eps) / c: the corrections go into lr and eps.
         first, second = self._corrections(step)
-        return {
-            "lr": lr * second / first,
-            "eps": self.eps * second,
-            "one_minus_b1": 1 - self.betas[0],
-            "one_minus_b2": 1 - self.betas[1],
-        }
+        self._set_moments(rule, lr * second / first, self.eps * second)
+
+    def _set_moments(self, rule: _core.Rule, lr: float, eps: float, **more: float) -> None:
+        b1, b2 = self.betas
+        rule.set_hyper(lr, eps=eps, one_minus_b1=1 - b1, one_minus_b2=1 - b2, **more)
 
     def _parameters(self) -> dict[str, Any]:
         return {"beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
@@ -285,6 +278,7 @@ class Adam(_Moments):
     Examples
     --------
     >>> import numpy as np
+    >>> from pyembed import Table
     >>> t = Table.memory(rows=2, dim=2)
     >>> Adam(t, lr=0.5).step([1], np.full((1, 2), 3, np.float32))
     >>> t.gather(1).round(4)
@@ -293,8 +287,9 @@ class Adam(_Moments):
 
     rule = "adam"
 
-    def _hyper(self, step: int, lr: float) -> dict[str, float]:
-        return super()._hyper(step, lr) | {"eps": self.eps}  # beside the uncorrected v
+    def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
+        first, second = self._corrections(step)
+        self._set_moments(rule, lr * second / first, self.eps)  # eps is added to the uncorrected v
 
 
 class AdamW(_Moments):
@@ -383,10 +378,10 @@ class LAMB(_Moments):
     ) -> None:
         super().__init__(target, lr, betas, eps, **options)
 
-    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+    def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
         first, second = self._corrections(step)
-        more = {"lr": lr, "correction": second / first, "decay": self.weight_decay}
-        return super()._hyper(step, lr) | more
+        more = {"correction": second / first, "decay": self.weight_decay}
+        self._set_moments(rule, lr, self.eps * second, **more)
 
 
 class LARS(Optimizer):
@@ -425,9 +420,9 @@ class LARS(Optimizer):
         self.momentum = in_range("momentum", momentum, 0.0, 1.0)
         self.eta = in_range("eta", eta, 0.0)
 
-    def _hyper(self, step: int, lr: float) -> dict[str, float]:
+    def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
         decay = self.weight_decay
-        return {"lr": lr, "momentum": self.momentum, "correction": self.eta, "decay": decay}
+        rule.set_hyper(lr, momentum=self.momentum, correction=self.eta, decay=decay)
 
     def _parameters(self) -> dict[str, Any]:
         return {"momentum": self.momentum, "eta": self.eta}
@@ -472,8 +467,8 @@ class FTRL(Optimizer):
         if self.frequency_power > 1:  # the rule divides by the learning rate
             raise ArgumentError(f"frequency_power = {self.frequency_power}; allowed: 0 .. 1")
 
-    def _hyper(self, step: int, lr: float) -> dict[str, float]:
-        return {"lr": lr, "beta": self.beta, "l1": self.l1, "l2": self.l2}
+    def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
+        rule.set_hyper(lr, beta=self.beta, l1=self.l1, l2=self.l2)
 
     def _parameters(self) -> dict[str, Any]:
         return {"beta": self.beta, "l1": self.l1, "l2": self.l2}

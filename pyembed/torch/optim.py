@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyembed.errors import ArgumentError
-from pyembed.optim.step import require_clip_norm, step_many
+from pyembed.optim.optimizer import require_clip_norm, step_many
 from pyembed.torch.layers import learning_tables
 
 
@@ -65,7 +65,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ArgumentError("the model has no layer of pyembed.torch with optimizer=")
         groups: list[dict[str, Any]] = []
         for rows, anchor in tables:
-            if rows.optimizer._schedule is not None:
+            if rows.optimizer.schedule is not None:
                 raise ArgumentError(
                     f"{rows.optimizer!r} has a schedule of its own; allowed: a number as lr, "
                     "which a scheduler of torch then changes"
@@ -145,7 +145,7 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         turns: dict[Any, tuple[Any, Any]] = {}  # layers may share an optimizer, which steps once
         for rows, group in zip(self._tables, self.param_groups, strict=False):
-            if rows.optimizer._pending:
+            if rows.optimizer.pending:
                 turns.setdefault(rows.optimizer, (rows, group["lr"]))
         before = {optimizer: optimizer.lr for optimizer in turns}
         try:

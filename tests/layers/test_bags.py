@@ -89,10 +89,11 @@ def test_sums_over_bags(case: Case, weighted: bool, scale: bool, simd: str, work
     bag_of = np.repeat(np.arange(case.starts.size - 1), np.diff(case.starts))
     coef = case.weights if weighted else None
     groups = kernels.group(case.ids, len(case.table))
-    out = np.full((groups[0].size, case.grad.shape[1]), np.nan, np.float32)
-    _core.sum_groups(*groups, case.grad, out, scale, workers, bag_of, coef)
+    rows, dim = case.table.shape
+    batch = _core.Batch(case.ids, case.grad, rows, dim, -1, scale, bag_of, coef)
+    _core.group([batch], workers)
     expected = kernels.sum_groups(*groups, case.grad, scale, bag_of, coef)
-    assert np.array_equal(out, expected)
+    assert np.array_equal(_core.sum_groups(batch, workers), expected)
 
 
 def layer(case: Case, mode: str, **settings: Any) -> EmbeddingBag:

@@ -66,8 +66,9 @@ def test_step_against_reference(make: Make, batch: Batch, scale: bool, pad: bool
     skip = -1 if padding is None else padding
     for _ in range(2):
         o.step(batch.ids, batch.grad())
-        hyper, extras = o._step_values(o.steps, 1.0)
-        kernels.update(expected, groups[0], sums, o.rule, hyper, skip, extras)
+        rule = o._rule
+        options = {name: getattr(rule, name) for name in kernels.NO_OPTIONS}
+        kernels.update(expected, groups[0], sums, o.rule, rule.hyper, skip, options)
     for name, column in zip(names, expected, strict=True):
         assert np.array_equal(e.table.column(name), column)
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyembed import Embedding, EmbeddingBag, SparseGrad, Table, _core, grouping, init, optim
+from pyembed import Embedding, EmbeddingBag, SparseGrad, Table, grouping, init, optim
 from pyembed.errors import ArgumentError, ClosedError, IdError, NonFiniteError, ReadOnlyError
+from pyembed.layers import Bags
 from pyembed.optim import step_many
 from pyembed.optim.optimizer import MAX_LAZY_STEPS
 from tests.optim.rules import RULES
@@ -21,37 +22,6 @@ from tests.strategies import Batch, batches
 
 Step = tuple[optim.Optimizer, Any, Any]
 ONES = np.ones((1, 2), np.float32)
-
-
-@given(several=st.lists(batches(), max_size=5))
-def test_group_many(several: list[Batch], workers: int) -> None:
-    """Many batches are grouped as each by itself."""
-    pairs = [(batch.ids, batch.rows) for batch in several]
-    found = _core.group_many(pairs, workers)
-    for got, expected in zip(found, kernels.group_many(pairs), strict=True):
-        for one, other in zip(got, expected, strict=True):
-            assert np.array_equal(one, other)
-
-
-@given(several=st.lists(batches(), max_size=4))
-def test_update_many(several: list[Batch], simd: str, workers: int) -> None:
-    """Threads share the gradients of all tables; the bits are those of single updates."""
-    got, expected, steps, sums = [], [], [], []
-    hyper = _core.HYPER | {"lr": 0.1}
-    for batch in several:
-        rows = np.resize(np.random.default_rng(1).random(997, np.float32), (70000, batch.dim))
-        got.append(rows[: batch.rows].copy())
-        expected.append(got[-1].copy())
-        grad = batch.grad().reshape(-1, batch.dim)
-        groups = kernels.group(batch.ids, batch.rows)
-        column = _core.Column(got[-1])
-        steps.append(((column,), *groups, grad, "sgd", hyper, -1, False, None, None, None))
-        total = kernels.sum_groups(*groups, grad)
-        sums.append(((expected[-1],), groups[0], total, "sgd", hyper))
-    assert _core.update_many(steps, workers) == [0] * len(several)
-    kernels.update_many(sums)
-    for one, other in zip(got, expected, strict=True):
-        assert one.tobytes() == other.tobytes()
 
 
 def layers(folder: Path | None, workers: int) -> list[optim.Optimizer]:
@@ -79,7 +49,7 @@ def test_step_many_is_each_step(tmp_path: Path, simd: str, workers: int) -> None
             ids = rng.integers(0, 40, rng.integers(0, 3000))
             grad = rng.standard_normal((ids.size, o.table.dim), np.float32)
             if at == 1:
-                bags = o._layer.bags(ids, np.arange(0, ids.size, 2))
+                bags = Bags.from_input(ids, np.arange(0, ids.size, 2))
                 steps.append((o, bags, grad[: len(bags)]))
             elif at == 2:
                 sparse = grouping.sum_duplicates(ids, grad, 40, o.table.dim)
@@ -245,14 +215,16 @@ def test_several_over_one_table(on: str, tmp_path: Path, workers: int) -> None:
 # --- one norm -------------------------------------------------------------------------------------
 
 
-def clipped_by_hand(steps: list[Step], twins: list[optim.Optimizer], most: float) -> None:
+def clipped_by_hand(
+    steps: list[Step], twins: list[optim.Optimizer], most: float, padding: list[int]
+) -> None:
     """Single steps with sums that were scaled here, by the reference's norms."""
     sums, total = [], 0.0
-    for o, ids, grad in steps:
+    for (o, ids, grad), skip_row in zip(steps, padding, strict=True):
         groups = kernels.group(ids, o.table.rows)
         sums.append((groups[0], kernels.sum_groups(*groups, grad)))
         skip = o.nonfinite == "skip_row"
-        total += kernels.global_norm(*sums[-1], o._skip_row, skip) ** 2
+        total += kernels.global_norm(*sums[-1], skip_row, skip) ** 2
     scale = np.float32(min(1.0, most / (math.sqrt(total) + 1e-6)))
     for twin, (rows, values) in zip(twins, sums, strict=True):
         twin.step(SparseGrad(rows, scale * values))
@@ -279,7 +251,8 @@ def test_clip_norm_is_scaling_by_hand(
         steps.append((one, ids, batch.grad().reshape(ids.size, batch.dim)))
         twins.append(other)
     step_many(steps, clip_norm=most)
-    clipped_by_hand(steps, twins, most)
+    padding = [0 if at % 2 else -1 for at in range(len(steps))]
+    clipped_by_hand(steps, twins, most, padding)
     for (o, _, _), twin in zip(steps, twins, strict=True):
         assert np.array_equal(o.table.weight, twin.table.weight)
 
@@ -305,7 +278,7 @@ def test_clip_norm_of_large_batches(accumulated: bool, simd: str, workers: int) 
         for o, ids, grad in steps:
             o.accumulate(ids, grad)
     step_many([(o, None, None) for o, _, _ in steps] if accumulated else steps, clip_norm=2.5)
-    clipped_by_hand(steps, twins, 2.5)
+    clipped_by_hand(steps, twins, 2.5, [-1] * len(steps))
     for (o, _, _), twin, each in zip(steps, twins, sums, strict=True):
         assert np.array_equal(o.table.weight, twin.table.weight)
         # Adagrad's state is the square of what it was given.

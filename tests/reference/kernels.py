@@ -9,7 +9,7 @@ Legend: n ids, u unique rows, d floats of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,22 @@ I64 = NDArray[np.int64]
 
 BLOCK = 64  # floats of one block of random numbers
 LANES = 16
+
+# The options of a step that has none.
+NO_OPTIONS: dict[str, Any] = {
+    "skip_nonfinite": False,
+    "lazy": False,
+    "frequency_power": 0.0,
+    "clip_value": np.inf,
+    "l2": 0.0,
+    "max_norm": np.inf,
+    "norm_type": 2.0,
+    "step": 1,
+    "keep": 1.0,
+    "missed_momentum": 0.0,
+    "missed_lr": 0.0,
+    "clip_scale": 1.0,
+}
 
 
 def gather(column: F32, ids: NDArray[np.integer]) -> F32:
@@ -46,13 +62,6 @@ def group(ids: NDArray[np.integer], rows: int) -> tuple[I64, I64, I64]:
     order = np.argsort(flat, kind="stable").astype(np.int64)
     unique, starts = np.unique(flat[order], return_index=True)
     return unique, np.append(starts, flat.size).astype(np.int64), order
-
-
-def group_many(
-    batches: Sequence[tuple[NDArray[np.integer], int]],
-) -> list[tuple[I64, I64, I64]]:
-    """`group` for each"""
-    return [group(ids, rows) for ids, rows in batches]
 
 
 def sum_groups(
@@ -97,7 +106,7 @@ def update(
     name: str,
     hyper: Mapping[str, float],
     skip_row: int = -1,
-    extras: Mapping[str, float] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> int:
     """One optimizer step on the unique rows, given the sum of each row's gradients.
 
@@ -105,43 +114,38 @@ def update(
     """
     keep = rows != skip_row
     skipped = 0
-    if extras is not None and extras["skip_nonfinite"]:
+    if options is not None and options["skip_nonfinite"]:
         finite = np.isfinite(sums).all(axis=1)
         skipped, keep = int((keep & ~finite).sum()), keep & finite
     r, g = rows[keep], sums[keep]
     with np.errstate(all="ignore"):
-        if extras is not None:
-            columns, g = _before(columns, r, g, extras)
-            columns, hyper = _counted(columns, r, hyper, extras["frequency_power"])
+        if options is not None:
+            columns, g = _before(columns, r, g, options)
+            columns, hyper = _counted(columns, r, hyper, options["frequency_power"])
         values = rules.RULES[name](tuple(c[r] for c in columns), g, rules.Hyper(hyper))
         for column, value in zip(columns, values, strict=True):
             column[r] = value
-    if extras is not None and extras["max_norm"] < np.inf:
-        renorm(columns[0], r, extras["max_norm"], extras["norm_type"])
+    if options is not None and options["max_norm"] < np.inf:
+        renorm(columns[0], r, options["max_norm"], options["norm_type"])
     return skipped
 
 
-def update_many(steps: Sequence[tuple[Any, ...]]) -> list[int]:
-    """`update` for each"""
-    return [update(*step) for step in steps]
-
-
 def _before(
-    columns: tuple[F32, ...], rows: I64, grad: F32, extras: Mapping[str, float]
+    columns: tuple[F32, ...], rows: I64, grad: F32, options: Mapping[str, float]
 ) -> tuple[tuple[F32, ...], F32]:
     """What a step does before its rule: the rule's columns, and its gradient."""
-    if extras["step"]:
+    if options["lazy"]:
         for row in rows:
-            _catch_up_row(columns, row, extras, True)
+            _catch_up_row(columns, row, options, True)
         columns = columns[:-1]
-    elif extras["keep"] != 1:
-        columns[0][rows] *= np.float32(extras["keep"])
-    if extras["clip_value"] < np.inf:
-        grad = np.clip(grad, -np.float32(extras["clip_value"]), np.float32(extras["clip_value"]))
-    if extras["clip_scale"] != 1:
-        grad = grad * np.float32(extras["clip_scale"])
-    if extras["l2"]:
-        grad = grad + np.float32(extras["l2"]) * columns[0][rows]
+    elif options["keep"] != 1:
+        columns[0][rows] *= np.float32(options["keep"])
+    if options["clip_value"] < np.inf:
+        grad = np.clip(grad, -np.float32(options["clip_value"]), np.float32(options["clip_value"]))
+    if options["clip_scale"] != 1:
+        grad = grad * np.float32(options["clip_scale"])
+    if options["l2"]:
+        grad = grad + np.float32(options["l2"]) * columns[0][rows]
     return columns, grad
 
 
@@ -158,28 +162,28 @@ def _counted(
 
 
 def _catch_up_row(
-    columns: tuple[F32, ...], row: int, extras: Mapping[str, float], stepping: bool
+    columns: tuple[F32, ...], row: int, options: Mapping[str, float], stepping: bool
 ) -> None:
-    weight, last, now = columns[0][row], columns[-1][row], extras["step"]
-    power = extras["frequency_power"]
+    weight, last, now = columns[0][row], columns[-1][row], options["step"]
+    power = options["frequency_power"]
     rate = rules.rate(float(columns[-2][row, 0]), power) if power else 1.0
     n = int(now - 1 - last[0]) if 0 < last[0] < now - 1 else 0
-    kept, left, moved = rules.miss(extras["keep"], extras["momentum"], n)
-    keep = extras["keep"] if stepping else 1.0
+    kept, left, moved = rules.miss(options["keep"], options["missed_momentum"], n)
+    keep = options["keep"] if stepping else 1.0
     if stepping or last[0] > 0:
         last[0] = now if stepping else now - 1
     if kept * keep != 1:
         weight *= np.float32(kept * keep)
-    if extras["momentum"] and moved * keep:
+    if options["missed_momentum"] and moved * keep:
         buffer = columns[1][row]
-        weight += np.float32(-extras["missed_lr"] * rate * (moved * keep)) * buffer
+        weight += np.float32(-options["missed_lr"] * rate * (moved * keep)) * buffer
         buffer *= np.float32(left)
 
 
-def catch_up(columns: tuple[F32, ...], rows: I64 | None, extras: Mapping[str, float]) -> None:
-    """Give these rows, or all, what they missed in the steps before extras["step"]."""
-    for row in range(len(columns[0])) if rows is None else rows:
-        _catch_up_row(columns, row, extras, False)
+def catch_up(columns: tuple[F32, ...], options: Mapping[str, Any]) -> None:
+    """Give all rows what they missed in the steps before options["step"]."""
+    for row in range(len(columns[0])):
+        _catch_up_row(columns, row, options, False)
 
 
 def global_norm(rows: I64, grad: F32, skip_row: int = -1, skip_nonfinite: bool = False) -> float:
