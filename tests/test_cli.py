@@ -18,7 +18,7 @@ from tests.helpers.child import kill_writer
 
 
 def test_build_and_info(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """build makes a table and says what it made; info says it again, as JSON too."""
+    """build prints the facts about the new table; info prints them again, as JSON too."""
     command = ["build", "-o", str(path), "--rows", "1000", "--dim", "8", "--seed", "4"]
     assert main([*command, "--init", "uniform:-1,1", "--optimizer", "adagrad"]) == 0
     assert "1,000" in capsys.readouterr().out
@@ -41,7 +41,7 @@ def add_infinity(table: Table) -> None:
 
 
 def test_verify_and_recover(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """verify changes nothing and says what is wrong; recover brings back the last commit."""
+    """verify changes nothing and prints what is wrong; recover rolls back to the last commit."""
     kill_writer(table, add_infinity)
     before = {file.name: file.read_bytes() for file in table.iterdir()}
     assert main(["verify", str(table), "--finite", "--json"]) == 0
@@ -65,7 +65,7 @@ def test_verify_and_recover(table: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_build_from_vectors(path: Path, tmp_path: Path) -> None:
-    """build takes a file of vectors."""
+    """build makes a table from a file of vectors."""
     (tmp_path / "v.txt").write_text("a 1 2\nb 3 4\n")
     assert main(["build", str(tmp_path / "v.txt"), "-o", str(path), "-q"]) == 0
     assert np.load(path / "rows.npy").tolist() == [[1, 2], [3, 4]]
@@ -110,7 +110,7 @@ def test_errors(
 
 
 def test_train_and_similar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Word vectors from a text, and the neighbours of a word."""
+    """train makes word vectors from a text, and similar prints the neighbours of words."""
     rng = np.random.default_rng(0)
     topics = [["sun", "moon", "star", "sky"], ["salt", "milk", "bread", "meal"]]
     lines = [" ".join(rng.choice(topics[i % 2], 10)) for i in range(600)]
@@ -126,7 +126,7 @@ def test_train_and_similar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    """doctor prints what a bug report needs."""
+    """doctor prints the facts that a bug report needs."""
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["simd"]
 

@@ -74,7 +74,7 @@ def test_at_most_depth_ahead() -> None:
 
 
 def test_errors_come_in_their_place() -> None:
-    """What the source raises, or a bad id, comes after the batches before it."""
+    """An exception of the source, or a bad id, is raised after the batches before it."""
     t = Table.memory(3, 1)
 
     def source() -> Iterator[list[int]]:

@@ -102,7 +102,7 @@ def test_fork_after_parallel_work() -> None:
     assert queue.get(timeout=30) == expected
     forked.join(30)
     assert forked.exitcode == 0
-    assert table.gather(ids).sum() == expected  # the parent goes on
+    assert table.gather(ids).sum() == expected  # the parent still works
 
 
 def test_many_gathers_at_once() -> None:
@@ -173,7 +173,7 @@ def test_steps_take_turns() -> None:
 
 
 def test_threads_are_released_between_calls() -> None:
-    """pause_threads gives the pool back, and the next call starts it again."""
+    """pause_threads ends the pool, and the next call starts it again."""
     table = Table.memory(5000, 64, init=init.normal(), num_threads=2)
     expected = table.gather(np.arange(5000))
     _core.pause_threads()

@@ -159,7 +159,7 @@ class VectorSource:
     """
 
     format: str
-    _unit: str  # of the places that `_rows` yields: "line" or "byte"
+    _unit: str  # what the places of `_rows` count: "line" or "byte"
 
     def __init__(self, head: Head, dim: int, declared_rows: int | None, body: int) -> None:
         self.path = head.path

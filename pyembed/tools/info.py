@@ -16,7 +16,7 @@ VERSION = "0.1.0"
 
 
 def table_facts(path: str | os.PathLike[str], resident: bool = False) -> dict[str, Any]:
-    """What a table is: sizes, columns and its last commit. A writer may have it open.
+    """The facts about a table: sizes, columns and its last commit. A writer may have it open.
 
     Parameters
     ----------

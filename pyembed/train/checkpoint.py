@@ -109,7 +109,7 @@ def table_in_training(
     ------
     ArgumentError
         If the output exists, there is nothing to resume, the settings differ from the checkpoint's,
-        or another partial folder is in the way.
+        or another partial folder has its name.
     LockedError
         If another training has the partial folder open.
     DirtyError, FormatError

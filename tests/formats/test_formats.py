@@ -37,7 +37,7 @@ def read(source: VectorSource) -> tuple[list[bytes], NDArray[np.float32]]:
 
 
 def read_bytes(content: bytes, format: str = "auto") -> tuple[list[bytes], NDArray[np.float32]]:
-    """Read the content as a file whose name says nothing."""
+    """Read the content as a file with a neutral name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "vectors")
         path.write_bytes(content)
@@ -45,14 +45,14 @@ def read_bytes(content: bytes, format: str = "auto") -> tuple[list[bytes], NDArr
 
 
 def message(content: bytes, format: str = "auto") -> str:
-    """Give the text of the FormatError that the content causes."""
+    """The text of the FormatError that the content causes."""
     with pytest.raises(FormatError) as caught:
         read_bytes(content, format)
     return str(caught.value)
 
 
 def binary(tokens: list[bytes], values: NDArray[np.float32], end: bytes) -> bytes:
-    """Write word2vec's binary form; the C tool ends a row by a newline, gensim by nothing."""
+    """Write word2vec's binary form; the C tool ends a row with a newline, gensim does not."""
     rows = zip(tokens, values, strict=True)
     body = b"".join(token + b" " + row.astype("<f4").tobytes() + end for token, row in rows)
     return b"%d %d\n" % values.shape + body
@@ -60,7 +60,7 @@ def binary(tokens: list[bytes], values: NDArray[np.float32], end: bytes) -> byte
 
 @st.composite
 def vectors(draw: st.DrawFn, forbidden: bytes) -> tuple[list[bytes], NDArray[np.float32]]:
-    """Draw tokens of any bytes but the forbidden, and finite rows."""
+    """Draw tokens of any allowed bytes, and finite rows."""
     byte = st.sampled_from(sorted(set(range(256)) - set(forbidden)))
     token = st.lists(byte, max_size=6).map(bytes).filter(lambda token: token[:1] != b"\n")
     tokens = draw(st.lists(token, min_size=1, max_size=8, unique=True))
@@ -88,7 +88,7 @@ def test_text_round_trip(
     block: int,
     format: str,
 ) -> None:
-    """Text comes back bit for bit, for any token, line end, packing and place of a block's end."""
+    """Text is read bit for bit, for any token, line end, compression and end of a block."""
     tokens, values = data
     if format == "glove":  # a file without a header must not begin like another kind of file
         tokens = (
@@ -115,7 +115,7 @@ def test_text_round_trip(
 def test_binary_round_trip(
     data: tuple[list[bytes], NDArray[np.float32]], end: bytes, packed: bool, block: int
 ) -> None:
-    """Binary comes back bit for bit, with and without a newline after each row."""
+    """Binary is read bit for bit, with and without a newline after each row."""
     tokens, values = data
     content = binary(tokens, values, end)
     with mock.patch.object(_source, "BLOCK", block):
@@ -170,7 +170,7 @@ def test_numbers_are_float_of_the_field_or_an_error(rows: list[list[str]]) -> No
     ],
 )
 def test_odd_but_good_text(content: bytes, tokens: list[bytes]) -> None:
-    """What real files hold and the format allows is read as it is."""
+    """Oddities of real files that the format allows are read as they are."""
     names, values = read_bytes(content)
     assert names == tokens
     assert values.tolist() == [[1, 2], [3, 4]]
@@ -200,7 +200,7 @@ def test_format_comes_from_content_and_not_from_the_name(tmp_path: Path) -> None
 @pytest.mark.parametrize("dim", [1, 2, 7, 64])
 @pytest.mark.parametrize("scale", [0.0, 0.5 / 300, 1.0])
 def test_binary_is_told_from_text_by_its_first_row(dim: int, scale: float) -> None:
-    """Trained, tiny and zero vectors are seen to be binary, with either end of a row."""
+    """Trained, tiny and zero vectors are recognised as binary, with either end of a row."""
     rng = np.random.default_rng(dim)
     tokens = [b"</s>", b"the", b"\xe2\x82"]
     for end in (b"", b"\n"):
@@ -218,7 +218,7 @@ def test_two_integers_are_a_row_unless_line_2_is_longer() -> None:
 
 
 def test_glove_may_end_in_an_uncounted_unk() -> None:
-    """GloVe's header does not count <unk>: that one row more is taken, under its format alone."""
+    """GloVe's header does not count <unk>: this surplus row is read, under this format alone."""
     content = b"2 2\na 1 2\nb 3 4\n<unk> 5 6\n"
     tokens, values = read_bytes(content, "glove")
     assert tokens == [b"a", b"b", b"<unk>"]
@@ -366,7 +366,7 @@ def test_no_cut_of_a_binary_goes_unseen(size: int) -> None:
 
 @given(st.binary(max_size=200), st.sampled_from(["", "2 2\n", "1 3\na "]))
 def test_any_bytes_are_read_or_refused(content: bytes, start: str) -> None:
-    """Whatever a file holds, the outcome is vectors or a FormatError, under every format."""
+    """Any content gives vectors or a FormatError, under every format."""
     for format in ("auto", "word2vec", "word2vec-binary", "glove"):
         try:
             tokens, values = read_bytes(start.encode() + content, format)
@@ -378,7 +378,7 @@ def test_any_bytes_are_read_or_refused(content: bytes, start: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_huge_count_allocates_nothing(packed: bool, tmp_path: Path) -> None:
-    """A header that lies about its rows is refused before memory is taken for them."""
+    """A header with a wrong count is refused before memory is allocated for it."""
     path = tmp_path / "vectors"
     content = b"100000000000 300\na 1 2\n"
     path.write_bytes(gzip.compress(content) if packed else content)
@@ -391,7 +391,7 @@ def test_a_huge_count_allocates_nothing(packed: bool, tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
-    """Neither line 1 nor a later line is held beyond LINE_LIMIT, so memory stays fixed."""
+    """No line is kept in memory beyond LINE_LIMIT."""
     with mock.patch.object(_source, "LINE_LIMIT", 100), mock.patch.object(_source, "BLOCK", 64):
         assert "line 1 has no end within 100 bytes" in message(b"x" * 1000)
         assert "line 3 has no end within 100 bytes" in message(b"a 1\nb 2\n" + b"x" * 1000)
@@ -416,7 +416,7 @@ def test_damaged_gzip_is_an_error(cut: int) -> None:
     ],
 )
 def test_other_kinds_of_files_are_named(start: bytes, name: str) -> None:
-    """A file that people confuse with vectors is called what it is."""
+    """A file that is often mistaken for vectors is called by its real format."""
     assert name in message(start + b" rest\n")
 
 
@@ -427,13 +427,13 @@ def test_format_must_be_known(tmp_path: Path) -> None:
 
 
 def test_word2vec_needs_its_header() -> None:
-    """A file without a header under format 'word2vec' is told of GloVe."""
+    """For a file without a header, format 'word2vec' raises an error that names GloVe."""
     assert "format='glove'" in message(b"a 1 2\n", "word2vec")
     assert "format='glove'" in message(b"a 1 2\n", "word2vec-binary")
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    """A missing file and a folder are the system's own errors; a pipe cannot be read twice."""
+    """A missing file and a folder raise the system's errors; a pipe is refused."""
     with pytest.raises(FileNotFoundError):
         open_vectors(tmp_path / "missing")
     with pytest.raises(IsADirectoryError):

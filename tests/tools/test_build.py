@@ -27,18 +27,18 @@ def test_from_initializer_is_create(tmp_path: Path) -> None:
 
 
 def test_same_rows_for_any_number_of_threads(tmp_path: Path) -> None:
-    """Threads do not change a built table."""
+    """The number of threads does not change a built table."""
     texts = []
-    for workers in (1, 2, 3):
-        folder = tmp_path / str(workers)
-        build.from_initializer(folder, 70_000, 33, init.normal(), num_threads=workers)
+    for num_threads in (1, 2, 3):
+        folder = tmp_path / str(num_threads)
+        build.from_initializer(folder, 70_000, 33, init.normal(), num_threads=num_threads)
         texts.append((folder / "rows.npy").read_bytes())
     assert texts[0] == texts[1] == texts[2]
 
 
 @pytest.mark.parametrize("header", [True, False])
 def test_from_text(tmp_path: Path, header: bool) -> None:
-    """A file of vectors becomes rows, state of zeros, and a vocabulary; header or not."""
+    """A file of vectors, with a header or not, becomes rows, state of zeros, and a vocabulary."""
     text = "cat 1 2\ndog 3 4\né 5 -6.5\n"
     (tmp_path / "v.txt").write_text(("3 2\n" if header else "") + text)
     build.from_vectors(tmp_path / "t", tmp_path / "v.txt", optimizer="adagrad")
@@ -77,7 +77,7 @@ def test_peak_memory_does_not_grow(tmp_path: Path) -> None:
 
 
 def test_large_tables_are_written_whole(tmp_path: Path) -> None:
-    """Pieces that are written past the page cache, several at a time, end where they belong."""
+    """Several pieces that are written past the page cache at once each reach their place."""
     rows, dim = 3 * direct_writer.PIECE_BYTES // (4 * 37), 37
     build.from_initializer(tmp_path / "t", rows, dim, init.normal(), seed=8)
     with Table.open(tmp_path / "t", "r") as t:

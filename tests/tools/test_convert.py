@@ -33,7 +33,7 @@ def trained(path: Path) -> Path:
 
 
 def test_columns_are_added_and_dropped(trained: Path, tmp_path: Path) -> None:
-    """Kept columns have their bits, new ones are zero, and all that belongs to it comes along."""
+    """Kept columns have their bits, new ones are zero, and vocabulary, id map and meta stay."""
     new = tmp_path / "new"
     convert(trained, new, optimizer="rowwise_adam", add={"bias": 2})
     with Table.open(trained, "r") as old, Table.open(new) as t:
@@ -55,7 +55,7 @@ def test_columns_are_added_and_dropped(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_that_an_error_names(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What an optimizer asks for in its message is what makes it work."""
+    """An optimizer works after the command that its error message gives."""
     make = partial(optim.PartialRowwiseAdam, decay_mode="lazy", frequency_power=0.5)
     with Table.create(path, 5, 2) as t, pytest.raises(ArgumentError) as caught:
         make(t)
@@ -67,7 +67,7 @@ def test_the_command_that_an_error_names(path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_many_chunks_and_a_bare_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are copied in chunks, of which the last is shorter; a .npy becomes a table."""
+    """Rows are copied in chunks, the last one shorter; a .npy becomes a table."""
     monkeypatch.setattr("pyembed.tools.convert.CHUNK_FLOATS", 100)
     rows = np.random.default_rng(1).standard_normal((997, 7), np.float32)
     np.save(tmp_path / "a.npy", rows)
@@ -92,14 +92,14 @@ def test_many_chunks_and_a_bare_array(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_bad_columns(
     trained: Path, tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
-    """Columns that cannot be are refused, and nothing appears."""
+    """Columns that cannot exist are refused, and no table appears."""
     with pytest.raises(ArgumentError, match=message):
         convert(trained, tmp_path / "new", **arguments)
     assert [file.name for file in tmp_path.iterdir()] == [trained.name]
 
 
 def test_state_of_another_width(path: Path) -> None:
-    """A column of a state's name and another width is not taken for the state."""
+    """A column with the name of a state and another width is not used as that state."""
     Table.create(path, 3, 2, columns={"sum": 1}).close()
     with pytest.raises(ArgumentError, match="'sum' has width 1, and adagrad needs 2"):
         convert(path, f"{path}2", optimizer="adagrad")
@@ -114,7 +114,7 @@ def test_names_that_are_taken(trained: Path) -> None:
 
 
 def test_a_failed_copy_leaves_nothing(trained: Path, tmp_path: Path) -> None:
-    """A sync that fails at the end leaves no table, and the old one as it was."""
+    """After a sync that fails at the end there is no new table, and the old one is unchanged."""
     before = (trained / "rows.npy").read_bytes()
     system = Faults()
     system.fail("sync")
@@ -130,7 +130,7 @@ def step_every_row(table: Table) -> None:
 
 
 def test_a_table_whose_writer_died(path: Path, tmp_path: Path) -> None:
-    """What is converted is the last commit, not what the dead writer has left in the file."""
+    """The last commit is converted, not the rows that a dead writer left in the file."""
     Table.create(path, 9, 2).close()
     kill_writer(path, step_every_row)
     assert json.loads((path / "manifest.json").read_text())["state"] == "dirty"

@@ -48,7 +48,7 @@ class Trainer:
         }  # fmt: skip
 
     def __call__(self, **changes: Any) -> dict[str, bytes]:
-        """Train, and give the model's files."""
+        """Train, and return the model's files."""
         options: dict[str, Any] = (
             {"corpus_paths": [self.text], "output": self.output} | self.settings | changes
         )
@@ -57,7 +57,7 @@ class Trainer:
         return result_in(result.path)
 
     def whole(self, **changes: Any) -> dict[str, bytes]:
-        """What is expected: the files of a training that was left alone."""
+        """The expected files: those of a training that was not interrupted."""
         return self(output=self.output.with_name("whole"), **changes)
 
 
@@ -67,7 +67,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def result_in(folder: Path) -> dict[str, bytes]:
-    """All files, but for the numbers that commits draw to tell each other apart."""
+    """All files, without the random numbers of commits."""
     files = content(folder)
     fields = json.loads(files["manifest.json"])
     files.pop("changes", None)  # with durability "none" there is none
@@ -101,7 +101,7 @@ def stopping(after: int, error: BaseException | None = None) -> Iterator[None]:
 
 
 def in_sittings(trainer: Trainer, after: int, **changes: Any) -> tuple[dict[str, bytes], int]:
-    """Train, interrupted after so many batches, again and again; also gives how often."""
+    """Train, interrupted after so many batches again and again; also returns how often."""
     for interrupted in itertools.count():
         with stopping(after), contextlib.suppress(KeyboardInterrupt):
             return trainer(resume=interrupted > 0, **changes), interrupted
@@ -110,7 +110,7 @@ def in_sittings(trainer: Trainer, after: int, **changes: Any) -> tuple[dict[str,
 
 
 def begin(trainer: Trainer, after: int = 5) -> dict[str, bytes]:
-    """Leave a training with a checkpoint, interrupted after so many batches; gives its files."""
+    """Leave a training with a checkpoint, interrupted after so many batches; returns its files."""
     with stopping(after), pytest.raises(KeyboardInterrupt, match="partial holds the last check"):
         trainer()
     return content(trainer.partial)
@@ -134,7 +134,7 @@ def test_interrupted_again_and_again(trainer: Trainer, every: int, after: int) -
 
 
 def one_stream(patch: pytest.MonkeyPatch) -> None:
-    """Random numbers come from one generator, which begins anew in every sitting."""
+    """Mutant: random numbers come from one generator, which every resumption seeds again."""
     streams: dict[int, np.random.Generator] = {}
 
     def generator(seed: int, *place: int) -> np.random.Generator:
@@ -146,13 +146,13 @@ def one_stream(patch: pytest.MonkeyPatch) -> None:
 
 
 def rate_begins_anew(patch: pytest.MonkeyPatch) -> None:
-    """The words that the learning rate depends on are counted from zero."""
+    """Mutant: the words that the learning rate depends on are counted from zero."""
     made = checkpoint.Progress
     patch.setattr(skipgram, "Progress", lambda **at: made(**(at | {"words": 0})))
 
 
 def a_batch_is_left_out(patch: pytest.MonkeyPatch) -> None:
-    """The first batch after a checkpoint is taken for one that was trained on."""
+    """Mutant: the first batch after a checkpoint is skipped."""
     add = checkpoint.Progress.add
 
     def early(at: checkpoint.Progress, batch: runs.Runs, loss: float) -> None:
@@ -163,7 +163,7 @@ def a_batch_is_left_out(patch: pytest.MonkeyPatch) -> None:
 
 
 def nothing_is_taken_back(patch: pytest.MonkeyPatch) -> None:
-    """Rows stay as the interruption left them."""
+    """Mutant: rows stay as the interruption left them."""
     patch.setattr("pyembed.storage.store.Store.rollback", lambda store: store.commit(None))
 
 
@@ -173,7 +173,7 @@ def nothing_is_taken_back(patch: pytest.MonkeyPatch) -> None:
 def test_the_comparison_notices_a_mutant(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, mutant: Callable[..., None]
 ) -> None:
-    """What does not go on exactly does not end with the same rows."""
+    """Each mutant of resuming ends with other rows."""
     mutant(monkeypatch)
     whole = trainer.whole()
     assert in_sittings(trainer, 3)[0]["rows.npy"] != whole["rows.npy"]
@@ -209,7 +209,7 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
 
 
 def test_full_disk(trainer: Trainer) -> None:
-    """A journal that cannot grow is an error, and with room again the training goes on."""
+    """A journal that cannot grow is an error, and with room again the training continues."""
     whole = trainer.whole(checkpoint_every=9)
     begin(trainer)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -228,7 +228,7 @@ def test_full_disk(trainer: Trainer) -> None:
 
 
 def test_stopped_while_the_text_was_read(trainer: Trainer) -> None:
-    """A table without rows, and half a text, is all that such a death leaves: it is read anew."""
+    """After a death during reading, the text is read again."""
     whole = trainer.whole()
     Table.create(trainer.partial, 0, 8, "adagrad").close()
     (trainer.partial / "text").write_bytes(b"half")
@@ -238,7 +238,7 @@ def test_stopped_while_the_text_was_read(trainer: Trainer) -> None:
 
 
 def test_a_text_is_read_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once it was read, a training goes on without it, also if it has half of its rows."""
+    """A training continues without texts that were read, even if half of its rows are missing."""
     whole, append = trainer.whole(), Table.append
 
     def full_disk(table: Table, n: int, *recipe: Any) -> None:
@@ -257,7 +257,7 @@ def test_a_text_is_read_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_stopped_before_it_got_its_name(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that has only to be named is not begun again."""
+    """A finished training that only has to be renamed is not trained again."""
     whole = trainer.whole()
     rename = Path.rename
 
@@ -291,7 +291,7 @@ def test_nothing_is_kept_of_half_a_text(
 
 
 def test_nothing_is_kept_of_a_text_without_pairs(trainer: Trainer) -> None:
-    """A text that teaches nothing leaves nothing, with checkpoints too."""
+    """A text without pairs leaves nothing, with checkpoints too."""
     trainer.text.write_text("one\ntwo\n" * 9)
     with pytest.raises(CorpusError, match="no line has two words"):
         trainer(checkpoint_every=1)
@@ -302,7 +302,7 @@ def test_nothing_is_kept_of_a_text_without_pairs(trainer: Trainer) -> None:
 
 
 def test_a_checkpoint_can_be_asked(trainer: Trainer) -> None:
-    """The last checkpoint is a model: its neighbours, and how far it is."""
+    """The last checkpoint is a model with neighbours and progress."""
     begin(trainer, after=5)
     with Model(trainer.partial) as model:
         progress = model.table.meta["progress"]
@@ -314,7 +314,7 @@ def test_a_checkpoint_can_be_asked(trainer: Trainer) -> None:
 def test_message_of_the_command(
     trainer: Trainer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C says how to go on, and the same command with --resume does."""
+    """Ctrl-C prints how to continue, and the same command with --resume continues."""
     monkeypatch.chdir(trainer.output.parent)
     command = ["train", "skipgram", "text.txt", "-o", "model", "--dim", "8", "--buckets", "9", "-q"]
     command += ["--checkpoint-every", "1"]
@@ -341,14 +341,14 @@ def test_message_of_the_command(
     ],
 )
 def test_nothing_to_resume(trainer: Trainer, options: dict[str, Any], message: str) -> None:
-    """To resume nothing, or to keep checkpoints never, is an error that makes nothing."""
+    """Resuming nothing, and checkpoints every 0 batches, are errors that make nothing."""
     with pytest.raises(ArgumentError, match=message):
         trainer(**options)
     assert list(trainer.text.parent.iterdir()) == [trainer.text]
 
 
 def test_other_settings(trainer: Trainer) -> None:
-    """A setting that is not the checkpoint's is refused by name, and the checkpoint stays."""
+    """A setting that differs from the checkpoint's is refused by name, and the checkpoint stays."""
     files = begin(trainer)
     others: dict[str, Any] = {
         "dim": 9, "window": 4, "negative": 4, "min_count": 4, "epochs": 3, "lr": 0.2, "sample": 0.1,
@@ -365,7 +365,7 @@ def test_other_settings(trainer: Trainer) -> None:
 
 
 def cut(path: Path) -> None:
-    """Take half of a file away."""
+    """Cut a file in half."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
 
@@ -379,7 +379,7 @@ def cut(path: Path) -> None:
     ],
 )  # fmt: skip
 def test_damaged_checkpoint(trainer: Trainer, name: str, damage: Callable[[Path], None]) -> None:
-    """A file that is missing or cut short is named, and what is left stays."""
+    """A file that is missing or cut short is named, and the others stay."""
     begin(trainer)
     damage(trainer.partial / name)
     files = content(trainer.partial)
@@ -400,7 +400,7 @@ def test_vocabulary_of_another_training(trainer: Trainer) -> None:
 
 
 def test_folder_that_is_no_training(trainer: Trainer) -> None:
-    """Somebody else's table in the place of the partial folder is left as it is."""
+    """Another table in the place of the partial folder is left unchanged."""
     Table.create(trainer.partial, 3, 8, "adagrad").close()
     files = content(trainer.partial)
     with pytest.raises(FormatError, match=r"model\.partial: no skipgram training"):
@@ -422,7 +422,7 @@ def train_until_the_first_step(text: Path, output: Path) -> None:
 
 
 def test_killed_without_checkpoints(trainer: Trainer) -> None:
-    """What a killed training without checkpoints leaves is refused, with what to do."""
+    """The folder of a killed training without checkpoints is refused, with a remedy."""
     child.run(train_until_the_first_step, trainer.text, trainer.output, status=-signal.SIGKILL)
     with pytest.raises(DirtyError, match=r"no journal: no checkpoint is left; remove it.*partial"):
         trainer(resume=True)
@@ -431,7 +431,7 @@ def test_killed_without_checkpoints(trainer: Trainer) -> None:
 
 
 def test_two_trainings_at_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a training runs, neither a second nor a resumed one gets at its folder."""
+    """While a training runs, neither a second nor a resumed one can use its folder."""
     whole = trainer.whole()
     seen: list[Collection[str]] = []
     step = skipgram._Model.step

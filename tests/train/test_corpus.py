@@ -90,7 +90,7 @@ def test_excluded_names_and_paths(tmp_path: Path) -> None:
 
 
 def test_file_by_name_is_always_taken(tmp_path: Path) -> None:
-    """Neither suffix nor pattern applies to a file that is given by name; order is kept."""
+    """A file that is given by name is read whatever its suffix, in the given order."""
     data, text = write(tmp_path / "data.bin", "x"), write(tmp_path / "a.txt", "x")
     assert find_files([text, str(data)], exclude=["*"]) == [text, data]
 
@@ -138,7 +138,7 @@ def test_folder_without_permission(tmp_path: Path) -> None:
 def test_invalid_utf8_names_the_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    """Bytes that are no UTF-8 are an error with file, value, offset and remedy."""
+    """Bytes that are not UTF-8 are an error with file, value, offset and remedy."""
     monkeypatch.setattr(corpus, "_PIECE_BYTES", piece)
     path = write(tmp_path / "latin.txt", b"caf\xc3\xa9\nna\xefve x\n")
     with pytest.raises(
@@ -158,7 +158,7 @@ def test_invalid_utf8_replaced(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(alphabet="aé日\n ._\\", max_size=12), max_size=6), st.integers(1, 40))
 def test_pieces_do_not_change_words(tmp_path: Path, texts: list[str], piece: int) -> None:
-    """However a file is cut into pieces, its text and its words are the same."""
+    """The pieces of a file do not change its text and words."""
     text = "".join(texts)
     path = write(tmp_path / "t.txt", text)
     with pytest.MonkeyPatch.context() as patch:
@@ -181,7 +181,7 @@ def test_file_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_ids_and_counts_are_those_of_the_text(tmp_path: Path) -> None:
-    """The file of ids gives the text back, and the counts are its words' and lines'."""
+    """The ids are those of the text, and the counts those of its words and lines."""
     encoded = encode(tmp_path, "b a b\nc", "a\n")
     expected = ["b", "a", "b", "\n", "c", "\n", "a", "\n", "\n"]
     assert words_of(encoded) == expected
@@ -200,7 +200,7 @@ def test_corpus_without_words(tmp_path: Path, text: str) -> None:
 
 
 def test_vocabulary_is_ordered_by_count_and_name(tmp_path: Path) -> None:
-    """Rows go by falling count, equal counts by name; rare words and line ends have no row."""
+    """Rows are ordered by count, then by name; rare words and line ends have none."""
     encoded = encode(tmp_path, "z y y x x w w w rare")
     chosen, row_of = choose_vocabulary(encoded, min_count=2)
     assert [encoded.types[i] for i in chosen] == ["w", "x", "y"]
@@ -225,7 +225,7 @@ def test_vocabulary_that_is_too_small(tmp_path: Path) -> None:
 
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_text_as_rows(tmp_path: Path, size: int, read: int) -> None:
-    """The file then holds the rows of the text in order, without words that have none."""
+    """The file then has the rows of the text in order, without dropped words."""
     encoded = encode(tmp_path, "z y y x\nrare x w w", "w x y\n\n")
     _, row_of = choose_vocabulary(encoded, min_count=2)
     expected = [row_of[i] for block in read_blocks(encoded.path, 99) for i in block]
@@ -242,7 +242,7 @@ def test_text_as_rows(tmp_path: Path, size: int, read: int) -> None:
 
 
 def test_names_of_paths() -> None:
-    """Lists of other paths, or in another order, have other names; the kind of path is the same."""
+    """Other paths, or another order, give another name; str and Path give the same."""
     lists = [["a", "b"], ["b", "a"], ["ab"], ["a"], ["a\nb"], ["a", "b", ""], []]
     assert len({name_paths(paths) for paths in lists}) == len(lists)
     assert name_paths([Path("a"), Path("b")]) == name_paths(lists[0])

@@ -81,7 +81,7 @@ def test_runs_hold_each_pair_of_a_line_once(
 
 
 def test_thinning_is_that_of_word2vec() -> None:
-    """A word of frequency f stays with probability sqrt(s / f) + s / f, at most 1."""
+    """A word of frequency f is kept with probability sqrt(s / f) + s / f, at most 1."""
     keep = keep_probability(np.array([9990, 9, 1]), 1e-3)
     ratio = 1e-3 / 0.999
     assert keep.tolist() == [np.float32(ratio**0.5 + ratio), 1, 1]
@@ -165,7 +165,7 @@ def test_rows_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_same_seed_same_bits(tmp_path: Path) -> None:
-    """A training is a function of its text and settings, whatever the number of threads."""
+    """A training depends on its text and settings, not on the number of threads."""
     same = [train(tmp_path, f"same{n}", num_threads=n) for n in (1, 2)]
     other = train(tmp_path, "other", seed=2)
     first, second, third = ((path / "rows.npy").read_bytes() for path in (*same, other))
@@ -185,7 +185,7 @@ def test_same_seed_same_bits(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_settings(tmp_path: Path, setting: dict[str, Any]) -> None:
-    """A setting that makes no sense is refused by name, and nothing is made."""
+    """A setting that is not allowed is refused by name, and nothing is made."""
     text = topics_text(tmp_path)
     with pytest.raises(ArgumentError, match=f"{next(iter(setting))} = .*allowed"):
         train_skipgram([text], tmp_path / "model", progress=False, **setting)
@@ -209,7 +209,7 @@ def test_output_that_exists(tmp_path: Path, kind: str) -> None:
 
 
 def test_leftover_of_a_killed_training(tmp_path: Path) -> None:
-    """A partial folder is nobody's to remove unasked: it is named."""
+    """A partial folder is never removed unasked: the error names it."""
     (tmp_path / "model.partial").mkdir()
     with pytest.raises(ArgumentError, match=r"model\.partial exists"):
         train(tmp_path)
@@ -218,7 +218,7 @@ def test_leftover_of_a_killed_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"1 2 3\n", b"caf\xe9\n"])
 def test_bad_corpus_leaves_nothing(tmp_path: Path, data: bytes) -> None:
-    """Without a word, or with bytes that are no UTF-8, nothing is made."""
+    """Without a word, or with bytes that are not UTF-8, nothing is made."""
     (tmp_path / "bad.txt").write_bytes(data)
     with pytest.raises(CorpusError, match=r"bad\.txt"):
         train_skipgram([tmp_path / "bad.txt"], tmp_path / "model", progress=False)
@@ -226,7 +226,7 @@ def test_bad_corpus_leaves_nothing(tmp_path: Path, data: bytes) -> None:
 
 
 def test_text_without_pairs(tmp_path: Path) -> None:
-    """A text whose lines have one word each teaches nothing: an error and not a model of noise."""
+    """A text whose lines have one word each has no pairs: an error, not a model of noise."""
     (tmp_path / "list.txt").write_text("one\ntwo\n" * 9)
     with pytest.raises(CorpusError, match="no line has two words that occur 5 times"):
         train_skipgram([tmp_path / "list.txt"], tmp_path / "model", buckets=0, progress=False)
@@ -237,7 +237,7 @@ def test_text_without_pairs(tmp_path: Path) -> None:
 def test_interrupted_training_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    """Ctrl-C, or an error, in the middle removes the half-made model and passes on."""
+    """Ctrl-C, or an error, removes the half-made model and is raised."""
     steps = []
     whole = skipgram._Model.step
 
@@ -280,7 +280,7 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
         table.commit(meta={"model": "skipgram", "minn": 3, "maxn": 6, "buckets": 0})
     with pytest.raises(FormatError, match="2 words and 0 n-gram rows do not make 5 rows"):
         Model(folder)
-    Table.open(folder).close()  # nobody holds its lock
+    Table.open(folder).close()  # its lock is free
 
 
 # ---- the picture
@@ -306,7 +306,7 @@ def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_k_means_finds_separate_groups() -> None:
-    """Points of well separated groups get the same label within and another one outside."""
+    """Points of a well separated group have one label, which no other group has."""
     rng = np.random.default_rng(0)
     truth = np.repeat(np.arange(4), 10)
     points = (np.eye(4)[truth] * 10 + rng.normal(size=(40, 4))).astype(np.float32)
@@ -317,7 +317,7 @@ def test_k_means_finds_separate_groups() -> None:
 
 
 def test_labels_are_pushed_apart() -> None:
-    """A crowd of boxes, two of them at one place, ends without overlap and within the frame."""
+    """A crowd of boxes, two of them at one place, ends without overlap, inside the frame."""
     rng = np.random.default_rng(0)
     wanted = rng.normal([300, 200], [80, 40], size=(60, 2))
     wanted[1] = wanted[0]

@@ -37,7 +37,7 @@ def slow_ngrams(word: str, minn: int, maxn: int) -> list[str]:
     ("data", "known"), [(b"", 0x811C9DC5), (b"a", 0xE40C292C), (b"foobar", 0xBF9CF968)]
 )
 def test_slow_hash_is_fnv(data: bytes, known: int) -> None:
-    """The test's own hash gives the published values of FNV-1a."""
+    """The hash of this test gives the published values of FNV-1a."""
     assert slow_fnv(data) == known
 
 
@@ -56,7 +56,7 @@ def test_ngram_hashes(words: list[str], minn: int, more: int) -> None:
 
 
 def test_vector_is_own_row_and_mean_of_ngrams() -> None:
-    """A word is a fixed share of its own row and the mean of its n-grams for the rest."""
+    """A word is a fixed share of its own row, and of the mean of its n-grams for the rest."""
     words, ngrams = ["read", "a", "reader"], Ngrams(3, 4, 50)
     table = Table.memory(rows=3 + 50, dim=5, init=init.normal(), seed=3)
     parts = Parts.of_vocabulary(words, ngrams)
@@ -88,6 +88,6 @@ def test_spread_is_the_transpose_of_combine() -> None:
 
 @pytest.mark.parametrize("setting", [(0, 3, 10), (4, 3, 10), (3, 6, -1), (3, 6, 2**32)])
 def test_bad_ngrams(setting: tuple[int, int, int]) -> None:
-    """N-gram lengths and bucket counts that make no sense are refused."""
+    """N-gram lengths and bucket counts that are not allowed are refused."""
     with pytest.raises(ArgumentError, match="allowed"):
         Ngrams(*setting)

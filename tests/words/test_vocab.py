@@ -48,7 +48,7 @@ def test_token_and_row_are_inverse() -> None:
 
 
 def test_ids_are_int64_in_the_order_of_the_tokens() -> None:
-    """Many tokens become an int64 array of their rows, repeats and none at all included."""
+    """Many tokens, repeated ones or none, become an int64 array of their rows."""
     vocab = Vocab(["the", "of", "and"])
     ids = vocab.ids(iter(["and", "the", "and"]))
     assert ids.dtype == np.int64
@@ -57,7 +57,7 @@ def test_ids_are_int64_in_the_order_of_the_tokens() -> None:
 
 
 def test_unknown_token_is_named_with_close_spellings() -> None:
-    """A KeyError says which token, where it stood, and what it may have meant."""
+    """A KeyError names the token, its position, and close spellings."""
     vocab = Vocab(["import", "important", "export"])
     with pytest.raises(KeyError, match=r"'imprt' is none of the 3 tokens; close.*'import'"):
         vocab["imprt"]
@@ -86,7 +86,7 @@ def test_row_must_be_an_integer(row: int) -> None:
 
 
 def test_one_string_is_not_a_list_of_tokens() -> None:
-    """A lone string, which Python would take letter by letter, is refused."""
+    """A single string, which Python would iterate by letters, is refused."""
     with pytest.raises(DTypeError, match="tokens = 'abc'"):
         Vocab("abc")
     with pytest.raises(DTypeError, match="tokens = 'abc'"):
@@ -117,7 +117,7 @@ def test_token_that_bytes_cannot_give_back_is_refused(token: str) -> None:
 
 
 def test_token_must_be_str() -> None:
-    """Bytes from a reader are refused with the decoding that keeps them."""
+    """Bytes are refused, and the error names the decoding that keeps them."""
     with pytest.raises(DTypeError, match=r"tokens\[1\] = b'b' is bytes.*surrogateescape"):
         Vocab(["a", b"b"])  # type: ignore[list-item]
 
@@ -140,7 +140,7 @@ def test_counts_are_checked(counts: ArrayLike, error: type[Exception], match: st
 
 
 def test_counts_are_a_read_only_copy() -> None:
-    """The caller's array and the vocabulary's do not share memory."""
+    """The vocabulary copies the caller's counts."""
     mine = np.array([0, INT64.max])
     vocab = Vocab(["a", "b"], mine)
     mine[0] = 7
@@ -156,7 +156,7 @@ def test_counts_are_a_read_only_copy() -> None:
 
 @given(tokens=TOKENS, first=st.none() | st.integers(0, INT64.max - 8))
 def test_save_and_load_round_trip(tokens: list[bytes], first: int | None) -> None:
-    """Any bytes without newline come back as they were, in vocab.txt a line each, with counts."""
+    """Any bytes without newline are loaded as they were saved, one line each, with counts."""
     counts = None if first is None else np.arange(first, first + len(tokens), dtype=np.int64)
     with tempfile.TemporaryDirectory() as folder:
         Vocab(map(decode, tokens), counts).save(folder)
@@ -173,13 +173,13 @@ def test_save_and_load_round_trip(tokens: list[bytes], first: int | None) -> Non
 
 
 def test_counts_are_a_plain_npy(tmp_path: Path) -> None:
-    """Anyone can read the counts with numpy alone."""
+    """numpy alone reads the counts."""
     Vocab(["a", "b"], [3, 2]).save(tmp_path)
     assert np.load(tmp_path / "vocab.counts.npy", allow_pickle=False).tolist() == [3, 2]
 
 
 def test_saving_again_replaces_counts_too(tmp_path: Path) -> None:
-    """Counts of an older vocabulary do not stay beside tokens that have none."""
+    """Counts of an older vocabulary are removed when tokens without counts are saved."""
     Vocab(["a", "b"], [3, 2]).save(tmp_path)
     Vocab(["c", "d"]).save(tmp_path)
     loaded = Vocab.load(tmp_path)
@@ -205,7 +205,7 @@ class Dying(Watched):
 
 @pytest.mark.parametrize("step", range(9))
 def test_a_crash_while_saving_leaves_one_vocabulary_or_the_other(step: int, tmp_path: Path) -> None:
-    """Whichever call to the system is the last, what is loaded is old or new and never mixed."""
+    """After any system call fails, the old or the new vocabulary is loaded, never a mixture."""
     Vocab(["a", "b"], [3, 2]).save(tmp_path)
     with fs.using(Dying(step)):
         if step < 8:
@@ -222,11 +222,11 @@ def test_a_crash_while_saving_leaves_one_vocabulary_or_the_other(step: int, tmp_
         (["c", "d"], [9, 8]),
     ]
     if step < 2:
-        assert counts == [3, 2], "nothing is touched before everything is written"
+        assert counts == [3, 2], "no file is replaced before all are written"
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path: Path) -> None:
-    """A full disk changes no file and leaves no temporary one."""
+    """A full disk changes no file and leaves no temporary file."""
     Vocab(["a", "b"], [3, 2]).save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     system = Faults()
@@ -253,7 +253,7 @@ def test_bad_text_is_a_format_error(content: bytes, match: str, tmp_path: Path) 
 
 
 def npy(array: NDArray[Any]) -> bytes:
-    """Give the bytes of a .npy file."""
+    """The bytes of a .npy file."""
     file = BytesIO()
     np.save(file, array)
     return file.getvalue()
