@@ -43,17 +43,16 @@ def test_bad_environment(value: str) -> None:
         _threads.choose({"PYEMBED_NUM_THREADS": value})
 
 
+def resolve_on_one_processor() -> None:
+    """Restrict this process to one processor and assert that it chooses one thread."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    assert _threads.default_num_threads() == 1
+    assert _threads.resolve(None) == 1 and _threads.resolve(2) == 2
+
+
 def test_affinity() -> None:
     """Without variables, the processors that the process may run on decide."""
-    code = (
-        "import os; from pyembed import _threads\n"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "assert _threads.default_num_threads() == 1\n"
-        "assert _threads.resolve(None) == 1 and _threads.resolve(2) == 2"
-    )
-    variables = ("PYEMBED_NUM_THREADS", "OMP_NUM_THREADS")
-    environment = {name: value for name, value in os.environ.items() if name not in variables}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    child.run(resolve_on_one_processor, env={"PYEMBED_NUM_THREADS": "", "OMP_NUM_THREADS": ""})
 
 
 def look_for_threads_and_frameworks() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from pyembed.storage import change_log, fs
 from pyembed.storage.change_log import ChangedRows
 from pyembed.storage.fs import Folder
 from pyembed.storage.manifest import Manifest
+from tests.helpers import child
 from tests.helpers.file_systems import Faults, Unsynced
 
 ROWS = 40
@@ -209,22 +209,21 @@ def _end(headers: bytes) -> bytes:
     return change_log._entry(b"DONE", 2, ends, 0, ROWS, _core.crc32c(headers))
 
 
-KILLED = (
-    "import os, signal, sys, numpy, pyembed\n"
-    "from pyembed.storage.store import Store\n"
-    "t = pyembed.Table.open(sys.argv[1])\n"
-    "with t.writing([5]) as weight:\n"
-    "    weight[5] = 9\n"
-    "Store._finish_interval = lambda self, state: os.kill(os.getpid(), signal.SIGKILL)\n"
-    "t.commit()\n"
-)
+def die_before_the_manifest(path: Path) -> None:
+    """Change a row, and die in the commit where the manifest would get its name."""
+    with fs.using(Faults()) as system:
+        assert isinstance(system, Faults)
+        t = Table.open(path)
+        change(t, [5])
+        system.fail("rename", when=lambda *_: child.die())
+        t.commit()
 
 
 def test_a_record_of_no_commit(path: Path) -> None:
     """What a writer logged that died before its manifest is not believed, and written over."""
     history(path, [[1]])
     size = (path / "changes").stat().st_size
-    assert subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False).returncode == -9
+    child.run(die_before_the_manifest, path, status=-signal.SIGKILL)
     assert (path / "changes").stat().st_size > size
     assert since(path, 0) == [1]
     Table.open(path).close()
@@ -255,7 +254,7 @@ def test_a_gap(path: Path, how: str) -> None:
         with Table.open(path, durability="none") as t:
             change(t, [2])
     else:
-        subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+        child.run(die_before_the_manifest, path, status=-signal.SIGKILL)
         Table.open(path, salvage=True).close()
     assert (since(path, 0), since(path, 1), since(path, 2)) == (None, None, [])
     with Table.open(path, durability="process") as t:

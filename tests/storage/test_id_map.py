@@ -6,9 +6,9 @@ import ctypes
 import json
 import os
 import re
-import subprocess
-import sys
+import resource
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from pyembed import Table, build, init, optim
 from pyembed.cli import main
 from pyembed.errors import ArgumentError, ClosedError, DTypeError, FormatError, IdError
 from pyembed.storage import fs, id_map
+from tests.helpers import child
 from tests.helpers.file_systems import Faults
 from tests.strategies import bad_ids
 
@@ -336,16 +337,39 @@ def test_lock_hot_reads_rows(path: Path) -> None:
         assert resident(t)[:12].all()
 
 
+def print_locked_rows(path: Path, where: str, limit: int, grows: bool) -> None:
+    """Lock rows, of a table on disk or in memory, under a limit; print counts and warnings.
+
+    With `grows`, the table is in memory and gets a second column, in a separate allocation.
+    """
+    t = Table.open(path, "r")
+    if where == "memory" or grows:
+        t = Table.memory(t.rows, t.dim, columns=dict(list(t.columns.items())[1:]))
+    if grows:
+        t.ensure_columns({"sum": t.dim})
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+    if os.geteuid() == 0:
+        os.setresuid(65534, 65534, 65534)  # root may lock without limit
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        counts = [t.lock_hot(500)]
+        status = Path("/proc/self/status").read_text().split()
+        counts.append(t.lock_hot(min(1, limit)))
+    assert all(w.category is RuntimeWarning for w in caught)
+    kib = int(status[status.index("VmLck:") + 1])
+    print(json.dumps([counts, kib, [str(w.message) for w in caught]]))
+
+
 @pytest.mark.parametrize("where", ["file", "memory"])
 @pytest.mark.parametrize(
-    ("limit", "dim", "optimizer", "then", "expected"),
+    ("limit", "dim", "optimizer", "grows", "expected"),
     [
-        (65536, 1024, None, "", 16),
-        (65536, 128, None, "", 128),
-        (65536, 100, None, "", 163),  # row 163 lies on two pages
-        (65536, 100, "adam", "", 54),
-        (65536, 1024, "sgd", "m.ensure_columns({'sum': m.dim}); t = m", 8),
-        (0, 1024, None, "", 0),
+        (65536, 1024, None, False, 16),
+        (65536, 128, None, False, 128),
+        (65536, 100, None, False, 163),  # row 163 spans two pages
+        (65536, 100, "adam", False, 54),
+        (65536, 1024, "sgd", True, 8),
+        (0, 1024, None, False, 0),
     ],
 )
 def test_lock_hot_beyond_the_limit(
@@ -354,29 +378,12 @@ def test_lock_hot_beyond_the_limit(
     limit: int,
     dim: int,
     optimizer: str | None,
-    then: str,
+    grows: bool,
     expected: int,
 ) -> None:
     """As many rows as the process may lock are locked, and a warning says which limit to raise."""
     Table.create(path, 500, dim, optimizer).close()
-    code = (
-        "import json, os, resource, warnings\nfrom pathlib import Path\n"
-        "from pyembed import Table\n"
-        f"file, m = Table.open({str(path)!r}, 'r'), Table.memory(500, {dim}, {optimizer!r})\n"
-        f"t = {'file' if where == 'file' else 'm'}; {then}\n"
-        f"resource.setrlimit(resource.RLIMIT_MEMLOCK, ({limit}, {limit}))\n"
-        "if os.geteuid() == 0:\n"
-        "    os.setresuid(65534, 65534, 65534)  # root may lock without limit\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    counts = [t.lock_hot(500)]\n"
-        "    status = Path('/proc/self/status').read_text().split()\n"
-        f"    counts.append(t.lock_hot({min(1, limit)}))\n"
-        "assert all(w.category is RuntimeWarning for w in caught)\n"
-        "kib = int(status[status.index('VmLck:') + 1])\n"
-        "print(json.dumps([counts, kib, [str(w.message) for w in caught]]))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = child.run(print_locked_rows, path, where, limit, grows)
     counts, kib, messages = json.loads(run.stdout)
     assert (counts, 1024 * kib) == ([expected, min(1, limit)], limit)
     (message,) = messages

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from hypothesis import strategies as st
 from pyembed import EmbeddingBag, Table, _core, init, optim
 from pyembed.errors import ArgumentError, DTypeError, IdError
 from pyembed.storage import page_cache
+from tests.helpers import child
 
 ROWS, DIM = 40_000, 64  # 10 MB of weights, 2500 pages
 
@@ -221,35 +220,33 @@ def test_helper_starts_with_cold_changes_only(cold: Path) -> None:
     assert helpers() == before
 
 
+def gather_after_truncation(path: Path) -> None:
+    """Read rows that the file has lost since it was opened."""
+    with Table.open(path, "r") as t:
+        os.truncate(path / "rows.npy", 4096 * 100)
+        t.gather(np.arange(ROWS))
+
+
 def test_truncation_is_no_silent_zero(cold: Path) -> None:
     """A file that another process cuts short ends this one with SIGBUS: no zeros are read."""
-    code = (
-        "import os, sys, numpy, pyembed\n"
-        f"t = pyembed.Table.open({str(cold)!r}, 'r')\n"
-        f"os.truncate({str(cold / 'rows.npy')!r}, 4096 * 100)\n"
-        f"t.gather(numpy.arange({ROWS}))\n"
-        "print('came back')\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == -signal.SIGBUS
-    assert "came back" not in run.stdout
+    child.run(gather_after_truncation, cold, status=-signal.SIGBUS)
+
+
+def gather_until_interrupted(path: Path) -> None:
+    """Print "go", look rows up until Ctrl-C, then print "heard"."""
+    with Table.open(path, "r") as t:
+        ids = np.random.default_rng(0).integers(0, t.rows, 1 << 21)
+        print("go", flush=True)
+        try:
+            while True:
+                t.gather(ids)
+        except KeyboardInterrupt:
+            print("heard", flush=True)
 
 
 def test_interrupted_gather(cold: Path) -> None:
     """Ctrl-C in the middle of lookups of a cold table is heard, and the table is as it was."""
-    code = (
-        "import sys, numpy, pyembed\n"
-        f"t = pyembed.Table.open({str(cold)!r}, 'r')\n"
-        "ids = numpy.random.default_rng(0).integers(0, t.rows, 1 << 21)\n"
-        "print('go', flush=True)\n"
-        "try:\n"
-        "    while True:\n"
-        "        t.gather(ids)\n"
-        "except KeyboardInterrupt:\n"
-        "    print('heard', flush=True)\n"
-        "t.close()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+    with child.start(gather_until_interrupted, cold) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "go\n"
         time.sleep(0.2)

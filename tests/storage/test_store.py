@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +29,8 @@ from pyembed.errors import (
 )
 from pyembed.storage import create, manifest
 from pyembed.storage.manifest import Manifest
+from tests.helpers import child
+from tests.helpers.child import kill_writer
 
 ONES = np.ones((1, 2), np.float32)
 
@@ -118,18 +119,17 @@ def test_exception_without_changes_stays_clean(table: Path) -> None:
     assert contents(table) == before
 
 
+def add_ones(t: Table) -> None:
+    """Change the first row."""
+    t.scatter_add([0], ONES)
+
+
 @pytest.mark.parametrize("durability", ["process", "power", "none"])
 def test_killed_writer(table: Path, durability: str) -> None:
     """After a kill the next writer finds the last commit, a reader too; without a journal it is
     known that there were changes."""
     before = contents(table)
-    code = (
-        "import os, signal, numpy, pyembed\n"
-        f"t = pyembed.Table.open({str(table)!r}, durability={durability!r})\n"
-        "t.scatter_add([0], numpy.ones((1, 2), numpy.float32))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    kill_writer(table, add_ones, durability=durability)
     if durability == "none":
         with pytest.raises(DirtyError):
             Table.open(table, "r")
@@ -201,14 +201,18 @@ def test_forgotten_table_is_committed_with_a_warning(table: Path) -> None:
         assert t.gather(0).tolist() == [1, 2]
 
 
+kept: list[Table] = []  # alive until the interpreter ends
+
+
+def change_and_forget(path: Path) -> None:
+    """Leave a changed table open."""
+    kept.append(Table.open(path))
+    add_ones(kept[0])
+
+
 def test_forgotten_at_exit(table: Path) -> None:
     """A writer that is still open when the interpreter ends is committed."""
-    code = (
-        "import numpy, pyembed\n"
-        f"t = pyembed.Table.open({str(table)!r})\n"
-        "t.scatter_add([0], numpy.ones((1, 2), numpy.float32))\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    child.run(change_and_forget, table, flags=("-W", "ignore"))
     with Table.open(table, "r") as t:
         assert t.gather(0).tolist() == [1, 2]
 
@@ -230,11 +234,9 @@ def test_one_writer_many_readers(table: Path) -> None:
 
 def test_a_second_process_is_refused(table: Path) -> None:
     """The lock holds across processes and goes with the process that held it."""
-    code = f"import pyembed; pyembed.Table.open({str(table)!r})"
     with Table.open(table):
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "LockedError" in run.stderr
-    subprocess.run([sys.executable, "-c", code], check=True)
+        assert "LockedError" in child.run(Table.open, table, status=1).stderr
+    child.run(Table.open, table)
 
 
 @pytest.mark.parametrize("bare", [False, True])

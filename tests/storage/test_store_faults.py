@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import subprocess
+import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ import pytest
 from pyembed import Table
 from pyembed.errors import ArgumentError, FormatError, ReadOnlyError, TableError
 from pyembed.storage import fs
+from tests.helpers import child
+from tests.helpers.child import kill_writer
 from tests.helpers.file_systems import Faults
 
 ONES = np.ones((1, 2), np.float32)
@@ -44,18 +47,19 @@ def test_failed_append_leaves_the_table(table: Path, fail_at: int, system: Fault
         assert np.array_equal(t.weight, before)
 
 
+def die_in_an_append(path: Path) -> None:
+    """Append rows, and die at the sync that follows them."""
+    with fs.using(Faults()) as system:
+        assert isinstance(system, Faults)
+        t = Table.open(path)
+        system.fail("sync", when=lambda *_: child.die())
+        t.append(9)
+
+
 @pytest.mark.parametrize("salvage", [False, True])
 def test_killed_append(table: Path, salvage: bool) -> None:
     """A writer that dies in the middle of an append leaves rows that recovery cuts back."""
-    code = (
-        "import os, signal, numpy, pyembed\n"
-        "def rows():\n"
-        "    yield numpy.ones((3, 4), numpy.float32)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"t = pyembed.Table.open({str(table)!r})\n"
-        "t._store.append(rows(), 9)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    child.run(die_in_an_append, table, status=-signal.SIGKILL)
     with Table.open(table, salvage=salvage) as t:
         assert t.weight.tolist() == np.arange(8).reshape(4, 2).tolist()
         t.append(1)
@@ -139,18 +143,17 @@ def test_a_journal_that_cannot_be_removed(table: Path, system: Faults) -> None:
         assert t.gather(0).tolist() == [1, 2]
 
 
+def add_ones(t: Table) -> None:
+    """Change the first row."""
+    t.scatter_add([0], ONES)
+
+
 @pytest.mark.parametrize("header", [b"(9", b"xx"])
 def test_header_after_half_an_undo(table: Path, header: bytes) -> None:
     """With power, the file may be cut already where its header counts rows of before, or is torn:
     the commit comes back."""
     Table.open(table, durability="power").close()
-    code = (
-        "import os, signal, numpy, pyembed\n"
-        f"t = pyembed.Table.open({str(table)!r})\n"
-        "t.scatter_add([0], numpy.ones((1, 2), numpy.float32))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    kill_writer(table, add_ones)
     file = table / "rows.npy"
     file.write_bytes(file.read_bytes().replace(b"(4", header, 1))
     if header == b"xx":  # who asks for the rows as they are needs it
@@ -170,25 +173,24 @@ def test_failed_creation_leaves_nothing(path: Path, system: Faults) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+def fork_with_an_open_table(path: Path) -> None:
+    """Fork a child that exits normally, after its change to the inherited table was refused."""
+    t = Table.open(path)
+    add_ones(t)
+    if os.fork() == 0:
+        try:
+            add_ones(t)
+        except ReadOnlyError:
+            sys.exit(7)
+    _, status = os.wait()
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert t.state == "dirty"
+    assert '"dirty"' in (path / "manifest.json").read_text()
+
+
 def test_forked_child_does_not_commit(table: Path) -> None:
     """A child that inherits a writer can neither change nor commit its table, by exit either."""
-    code = (
-        "import os, sys, warnings, numpy, pyembed\n"
-        "warnings.simplefilter('ignore')\n"
-        f"t = pyembed.Table.open({str(table)!r})\n"
-        "ones = numpy.ones((1, 2), numpy.float32)\n"
-        "t.scatter_add([0], ones)\n"
-        "if os.fork() == 0:\n"
-        "    try:\n"
-        "        t.scatter_add([0], ones)\n"
-        "    except pyembed.errors.ReadOnlyError:\n"
-        "        sys.exit(7)\n"
-        "_, status = os.wait()\n"
-        "assert os.waitstatus_to_exitcode(status) == 7\n"
-        "assert t.state == 'dirty'\n"
-        f"assert '\"dirty\"' in open({str(table / 'manifest.json')!r}).read()\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    child.run(fork_with_an_open_table, table, flags=("-W", "ignore"))
 
 
 def test_first_changes_at_once(table: Path) -> None:
@@ -204,14 +206,18 @@ def test_first_changes_at_once(table: Path) -> None:
         assert t.gather(0).tolist() == [160, 161]
 
 
+kept: list[Table] = []  # alive until the interpreter ends
+
+
+def change_and_forget(path: Path) -> None:
+    """Leave a changed table open."""
+    kept.append(Table.open(path))
+    add_ones(kept[0])
+
+
 def test_warnings_as_errors_lose_nothing(table: Path) -> None:
     """A forgotten table is committed even where its warning is an error."""
-    code = (
-        "import numpy, pyembed\n"
-        f"t = pyembed.Table.open({str(table)!r})\n"
-        "t.scatter_add([0], numpy.ones((1, 2), numpy.float32))\n"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, check=False)
+    child.run(change_and_forget, table, flags=("-W", "error"))
     with Table.open(table, "r") as t:
         assert t.gather(0).tolist() == [1, 2]
 
