@@ -420,7 +420,7 @@ def test_build_command(path: Path, kind: str, capsys: pytest.CaptureFixture[str]
     [
         (["--order", "frequency"], 2, "needs --counts or --ids"),
         (["--counts", "counts.txt"], 2, "and they need it"),
-        (["--order", "frequency", "--counts", "counts.txt", "--ids", "x"], 2, "not allowed with"),
+        (["--order", "frequency", "--counts", "counts.txt", "--ids", "x"], 2, "exclude each other"),
         (["--order", "size", "--counts", "counts.txt"], 2, "frequency"),
         (["--order", "frequency", "--counts", "counts.txt"], 2, "counts has 5 elements"),
         (["--order", "frequency", "--counts", "missing"], 1, "missing"),
