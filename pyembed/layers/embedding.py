@@ -351,6 +351,11 @@ class Embedding(Layer):
         return [*first, *super()._settings(), *(["sparse=True"] if self.sparse else [])]
 
 
+def settings_of(layer: Layer) -> list[str]:
+    """List the settings that the repr of a layer has after its shape."""
+    return layer._settings()
+
+
 def _require_cpu_float32(device: object, dtype: object) -> None:
     """What torch's arguments may say: numpy's and torch's float32 both end in that word."""
     if device is not None and str(device) != "cpu":

@@ -125,7 +125,7 @@ class Layer(nn.Module):
                 found = tuple(embeddings.shape)
                 raise ArgumentError(f"embeddings have shape {found}; allowed: (rows, dim)")
             return cls(*embeddings.shape, _weight=embeddings, _freeze=freeze, **options)
-        table = embedding.Layer._pretrained_table(embeddings, freeze, None)
+        table = cls._core_class.from_pretrained(embeddings, freeze).table
         return cls(table.rows, table.dim, table=table, _freeze=freeze, **options)
 
     @property

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyembed._checks import F32
 from pyembed.errors import ArgumentError
+from pyembed.layers.embedding import settings_of
 from pyembed.layers.embedding_bag import EmbeddingBag
 from pyembed.optim.optimizer import Optimizer
 from pyembed.storage import page_cache
@@ -154,7 +155,7 @@ class Rows:
 
     def description(self, weight: Any) -> list[str]:
         """List the parts of the layer's repr."""
-        return [f"{weight.shape[0]}, {self.core.table.dim}", *self.core._settings()]
+        return [f"{weight.shape[0]}, {self.core.table.dim}", *settings_of(self.core)]
 
     def batch(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Any:
         """Return the batch as the numpy layer takes it: ids, or `Bags`."""
@@ -233,7 +234,7 @@ class TableRows(Rows):
 
     def description(self, weight: Any) -> list[str]:
         last = [] if self.optimizer is None else [f"optimizer={self.optimizer}"]
-        return [repr(self.core.table), *self.core._settings(), *last]
+        return [repr(self.core.table), *settings_of(self.core), *last]
 
     def gradient(self, core: Any, batch: Any, grad: F32) -> Tensor | None:
         if self.optimizer is None:
@@ -248,12 +249,11 @@ class TableRows(Rows):
         return None
 
     def join(self, ddp: DistributedDataParallel) -> None:
-        if self.optimizer is None:
-            return
-        group = distributed.own_group(ddp.process_group)
-        if self.group is not group:
-            distributed.join(self.core, self.optimizer, self.accumulates, group)
-            self.group = group
+        if self.optimizer is not None:
+            group = distributed.own_group(ddp.process_group)
+            if self.group is not group:
+                distributed.join(self.core, self.optimizer, self.accumulates, group)
+                self.group = group
 
     def refuse_sharing(self, parameter: Any) -> None:
         if self.optimizer is not None and parameter.is_cpu and parameter.is_shared():

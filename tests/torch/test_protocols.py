@@ -92,10 +92,11 @@ class _Halved(torch.nn.Module):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_parametrised_weight(layer: str) -> None:
-    """A parametrised weight is looked up and passes its gradient on."""
+    """A parametrised weight can be moved, is looked up, and passes its gradient on."""
     ids, found = batches()[0], []
     for each in (ours(layer), theirs(layer)):
         torch.nn.utils.parametrize.register_parametrization(each, "weight", _Halved())
+        each.to("cpu")
         loss_of(each(ids)).backward()
         found.append((each(ids), each.parametrizations.weight.original.grad))
     for mine, expected in zip(*found, strict=True):
