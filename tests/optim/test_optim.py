@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_bad_batches(make: Make) -> None:
     """A batch that does not fit is refused before anything is written, and is no step."""
     e = Embedding(5, 2, seed=1)
     before, o = e.weight.copy(), make(e)
-    for error, batch in [
+    bad: list[tuple[type[Exception], tuple[Any, ...]]] = [
         (IdError, ([0, 5], np.ones((2, 2), np.float32))),
         (IdError, ([-1], ONES)),
         (DTypeError, ([0.5], ONES)),
@@ -145,7 +146,8 @@ def test_bad_batches(make: Make) -> None:
         (ArgumentError, (SparseGrad(np.array([1, 0]), np.ones((2, 2), np.float32)),)),
         (ArgumentError, (SparseGrad(np.array([1, 1]), np.ones((2, 2), np.float32)),)),
         (IdError, (SparseGrad(np.array([5]), ONES),)),
-    ]:
+    ]
+    for error, batch in bad:
         with pytest.raises(error):
             o.step(*batch)
     assert np.array_equal(e.weight, before)
@@ -192,7 +194,7 @@ def test_bad_batches(make: Make) -> None:
         (optim.FTRL, {"frequency_power": 1.5}),
     ],
 )
-def test_bad_hyper_parameters(make: Make, arguments: dict) -> None:
+def test_bad_hyper_parameters(make: Make, arguments: dict[str, Any]) -> None:
     """Hyper-parameters out of range are refused with what is allowed."""
     with pytest.raises(ArgumentError, match="allowed"):
         make(Embedding(5, 2), **arguments)

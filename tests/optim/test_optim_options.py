@@ -171,9 +171,9 @@ def test_frequency_is_that_of_the_sum() -> None:
 
     The gradients are powers of two, whose sums are exact.
     """
-    ones, sums = np.ones((3, 5), np.float32), np.repeat(np.float32([[1], [2]]), 5, 1)
+    ones, sums = np.ones((3, 5), np.float32), np.repeat(np.array([[1], [2]], np.float32), 5, 1)
     layer = EmbeddingBag.from_pretrained(made(), freeze=False, mode="sum")
-    targets = [made(), made(), made(), layer, made()]
+    targets: list[Any] = [made(), made(), made(), layer, made()]
     split, whole, sparse, bags, parts = (
         optim.SGD(target, lr=0.1, frequency_power=0.3) for target in targets
     )
@@ -217,7 +217,8 @@ def test_lazy_momentum_by_frequency(nesterov: bool) -> None:
     Tolerance: float32 against float64 over 60 steps.
     """
     lr, decay, momentum, power = 0.3, 0.1, 0.8, 0.5
-    t, lazy = made(), {"lazy_momentum": True, "decay_mode": "lazy", "weight_decay": decay}
+    t = made()
+    lazy: dict[str, Any] = {"lazy_momentum": True, "decay_mode": "lazy", "weight_decay": decay}
     o = optim.SGD(t, lr, momentum, nesterov=nesterov, frequency_power=power, **lazy)
     w, m, count = t.weight.astype(np.float64), np.zeros((40, 5)), np.zeros((40, 1))
     for ids, grad in work(60):
@@ -271,8 +272,7 @@ def test_counts_lie_with_the_table(path: Path) -> None:
 
     The columns of the table may lie in any order.
     """
-    lazy = {"momentum": 0.9, "lazy_momentum": True}
-    make = partial(optim.SGD, lr=0.1, frequency_power=0.5, **lazy)
+    make = partial(optim.SGD, lr=0.1, momentum=0.9, lazy_momentum=True, frequency_power=0.5)
     whole, batches = made(), work(9)
     for batch in batches:
         make(whole).step(*batch)
@@ -407,7 +407,7 @@ def test_learning_rate_schedule() -> None:
         (schedules.inverse_sqrt, {"lr": 1.0, "steps": 0}),
     ],
 )
-def test_bad_schedules(make: Any, arguments: dict) -> None:
+def test_bad_schedules(make: Any, arguments: dict[str, Any]) -> None:
     """Parameters out of range are refused with what is allowed."""
     with pytest.raises(ArgumentError, match="allowed"):
         make(**arguments)

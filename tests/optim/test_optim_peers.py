@@ -16,7 +16,7 @@ import pytest
 from pyembed import Table, optim
 
 torch = pytest.importorskip("torch")
-CLOSE = {"rtol": 0, "atol": 1e-4}
+assert_close = partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 ROWS, DIM, LR = 300, 16, 0.05
 
 
@@ -47,7 +47,7 @@ def test_sparse_trajectory(ours: Any, theirs: Any) -> None:
         twin.zero_grad()
         layer(torch.from_numpy(ids)).backward(torch.from_numpy(grad))
         twin.step()
-    np.testing.assert_allclose(table.weight, layer.weight.detach().numpy(), **CLOSE)
+    assert_close(table.weight, layer.weight.detach().numpy())
 
 
 DENSE = {
@@ -77,7 +77,7 @@ def test_dense_trajectory(name: str) -> None:
         o.step(ids, grad)
         weight.grad = torch.from_numpy(grad[np.argsort(ids)])
         twin.step()
-    np.testing.assert_allclose(table.weight, weight.detach().numpy(), **CLOSE)
+    assert_close(table.weight, weight.detach().numpy())
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -98,7 +98,7 @@ def test_lazy_momentum_is_dense_momentum(nesterov: bool) -> None:
         if step == 99:
             o.catch_up(ids[:10])  # that is not seen in the end
     o.catch_up()
-    np.testing.assert_allclose(table.weight, weight.detach().numpy(), **CLOSE)
+    assert_close(table.weight, weight.detach().numpy())
 
 
 def test_clip_norm_is_that_of_torch() -> None:
@@ -143,7 +143,7 @@ def test_rowwise_adagrad_is_that_of_fbgemm(pooling: str) -> None:
         grad = rng.standard_normal((100, DIM), np.float32)
         o.step(ids, grad)
         twin(torch.from_numpy(ids), torch.arange(101)).backward(torch.from_numpy(grad))
-    np.testing.assert_allclose(table.weight, weight, **CLOSE)
+    assert_close(table.weight, weight)
     (sums,) = twin.split_optimizer_states()[0]
     np.testing.assert_allclose(table.column("row_sum")[:, 0], sums.numpy(), rtol=1e-5)
 

@@ -44,7 +44,7 @@ def test_step_many_is_each_step(tmp_path: Path, simd: str, workers: int) -> None
     rng = np.random.default_rng(8)
     many, single = layers(tmp_path, workers), layers(None, 1)
     for _ in range(5):
-        steps = []
+        steps: list[Any] = []
         for at, o in enumerate(many):
             ids = rng.integers(0, 40, rng.integers(0, 3000))
             grad = rng.standard_normal((ids.size, o.table.dim), np.float32)
@@ -70,12 +70,13 @@ def test_nothing_is_written_if_one_batch_is_bad() -> None:
     tables = [Table.memory(4, 2) for _ in range(3)]
     made = [optim.SGD(t) for t in tables]
     ones = np.ones((1, 2), np.float32)
-    for error, ids, grad in [
+    bad: list[tuple[type[Exception], Any, Any]] = [
         (IdError, [4], ones),
         (NonFiniteError, [0], ones * np.nan),
         (ArgumentError, [0, 1], ones),
         (ArgumentError, SparseGrad(np.array([0]), ones), ones),
-    ]:
+    ]
+    for error, ids, grad in bad:
         with pytest.raises(error):
             step_many([(made[0], [1], ones), (made[1], [1], ones), (made[2], ids, grad)])
     with pytest.raises(ArgumentError, match="given twice"):
@@ -100,7 +101,8 @@ REFUSALS: dict[str, type[Exception]] = {
 
 def refused(reason: str, folder: Path) -> optim.Optimizer:
     """An optimizer with gradients accumulated, whose step is refused."""
-    array, options = np.zeros((4, 2), np.float32), {}
+    array = np.zeros((4, 2), np.float32)
+    options: dict[str, Any] = {}
     table = Table.from_array(array)
     if reason == "a file to be read":
         Table.create(folder / "third", 4, 2).close()
@@ -163,7 +165,8 @@ def test_all_tables_or_none(reason: str, tmp_path: Path) -> None:
 @given(several=st.lists(batches(), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_what_was_accumulated(several: list[Batch], seed: int, workers: int) -> None:
     """A step without ids is that of the optimizer, beside others that are given theirs."""
-    many, single = [], []
+    many: list[Any] = []
+    single: list[Any] = []
     for at, batch in enumerate(several):
         name, ids = list(RULES)[(seed + at) % len(RULES)], batch.ids.ravel() % 64
         grad = batch.grad().reshape(ids.size, batch.dim)
@@ -186,7 +189,11 @@ def test_several_over_one_table(on: str, tmp_path: Path, workers: int) -> None:
     """They step in the order given, also two of one rule, which share the count of steps."""
     tables, start = [], init.normal(std=1.0)
     for name in "ab":
-        more = {"optimizer": "adam", "columns": {"momentum_buffer": 64}, "init": start}
+        more: dict[str, Any] = {
+            "optimizer": "adam",
+            "columns": {"momentum_buffer": 64},
+            "init": start,
+        }
         if on == "disk":
             tables.append(Table.create(tmp_path / name, 90, 64, num_threads=workers, **more))
         else:
@@ -264,7 +271,9 @@ def test_clip_norm_of_large_batches(accumulated: bool, simd: str, workers: int) 
     The norm is numpy's in float64; the tolerance is for sums in float32, some near zero.
     """
     rng = np.random.default_rng(1)
-    steps, twins, sums = [], [], []
+    steps: list[Step] = []
+    twins: list[optim.Optimizer] = []
+    sums: list[np.ndarray] = []
     for dim in (33, 64, 5):
         made = [optim.Adagrad(Table.memory(700, dim, num_threads=w), lr=0.1) for w in (workers, 1)]
         ids = rng.integers(0, 700, 9000)
@@ -328,7 +337,8 @@ def test_rows_left_alone_count_for_no_norm() -> None:
 def test_refusals_of_one_norm() -> None:
     """A norm that is no number from 0 on, and a second one, of one of the optimizers."""
     table = Table.memory(4, 2)
-    for most in (-1.0, float("nan"), float("inf"), "1"):
+    refused: list[Any] = [-1.0, float("nan"), float("inf"), "1"]
+    for most in refused:
         with pytest.raises(ArgumentError, match="clip_norm = "):
             step_many([(optim.SGD(table), [1], ONES)], clip_norm=most)
     steps = [(optim.SGD(table), [1], ONES), (optim.SGD(table, clip_norm=2.0), [1], ONES)]

@@ -7,6 +7,7 @@ import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,12 +152,13 @@ def test_odd_arrays_are_refused(tmp_path: Path) -> None:
         undo.record(row_numbers(1), old_rows(1))
     undo.begin(GENERATION, SALT)
     before = undo.bytes_written
-    for rows, old in (
+    pairs: list[tuple[Any, Any]] = [
         (row_numbers(1).astype(np.int32), old_rows(1)),
         (row_numbers(1), old_rows(1).astype(np.float64)),
         (row_numbers(1), old_rows(1, STRIDE + 1)),
         (row_numbers(1, 2), old_rows(1)),
-    ):
+    ]
+    for rows, old in pairs:
         with pytest.raises(ArgumentError, match="expected int64"):
             undo.record(rows, old)
     assert undo.bytes_written == before

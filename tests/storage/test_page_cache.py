@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def renorm(t: Table, ids: np.ndarray) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
 @pytest.mark.parametrize("call", [gather, step, bags, scatter, renorm])
-def test_same_results(cold: Path, call: Callable[..., None], dtype: type, workers: int) -> None:
+def test_same_results(cold: Path, call: Callable[..., None], dtype: Any, workers: int) -> None:
     """Whatever touches cold rows first asks for them, and does what it does in memory."""
     ids, there = ids_of(5000).astype(dtype), twin()
     with Table.open(cold, num_threads=workers) as t:

@@ -85,9 +85,12 @@ def test_only_rows_that_differ_are_written(
     layer = placed(on_disk(path), padding_idx=0)
     announced: list[int] = []
     real = layer.table._announce_change
-    monkeypatch.setattr(
-        layer.table, "_announce_change", lambda rows: (announced.extend(rows), real(rows))
-    )
+
+    def announce(rows: Any) -> None:
+        announced.extend(rows)
+        real(rows)
+
+    monkeypatch.setattr(layer.table, "_announce_change", announce)
     with torch.no_grad():
         layer.weight[3] = float("nan")
         layer.weight[4] = 0.0
