@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from pyembed.errors import ArgumentError, CorpusError, DirtyError, FormatError
+from pyembed.storage.fs import Folder
 from pyembed.table import Table
 from pyembed.train.runs import Place, Runs
 from pyembed.train.subword import I64
@@ -125,7 +126,8 @@ def table_in_training(
         with table:
             yield table
         (partial / TEXT).unlink(missing_ok=True)
-        partial.rename(output)
+        with Folder(partial.parent) as folder:
+            folder.rename(partial.name, output.name)
     except BaseException as error:
         # Before the text is read there is nothing to keep, and a bad text stays bad.
         if checkpoint_every is None or not table.meta or isinstance(error, CorpusError):

@@ -22,8 +22,10 @@ import pytest
 from pyembed import Table, optim
 from pyembed.cli import main
 from pyembed.errors import ArgumentError, CorpusError, DirtyError, FormatError, LockedError
+from pyembed.storage import fs
 from pyembed.train import Model, checkpoint, corpus, runs, skipgram, train_skipgram
 from tests.helpers import child
+from tests.helpers.file_systems import Faults
 
 WORDS = [f"word{i}" for i in range(40)]
 
@@ -256,20 +258,13 @@ def test_a_text_is_read_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) 
     assert trainer(resume=True) == whole
 
 
-def test_stopped_before_it_got_its_name(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_before_it_got_its_name(trainer: Trainer) -> None:
     """A finished training that only has to be renamed is not trained again."""
     whole = trainer.whole()
-    rename = Path.rename
-
-    def fails(path: Path, target: Path) -> Path:
-        if path == trainer.partial:
-            raise OSError(errno.EIO, "no")
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fails)
-        with pytest.raises(OSError, match="no"):
-            trainer()
+    system = Faults()
+    system.fail("rename", when=lambda source, target: source == trainer.partial)
+    with fs.using(system), pytest.raises(OSError, match="injected"):
+        trainer()
     assert not (trainer.partial / "text").exists()
     with stopping(0):  # there is no batch left
         assert trainer(resume=True) == whole
