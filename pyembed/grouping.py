@@ -23,14 +23,14 @@ I64 = NDArray[np.int64]
 class Groups(NamedTuple):
     """The unique rows of a batch of n ids.
 
-    Attributes
+    Parameters
     ----------
-    rows : int64 array of shape (u,)
-        Unique ids, ascending.
-    starts : int64 array of shape (u + 1,)
+    rows : ndarray of int64, shape (u,)
+        The unique ids, ascending.
+    starts : ndarray of int64, shape (u + 1,)
         ``order[starts[k] : starts[k + 1]]`` are the positions of ``rows[k]`` in the batch.
-    order : int64 array of shape (n,)
-        Positions, ascending within a group.
+    order : ndarray of int64, shape (n,)
+        Positions in the batch, ascending within a group.
     """
 
     rows: I64
@@ -39,14 +39,14 @@ class Groups(NamedTuple):
 
 
 class SparseGrad(NamedTuple):
-    """The gradient of a table, as the rows of a batch alone.
+    """The gradient of a table, only for the rows of a batch.
 
-    Attributes
+    Parameters
     ----------
-    ids : int64 array of shape (u,)
-        Unique rows, ascending.
-    values : float32 array of shape (u, dim)
-        The gradient of each, duplicates summed.
+    ids : ndarray of int64, shape (u,)
+        The unique row numbers, ascending.
+    values : ndarray of float32, shape (u, dim)
+        The gradient of each row, duplicates summed.
     """
 
     ids: I64
@@ -58,11 +58,12 @@ class SparseGrad(NamedTuple):
         Parameters
         ----------
         rows : int
-            Number of rows of the table.
+            The number of rows of the table.
 
         Returns
         -------
-        float32 array of shape (rows, dim)
+        ndarray of float32, shape (rows, dim)
+            Zero at rows that are not in the batch.
         """
         dense = np.zeros((rows, self.values.shape[1]), np.float32)
         dense[self.ids] = self.values
@@ -74,14 +75,17 @@ def group(ids: ArrayLike, num_rows: int, num_threads: int | None = None) -> Grou
 
     Parameters
     ----------
-    ids : integers of any shape
+    ids : array of integers, any shape
+        Row numbers.
     num_rows : int
-        Number of rows of the table.
+        The number of rows of the table.
     num_threads : int, optional
+        See `Table.create`.
 
     Returns
     -------
     Groups
+        The unique rows, and their positions in the batch.
 
     Raises
     ------
@@ -191,21 +195,26 @@ def sum_duplicates(
 
     Parameters
     ----------
-    ids : integers of any shape
-    grad : float32 array of shape ids.shape + (dim,)
+    ids : array of integers, any shape
+        Row numbers.
+    grad : array of float32, shape ids.shape + (dim,)
+        The gradient of each looked-up row.
     num_rows, dim : int
-        Shape of the table.
+        The shape of the table.
     scale_by_count : bool
-        Divide the sum of a row by how often the row occurs in the batch.
+        Whether the sum of a row is divided by the number of its positions in the batch.
     num_threads : int, optional
+        See `Table.create`.
 
     Returns
     -------
     SparseGrad
+        The unique rows and the sum of each.
 
     Raises
     ------
     IdError, DTypeError, ArgumentError
+        If an id is outside the table, or an array has another dtype or shape.
 
     Examples
     --------
@@ -237,19 +246,28 @@ def dense_gradient(
 
     Parameters
     ----------
-    ids, grad, num_rows, dim, scale_by_count, num_threads
-        As for `sum_duplicates`.
+    ids : array of integers, any shape
+        Row numbers.
+    grad : array of float32, shape ids.shape + (dim,)
+        The gradient of each looked-up row.
+    num_rows, dim : int
+        The shape of the table.
     skip_row : int
-        A row that takes no gradient; -1 for none.
+        A row without gradient; -1 for none.
+    scale_by_count : bool
+        Whether the sum of a row is divided by the number of its positions in the batch.
+    num_threads : int, optional
+        See `Table.create`.
 
     Returns
     -------
-    float32 array of shape (num_rows, dim)
+    ndarray of float32, shape (num_rows, dim)
         Zero at rows that are not in the batch.
 
     Raises
     ------
     IdError, DTypeError, ArgumentError
+        See `sum_duplicates`.
 
     Examples
     --------

@@ -1,7 +1,6 @@
-"""A batch of bags: which positions of the ids belong to which bag, checked before use.
+"""Batches of bags: ids and the start of each bag, checked before a kernel sees them.
 
-A bag is a run of consecutive positions. Offsets that are not what they should be are refused here:
-they never reach a kernel.
+A bag is a run of consecutive ids.
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ I64 = NDArray[np.int64]
 
 
 class Bags:
-    """Ids cut into bags, as `EmbeddingBag` and the optimizers take them.
+    """Ids in bags, for `EmbeddingBag` and the optimizers.
 
-    Attributes
+    Parameters
     ----------
-    ids : int64 or int32 array of shape (n,)
-    starts : int64 array of shape (bags + 1,)
-        Bag b holds ``ids[starts[b] : starts[b + 1]]``.
-    weights : float32 array of shape (n,) or None
-        What each row is multiplied with.
+    ids : ndarray of int64 or int32, shape (n,)
+        The row numbers of all bags.
+    starts : ndarray of int64, shape (bags + 1,)
+        Bag b has ``ids[starts[b] : starts[b + 1]]``.
+    weights : ndarray of float32, shape (n,), or None
+        A factor for each row.
     """
 
     def __init__(self, ids: IdArray, starts: I64, weights: F32 | None) -> None:
@@ -48,27 +48,34 @@ class Bags:
         per_sample_weights: ArrayLike | None = None,
         include_last_offset: bool = False,
     ) -> Bags:
-        """Bags by torch's conventions.
+        """Make bags by the conventions of torch.
 
         Parameters
         ----------
-        input : integers of shape (n,) or (bags, length)
-            A 2-D input is one bag a row, and takes no offsets.
-        offsets : integers of shape (bags,), or (bags + 1,) with `include_last_offset`
-            Where each bag begins: from 0, never descending, at most n.
-        per_sample_weights : float32 array of the shape of `input`, optional
+        input : array of integers, shape (n,) or (bags, length)
+            Row numbers. A 2-D input has one bag in each row, and no offsets.
+        offsets : array of integers, shape (bags,), or (bags + 1,) with `include_last_offset`
+            The start of each bag: the first is 0, they never descend, and none exceeds n.
+        per_sample_weights : array of float32, shape input.shape, optional
+            A factor for each row.
         include_last_offset : bool
-            The last offset is n, the end of the last bag. Of no meaning for a 2-D input.
+            Whether the last offset is n, the end of the last bag; ignored for a 2-D input.
+
+        Returns
+        -------
+        Bags
+            The checked batch.
+
+        Raises
+        ------
+        ArgumentError, DTypeError
+            If an array has another dtype or shape, or the offsets are not as above.
 
         Examples
         --------
         >>> bags = Bags.from_input([5, 6, 7], offsets=[0, 2, 2])
         >>> bags.starts
         array([0, 2, 2, 3])
-
-        Raises
-        ------
-        ArgumentError, DTypeError
         """
         ids = as_ids(input)
         if ids.ndim == 2:

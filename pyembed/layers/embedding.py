@@ -1,7 +1,7 @@
-"""Embedding: the lookup layer of torch, over a table of any size; and what it shares with bags.
+"""Embedding: torch's lookup layer over a table of any size, and its base, shared with EmbeddingBag.
 
-Forward copies rows; backward sums the gradients of equal ids, in the order of the batch. Nothing
-of the table's size is made, except by a dense backward, which says so.
+A lookup copies rows; `backward` sums the gradients of equal ids, in the order of the batch. Only a
+dense `backward` allocates an array of the table's size.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from pyembed.table import Table
 
 
 class Layer:
-    """What `Embedding` and `EmbeddingBag` share: a table, and torch's settings.
+    """The base of `Embedding` and `EmbeddingBag`: a table, and torch's settings.
 
     Attributes
     ----------
     table : Table
+        The rows.
     padding_idx : int or None
-        From the front, whatever was given.
+        Counted from the front, even if the argument was negative.
     max_norm, norm_type, scale_grad_by_freq, sparse
         As given; may be changed.
     frozen : bool
-        Optimizers refuse the layer.
+        Whether optimizers refuse the layer.
     """
 
     def __init__(
@@ -91,15 +92,17 @@ class Layer:
 
     @property
     def num_embeddings(self) -> int:
+        """The number of rows."""
         return self.table.rows
 
     @property
     def embedding_dim(self) -> int:
+        """The floats of a row's weight."""
         return self.table.dim
 
     @property
     def weight(self) -> F32:
-        """Read-only view of the rows; see `Table.writing` for a writable one."""
+        """A read-only view of the rows; see `Table.writing` for a writable one."""
         return self.table.weight
 
     def reset_parameters(self, seed: int | None = None) -> None:
@@ -108,7 +111,7 @@ class Layer:
         Parameters
         ----------
         seed : int, optional
-            None draws a seed.
+            The seed; by default it is random.
         """
         seed = secrets.randbits(64) if seed is None else seed
         with self.table.writing() as weight:
@@ -117,16 +120,27 @@ class Layer:
                 weight[self.padding_idx] = 0
 
     def state_dict(self) -> dict[str, F32]:
-        """``{"weight": view}``: torch's shape of a layer's state, without a copy."""
+        """The state of the layer in torch's form, without a copy.
+
+        Returns
+        -------
+        dict of str to ndarray
+            ``{"weight": view}``.
+        """
         return {"weight": self.weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy ``state["weight"]`` into the rows, the padding row included.
 
+        Parameters
+        ----------
+        state : mapping of str to array of float32
+            It has the key "weight" alone, with shape (num_embeddings, embedding_dim).
+
         Raises
         ------
-        ArgumentError
-            If another key is there, or the shape is another; nothing is copied then.
+        ArgumentError, DTypeError
+            If the state is anything else; nothing is copied then.
         """
         if set(state) != {"weight"}:
             raise ArgumentError(f"the keys are {sorted(state)}; allowed: 'weight' alone")
@@ -140,26 +154,28 @@ class Layer:
 
     @property
     def _skip(self) -> int:
-        """The padding row as the kernels take it."""
+        """The number of the padding row for the kernels; -1 for none."""
         return -1 if self.padding_idx is None else self.padding_idx
 
     def read_gradient(self, ids: Any, grad: ArrayLike | None) -> _core.Batch:
-        """Read the gradient of what the layer returned, for an optimizer.
+        """Read the gradient of looked-up rows, for an optimizer.
 
         Parameters
         ----------
-        ids : integers of any shape, or a SparseGrad
-        grad : float32 array of shape ids.shape + (embedding_dim,)
-            None with a SparseGrad.
+        ids : array of integers, any shape, or SparseGrad
+            The ids of the lookup, or unique rows with their gradients.
+        grad : array of float32, shape ids.shape + (embedding_dim,), or None
+            The gradient of each looked-up row; None with a SparseGrad.
 
         Returns
         -------
         _core.Batch
-            Not yet grouped, so ids may still be outside the table.
+            The batch, not yet grouped, so its ids are not checked yet.
 
         Raises
         ------
         DTypeError, ArgumentError
+            If an array has another dtype or shape.
         """
         weight = self.table.weight_column
         return grouping.read_gradient(
@@ -177,7 +193,7 @@ class Layer:
         return SparseGrad(rows, values)
 
     def _settings(self) -> list[str]:
-        """What `repr` lists after the shape."""
+        """The settings that `repr` shows after the shape."""
         parts = [] if self.max_norm is None else [f"max_norm={self.max_norm}"]
         parts += [] if self.norm_type == 2 else [f"norm_type={self.norm_type}"]
         parts += ["scale_grad_by_freq=True"] if self.scale_grad_by_freq else []
@@ -194,29 +210,32 @@ class Embedding(Layer):
     Parameters
     ----------
     num_embeddings, embedding_dim : int
-        Shape of the weight.
+        The shape of the weight.
     padding_idx : int, optional
-        A row that takes no gradient; it starts as zeros. Negative counts from the end.
+        A row without gradient; it starts as zeros. Negative numbers count from the end.
     max_norm : float, optional
         Rows of the batch with a larger norm are scaled down to it, in the table, before every
         lookup.
     norm_type : float
-        The p of that norm: any number from 0 (counts what is not zero) to inf (the largest).
+        The p of that p-norm, from 0 (the number of nonzero elements) to inf (the largest).
     scale_grad_by_freq : bool
-        Divide a row's gradient by how often the row occurs in the batch.
+        Whether the gradient of a row is divided by the number of its positions in the batch.
     sparse : bool
-        `backward` gives a `SparseGrad` instead of an array of the weight's shape.
-    _weight : float32 array of shape (num_embeddings, embedding_dim), optional
+        Whether `backward` returns a `SparseGrad`, instead of an array of the weight's shape.
+    _weight : ndarray of float32, shape (num_embeddings, embedding_dim), optional
         Rows to use, without a copy; they are not initialised.
     _freeze : bool
-        Optimizers refuse the layer.
-    device, dtype
-        "cpu" and float32, or None.
+        Whether optimizers refuse the layer.
+    device : str or device of torch, optional
+        The CPU.
+    dtype : dtype of numpy or torch, optional
+        float32.
     table : Table, optional
         Rows to use, in memory or on disk; they are not initialised.
     seed : int, optional
-        Of the normal distribution N(0, 1) that a fresh weight is drawn from; None draws a seed.
+        The seed of the normal distribution N(0, 1) of a fresh weight; random by default.
     num_threads : int, optional
+        See `Table.create`.
 
     Examples
     --------
@@ -278,14 +297,21 @@ class Embedding(Layer):
         *,
         num_threads: int | None = None,
     ) -> Embedding:
-        """A layer over rows that exist, without a copy.
+        """Make a layer over existing rows, without a copy.
 
         Parameters
         ----------
-        embeddings : array, path or Table
-            A float32 array; or a table's folder or .npy file, opened for reading if `freeze`.
+        embeddings : ndarray of float32, path-like or Table
+            The rows; a path of a table or .npy file is opened for reading if `freeze` is True.
         freeze : bool
-            Optimizers refuse the layer.
+            Whether optimizers refuse the layer.
+        padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, num_threads : optional
+            See `Embedding`.
+
+        Returns
+        -------
+        Embedding
+            The layer.
 
         Examples
         --------
@@ -309,7 +335,17 @@ class Embedding(Layer):
         )
 
     def __call__(self, ids: ArrayLike) -> F32:
-        """Look rows up: a fresh float32 array of shape ids.shape + (embedding_dim,).
+        """Look rows up.
+
+        Parameters
+        ----------
+        ids : array of integers, any shape
+            Row numbers.
+
+        Returns
+        -------
+        ndarray of float32, shape ids.shape + (embedding_dim,)
+            A copy of the rows.
 
         Raises
         ------
@@ -322,19 +358,20 @@ class Embedding(Layer):
         return self.table.gather(ids)
 
     def backward(self, ids: ArrayLike, grad: ArrayLike) -> F32 | SparseGrad:
-        """The gradient of the weight, given that of the rows which ``self(ids)`` returned.
+        """The gradient of the weight, from the gradient of the rows that a lookup returned.
 
         Parameters
         ----------
-        ids : integers of any shape
-        grad : float32 array of shape ids.shape + (embedding_dim,)
+        ids : array of integers, any shape
+            The ids of the lookup.
+        grad : array of float32, shape ids.shape + (embedding_dim,)
+            The gradient of each row that the lookup returned.
 
         Returns
         -------
-        float32 array of shape (num_embeddings, embedding_dim)
-            Zero at rows that are not in the batch, and at the padding row.
-        SparseGrad
-            With ``sparse=True``: the rows of the batch alone, without the padding row.
+        ndarray of float32, shape (num_embeddings, embedding_dim), or SparseGrad
+            Zero at rows that are not in the batch, and at the padding row. With ``sparse=True``,
+            a SparseGrad of the rows of the batch, without the padding row.
         """
         table, scale = self.table, self.scale_grad_by_freq
         if self.sparse:
@@ -357,7 +394,7 @@ def settings_of(layer: Layer) -> list[str]:
 
 
 def _require_cpu_float32(device: object, dtype: object) -> None:
-    """What torch's arguments may say: numpy's and torch's float32 both end in that word."""
+    """Refuse another device or dtype; the names of numpy's and torch's float32 end in float32."""
     if device is not None and str(device) != "cpu":
         raise ArgumentError(f"device = {device}; allowed: 'cpu', or None")
     name = getattr(dtype, "__name__", str(dtype)).split(".")[-1]
@@ -366,14 +403,14 @@ def _require_cpu_float32(device: object, dtype: object) -> None:
 
 
 def _norm(name: str, value: float) -> float:
-    """A number from 0 to infinity; what torch does with others has no use."""
+    """A number from 0 to infinity."""
     if not value >= 0 or math.isnan(value):
         raise ArgumentError(f"{name} = {value}; allowed: 0 or more, inf included")
     return float(value)
 
 
 def _wrapped(padding_idx: int | None, rows: int) -> int | None:
-    """Torch's rule: -rows..rows-1, where negative counts from the end."""
+    """The padding row by torch's rule: in -rows..rows-1, where negative counts from the end."""
     if padding_idx is None:
         return None
     if not rows:

@@ -1,6 +1,6 @@
-"""EmbeddingBag: the sums, means or maxima of bags of rows, without a copy of each row.
+"""EmbeddingBag: sums, means or maxima of bags of rows, without copying each row.
 
-Semantics are torch's, with the differences of docs/torch-compatibility.md: offsets are validated,
+The semantics are torch's, with the differences of docs/torch-compatibility.md: offsets are checked,
 `scale_grad_by_freq` divides by the count of the row itself, and every mode has sparse gradients.
 """
 
@@ -27,22 +27,24 @@ class EmbeddingBag(Layer):
     Parameters
     ----------
     num_embeddings, embedding_dim : int
-        Shape of the weight.
-    max_norm, norm_type, scale_grad_by_freq
-        As for `Embedding`.
+        The shape of the weight.
+    max_norm, norm_type : float, optional
+        See `Embedding`.
+    scale_grad_by_freq : bool
+        See `Embedding`; not with mode "max".
     mode : {"mean", "sum", "max"}
         "mean" divides by the number of rows in the bag; an empty bag gives zeros. "max" keeps the
         first of equal elements, and a NaN only if it comes first.
     sparse : bool
-        `backward` gives a `SparseGrad`.
-    _weight : float32 array, optional
+        Whether `backward` returns a `SparseGrad`.
+    _weight : ndarray of float32, shape (num_embeddings, embedding_dim), optional
         Rows to use, without a copy.
     include_last_offset : bool
-        Offsets end with the number of ids.
+        Whether offsets end with the number of ids.
     padding_idx : int, optional
-        A row that is in no sum, mean, count or maximum, and takes no gradient.
-    device, dtype, table, seed, num_threads
-        As for `Embedding`.
+        A row that is left out of every sum, mean, count and maximum, and has no gradient.
+    device, dtype, _freeze, table, seed, num_threads : optional
+        See `Embedding`.
 
     Examples
     --------
@@ -113,7 +115,24 @@ class EmbeddingBag(Layer):
         *,
         num_threads: int | None = None,
     ) -> EmbeddingBag:
-        """A layer over rows that exist, without a copy; see `Embedding.from_pretrained`."""
+        """Make a layer over existing rows, without a copy; see `Embedding.from_pretrained`.
+
+        Parameters
+        ----------
+        embeddings : ndarray of float32, path-like or Table
+            The rows; a path of a table or .npy file is opened for reading if `freeze` is True.
+        freeze : bool
+            Whether optimizers refuse the layer.
+        max_norm, norm_type, scale_grad_by_freq, mode, sparse : optional
+            See `EmbeddingBag`.
+        include_last_offset, padding_idx, num_threads : optional
+            See `EmbeddingBag`.
+
+        Returns
+        -------
+        EmbeddingBag
+            The layer.
+        """
         table = cls._pretrained_table(embeddings, freeze, num_threads)
         return cls(
             table.rows,
@@ -136,11 +155,26 @@ class EmbeddingBag(Layer):
         offsets: ArrayLike | None = None,
         per_sample_weights: ArrayLike | None = None,
     ) -> Bags:
-        """The batch, checked once: `__call__`, `backward` and ``optimizer.step`` take it as it is.
+        """Check a batch once, for a lookup, `backward` and ``optimizer.step``.
+
+        Parameters
+        ----------
+        input : array of integers, shape (n,) or (bags, length), or Bags
+            Row numbers, or the result of `bags`.
+        offsets : array of integers, optional
+            The start of each bag, see `Bags.from_input`.
+        per_sample_weights : array of float32, shape input.shape, optional
+            A factor for each row, with mode "sum".
+
+        Returns
+        -------
+        Bags
+            The checked batch.
 
         Raises
         ------
         ArgumentError, DTypeError
+            See `Bags.from_input`.
         """
         if isinstance(input, Bags):
             if offsets is not None or per_sample_weights is not None:
@@ -158,16 +192,26 @@ class EmbeddingBag(Layer):
         offsets: ArrayLike | None = None,
         per_sample_weights: ArrayLike | None = None,
     ) -> F32:
-        """Reduce each bag: a float32 array of shape (bags, embedding_dim).
+        """Reduce each bag.
 
         Parameters
         ----------
-        input, offsets, per_sample_weights
-            See `Bags.from_input`; or the result of `bags` alone.
+        input : array of integers, shape (n,) or (bags, length), or Bags
+            Row numbers, or the result of `bags`.
+        offsets : array of integers, optional
+            The start of each bag, see `Bags.from_input`.
+        per_sample_weights : array of float32, shape input.shape, optional
+            A factor for each row, with mode "sum".
+
+        Returns
+        -------
+        ndarray of float32, shape (bags, embedding_dim)
+            One row for each bag.
 
         Raises
         ------
         IdError, ArgumentError, DTypeError
+            If an id is outside the table, or see `Bags.from_input`.
         """
         bags = self.bags(input, offsets, per_sample_weights)
         self._renorm(bags.ids)
@@ -176,10 +220,10 @@ class EmbeddingBag(Layer):
     def _reduce(self, bags: Bags, which: NDArray[np.int64] | None) -> F32:
         table = self.table
         out = np.empty((len(bags), table.dim), np.float32)
-        workers = _threads.for_work(bags.ids.size * table.dim, table.num_threads)
+        threads = _threads.for_work(bags.ids.size * table.dim, table.num_threads)
         column = table.weight_column
         _core.reduce_bags(
-            column, bags.ids, bags.starts, bags.weights, self.mode, self._skip, out, which, workers
+            column, bags.ids, bags.starts, bags.weights, self.mode, self._skip, out, which, threads
         )
         return out
 
@@ -190,22 +234,43 @@ class EmbeddingBag(Layer):
         offsets: ArrayLike | None = None,
         per_sample_weights: ArrayLike | None = None,
     ) -> F32 | SparseGrad:
-        """The gradient of the weight, given that of the reduced rows.
+        """The gradient of the weight, from the gradient of the reduced rows.
 
         Parameters
         ----------
-        grad : float32 array of shape (bags, embedding_dim)
+        input : array of integers, shape (n,) or (bags, length), or Bags
+            Row numbers, or the result of `bags`.
+        grad : array of float32, shape (bags, embedding_dim)
+            The gradient of each reduced row.
+        offsets : array of integers, optional
+            The start of each bag, see `Bags.from_input`.
+        per_sample_weights : array of float32, shape input.shape, optional
+            A factor for each row, with mode "sum".
 
         Returns
         -------
-        float32 array of shape (num_embeddings, embedding_dim), or with ``sparse=True`` a SparseGrad
+        ndarray of float32, shape (num_embeddings, embedding_dim), or SparseGrad
+            Zero at other rows; with ``sparse=True``, a SparseGrad of the rows of the batch.
         """
         bags = self.bags(input, offsets, per_sample_weights)
         sparse = self.sparse_gradient(bags, grad)
         return sparse if self.sparse else sparse.to_dense(self.table.rows)
 
     def sparse_gradient(self, bags: Bags, grad: ArrayLike) -> SparseGrad:
-        """The gradient of the rows of the batch, without the padding row."""
+        """The gradient of the rows of the batch, without the padding row.
+
+        Parameters
+        ----------
+        bags : Bags
+            The batch.
+        grad : array of float32, shape (bags, embedding_dim)
+            The gradient of each reduced row.
+
+        Returns
+        -------
+        SparseGrad
+            The unique rows and their gradients.
+        """
         if self.mode == "max":
             return self._max_gradient(bags, self._check_gradient(bags, grad))
         batch = self._read_bags(bags, grad)
@@ -216,18 +281,20 @@ class EmbeddingBag(Layer):
 
         Parameters
         ----------
-        ids : Bags or a SparseGrad
-        grad : float32 array of shape (bags, embedding_dim)
-            None with a SparseGrad.
+        ids : Bags or SparseGrad
+            The batch, or unique rows with their gradients.
+        grad : array of float32, shape (bags, embedding_dim), or None
+            The gradient of each reduced row; None with a SparseGrad.
 
         Returns
         -------
         _core.Batch
-            Not yet grouped, so ids may still be outside the table.
+            The batch, not yet grouped, so its ids are not checked yet.
 
         Raises
         ------
         DTypeError, ArgumentError
+            If an array has another dtype or shape.
         """
         if isinstance(ids, SparseGrad):
             return super().read_gradient(ids, grad)
@@ -251,16 +318,11 @@ class EmbeddingBag(Layer):
         )
 
     def _check_gradient(self, bags: Bags, grad: ArrayLike) -> F32:
-        """The gradient as the kernels take it.
-
-        Raises
-        ------
-        ArgumentError, DTypeError
-        """
+        """The gradient for the kernels, of float32 and shape (bags, embedding_dim)."""
         return as_values(grad, (len(bags), self.table.dim), "grad")
 
     def _coefficients(self, bags: Bags) -> F32 | None:
-        """What the gradient of a bag is multiplied with for each of its positions; None for 1."""
+        """The factor of a bag's gradient for each of its positions; None stands for ones."""
         if self.mode == "sum":
             return bags.weights
         counted = np.ones(bags.ids.size, np.int64) if self._skip < 0 else bags.ids != self._skip
@@ -281,21 +343,30 @@ class EmbeddingBag(Layer):
     def per_sample_weights_grad(
         self, input: ArrayLike | Bags, grad: ArrayLike, offsets: ArrayLike | None = None
     ) -> F32:
-        """The gradient of per_sample_weights: the product of each row with its bag's gradient.
+        """The gradient of `per_sample_weights`: each row times the gradient of its bag.
+
+        Parameters
+        ----------
+        input : array of integers, shape (n,) or (bags, length), or Bags
+            Row numbers, or the result of `bags`.
+        grad : array of float32, shape (bags, embedding_dim)
+            The gradient of each reduced row.
+        offsets : array of integers, optional
+            The start of each bag, see `Bags.from_input`.
 
         Returns
         -------
-        float32 array of shape (n,)
-            Zero at the padding row.
+        ndarray of float32, shape (n,)
+            One number for each id; zero at the padding row.
         """
         if self.mode != "sum":
             raise ArgumentError(f"per_sample_weights need mode='sum', not {self.mode!r}")
         bags = self.bags(input, offsets)
         values = self._check_gradient(bags, grad)
         out = np.empty(bags.ids.size, np.float32)
-        workers = _threads.for_work(bags.ids.size * self.table.dim, self.table.num_threads)
+        threads = _threads.for_work(bags.ids.size * self.table.dim, self.table.num_threads)
         ids = bags.ids.astype(np.int64, copy=False)
-        _core.bag_dots(self.table.weight_column, ids, bags.bag_of, values, self._skip, out, workers)
+        _core.bag_dots(self.table.weight_column, ids, bags.bag_of, values, self._skip, out, threads)
         return out
 
     def _settings(self) -> list[str]:

@@ -67,7 +67,18 @@ class _BareTable:
 
 
 class Optimizer:
-    """What all rules share: the table, the step, the checks.
+    """The base of all optimizers: the table, the step and the checks.
+
+    Parameters
+    ----------
+    target : Embedding, EmbeddingBag or Table
+        The rows to update.
+    lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
+    options : Options
+        The step options.
+    lazy_momentum : bool
+        Whether rows catch up with the momentum of the steps that they missed.
 
     Attributes
     ----------
@@ -125,24 +136,27 @@ class Optimizer:
 
     @property
     def weight_decay(self) -> float:
-        """As the optimizer was made with."""
+        """The weight decay, see `Options`."""
         return self._weight_decay
 
     @property
     def frequency_power(self) -> float:
-        """As the optimizer was made with."""
+        """The frequency power, see `Options`."""
         return self._rule.frequency_power
 
     @property
     def skipped(self) -> int:
+        """The number of rows that ``nonfinite="skip_row"`` has left alone so far."""
         return self._rule.skipped
 
     @property
     def pending(self) -> bool:
+        """Whether gradients were accumulated that no step has applied."""
         return bool(self._pending)
 
     @property
     def steps(self) -> int:
+        """The number of steps taken, which the table keeps; may be set."""
         return steps_taken(self.table, self.rule)
 
     @steps.setter
@@ -152,6 +166,7 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
+        """The learning rate of the next step; may be set to a number or a schedule."""
         return self._lr_of(self.steps + 1)
 
     @lr.setter
@@ -209,8 +224,10 @@ class Optimizer:
 
         Parameters
         ----------
-        ids, grad
-            As for `step`.
+        ids : array of integers, Bags or SparseGrad
+            The ids of the micro-batch, see `step`.
+        grad : array of float32, optional
+            The gradient of what the layer returned, see `step`.
 
         Raises
         ------

@@ -37,7 +37,9 @@ class SGD(Optimizer):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
     momentum, dampening : float
         In [0, 1) and [0, 1].
     nesterov : bool
@@ -111,8 +113,11 @@ class Adagrad(Optimizer):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
     eps : float
+        Added to the root in the denominator; 0 or more.
     **options
         See `Options`.
 
@@ -153,9 +158,11 @@ class RowwiseAdagrad(Adagrad):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
     eps : float
-        Above 0.
+        Added to the root in the denominator; above 0.
     **options
         See `Options`.
 
@@ -190,11 +197,13 @@ class RMSprop(Optimizer):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
     alpha : float
         In [0, 1).
     eps : float
-        Above 0.
+        Added to the root in the denominator; above 0.
     **options
         See `Options`.
     """
@@ -267,11 +276,13 @@ class Adam(_Moments):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
     betas : pair of float
-        Each in [0, 1).
+        b1 and b2, each in [0, 1).
     eps : float
-        Above 0.
+        Added to the root in the denominator; above 0.
     **options
         See `Options`.
 
@@ -304,11 +315,13 @@ class AdamW(_Moments):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
     betas : pair of float
-        Each in [0, 1).
+        b1 and b2, each in [0, 1).
     eps : float
-        Above 0.
+        Added to the root in the denominator; above 0.
     **options
         See `Options`; weight_decay is 1e-2 if not given.
     """
@@ -330,11 +343,13 @@ class PartialRowwiseAdam(_Moments):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
     betas : pair of float
-        Each in [0, 1).
+        b1 and b2, each in [0, 1).
     eps : float
-        Above 0.
+        Added to the root in the denominator; above 0.
     **options
         See `Options`.
     """
@@ -356,11 +371,13 @@ class LAMB(_Moments):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
     betas : pair of float
-        Each in [0, 1).
+        b1 and b2, each in [0, 1).
     eps : float
-        Above 0.
+        Added to the root in the denominator; above 0.
     **options
         See `Options`.
     """
@@ -396,7 +413,9 @@ class LARS(Optimizer):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
+        The learning rate, see `pyembed.schedules`.
     momentum : float
         In [0, 1).
     eta : float
@@ -441,9 +460,11 @@ class FTRL(Optimizer):
     Parameters
     ----------
     target : Embedding, EmbeddingBag or Table
+        The rows to update.
     lr : float or schedule
-        Above 0.
+        The learning rate, above 0; see `pyembed.schedules`.
     beta, l1, l2 : float
+        The constants of the formula above; 0 or more.
     **options
         See `Options`.
     """
