@@ -49,8 +49,7 @@ def decide(placement: str, table: Table, device: torch.device) -> str:
     """Resolve "auto" to "device" if the rows take at most half of the free memory, else "table"."""
     if placement != "auto":
         return placement
-    fits = 4 * table.rows * table.dim <= FREE_SHARE * free_bytes(device)
-    return "device" if fits else "table"
+    return "device" if 4 * table.rows * table.dim <= FREE_SHARE * free_bytes(device) else "table"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -66,8 +65,7 @@ def free_bytes(device: torch.device) -> int:
     report = getattr(torch.get_device_module(device), "mem_get_info", None)
     if report is None:
         raise ArgumentError(
-            f"placement = 'auto': this version of torch does not report the free memory of {device}"
-            "; allowed: 'table', 'device'"
+            f"placement = 'auto': free memory of {device} is unknown; use 'table' or 'device'"
         )
     return int(report(device)[0])
 

@@ -58,7 +58,7 @@ def join(core: Any, optimizer: Optimizer, accumulates: bool, group: Any) -> None
             raise ArgumentError(
                 f"rank {rank} has (rows, dim, optimizer, pyembed.torch.Optimizer or not, steps, "
                 f"writable) = {theirs}, rank 0 has {given[0]}; allowed: the same on all ranks, and "
-                "writable. In DDP each rank has a table of its own, in memory or in a folder"
+                "writable; give each rank a table of its own"
             )
     first = dist.get_global_rank(group, 0)
     for part in device_copy.chunks(table):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,9 @@ from pyembed.table import Table
 from pyembed.torch import device_copy, ops
 from pyembed.torch.rows import DeviceRows, ParameterRows, Rows, TableRows, array_of
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 PLAIN = (Tensor, nn.Parameter)
 Path = str | os.PathLike[str]
+LayerT = TypeVar("LayerT", bound="Layer")
 MakeOptimizer = Callable[[embedding.Layer], Optimizer]
 
 
@@ -92,8 +90,11 @@ class Layer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, embeddings: Tensor | F32 | Table | Path, freeze: bool = True, **options: Any
-    ) -> Self:
+        cls: type[LayerT],
+        embeddings: Tensor | F32 | Table | Path,
+        freeze: bool = True,
+        **options: Any,
+    ) -> LayerT:
         """Make a layer over existing rows.
 
         Parameters
@@ -122,8 +123,9 @@ class Layer(nn.Module):
         """
         if isinstance(embeddings, Tensor):
             if embeddings.dim() != 2:
-                found = tuple(embeddings.shape)
-                raise ArgumentError(f"embeddings have shape {found}; allowed: (rows, dim)")
+                raise ArgumentError(
+                    f"shape {tuple(embeddings.shape)} of embeddings; allowed: (rows, dim)"
+                )
             return cls(*embeddings.shape, _weight=embeddings, _freeze=freeze, **options)
         table = cls._core_class.from_pretrained(embeddings, freeze).table
         return cls(table.rows, table.dim, table=table, _freeze=freeze, **options)
@@ -420,9 +422,7 @@ def _choose_rows(core: Any, make: MakeOptimizer | None, where: str, device: torc
         return DeviceRows(core)
     optimizer = None if make is None else _made(make, core)
     if device.type not in TableRows.devices:
-        raise ArgumentError(
-            f"device = {device}; allowed: 'cpu', 'cuda'; any other with placement='device'"
-        )
+        raise ArgumentError(f"device = {device}; allowed: 'cpu', 'cuda', or placement='device'")
     if optimizer is None and table.path is None and table.writable and device.type == "cpu":
         return ParameterRows(core)
     if optimizer is None and not core.frozen:
@@ -440,9 +440,8 @@ def _made(make: MakeOptimizer, core: Any) -> Optimizer:
     made = make(core) if callable(make) and not of_torch else None
     if not isinstance(made, Optimizer):
         raise DTypeError(
-            f"optimizer = {make!r}; allowed: a class of pyembed.optim, or functools.partial("
-            "pyembed.optim.Adagrad, lr=0.05). To train with an optimizer of torch, omit "
-            "optimizer= and give it layer.parameters()"
+            f"optimizer = {make!r}; allowed: a class or functools.partial of pyembed.optim. To use "
+            "an optimizer of torch, omit optimizer= and give it layer.parameters()"
         )
     return made
 

@@ -51,16 +51,12 @@ def _keep(ctx: Any, rows: Rows, weight: Tensor, ids: Tensor, offsets: Any, weigh
 
 def _differentiate(ctx: Any, grad: Tensor, gradients: Callable[..., Any]) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
-        raise ArgumentError(
-            "create_graph=True: pyembed's layers have no second derivative; allowed: "
-            "create_graph=False, or torch.nn.Embedding"
-        )
+        raise ArgumentError("create_graph=True needs a second derivative; use torch.nn.Embedding")
     *batch, _ = ctx.saved_tensors
     if ctx.version not in (None, ctx.rows.version):
         raise ArgumentError(
-            "the table changed between forward and backward, which reads the rows again for "
-            "mode='max' and per_sample_weights; call the layer once for each backward, or make a "
-            "pyembed.torch.Optimizer: rows then change in its step"
+            "the table changed between forward and backward, which reads rows again for mode='max' "
+            "or per_sample_weights; make a pyembed.torch.Optimizer: rows change in its step only"
         )
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     of_weight, of_weights = gradients(ctx.rows, ctx.weight, batch, grad, needs)

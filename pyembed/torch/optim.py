@@ -66,10 +66,8 @@ class Optimizer(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = []
         for rows, anchor in tables:
             if rows.optimizer.schedule is not None:
-                raise ArgumentError(
-                    f"{rows.optimizer!r} has a schedule of its own; allowed: a number as lr, "
-                    "which a scheduler of torch then changes"
-                )
+                name = repr(rows.optimizer)
+                raise ArgumentError(f"{name} has a schedule of its own; allowed: a number as lr")
             groups.append({"params": [anchor], "lr": rows.optimizer.lr})
         self._tables = [rows for rows, _ in tables]
         self._clip_norm = require_clip_norm(clip_norm, [each.optimizer for each in self._tables])
@@ -143,19 +141,18 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        turns: dict[Any, tuple[Any, Any]] = {}  # layers may share an optimizer, which steps once
+        turns: dict[Any, Any] = {}  # layers may share an optimizer, which steps once
         for rows, group in zip(self._tables, self.param_groups, strict=False):
             if rows.optimizer.pending:
-                turns.setdefault(rows.optimizer, (rows, group["lr"]))
-        before = {optimizer: optimizer.lr for optimizer in turns}
+                turns.setdefault(rows.optimizer, (rows, group["lr"], rows.optimizer.lr))
         try:
-            for optimizer, (_, rate) in turns.items():
+            for optimizer, (_, rate, _) in turns.items():
                 optimizer.lr = float(rate)
             step_many([(optimizer, None, None) for optimizer in turns], self._clip_norm)
         except Exception:
-            for optimizer, rate in before.items():
-                optimizer.lr = rate
+            for optimizer, (_, _, before) in turns.items():
+                optimizer.lr = before
             raise
-        for rows, _ in turns.values():
+        for rows, _, _ in turns.values():
             rows.version += 1
         return loss
