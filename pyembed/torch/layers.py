@@ -110,6 +110,7 @@ class Layer(nn.Module):
         Returns
         -------
         Embedding or EmbeddingBag
+            The layer.
 
         Raises
         ------
@@ -190,6 +191,7 @@ class Layer(nn.Module):
         Returns
         -------
         str
+            The text between the parentheses of `repr`.
         """
         return ", ".join(self._rows.description(self.weight))
 
@@ -238,14 +240,14 @@ class Embedding(Layer):
 
     Parameters
     ----------
-    num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq
+    num_embeddings, embedding_dim : int
+        The shape of the weight.
+    padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze : optional
         As in torch, with the differences that docs/torch-compatibility.md lists.
-    sparse, _weight, _freeze
-        Likewise.
     device : "cpu" or "cuda"; with placement "device" any device of torch
         Device on which looked-up rows arrive; "cuda" needs `optimizer` or a frozen layer. With
         placement "device", the device of all rows.
-    dtype, table
+    dtype, table : optional
         As for `pyembed.Embedding`.
     path : path-like, optional
         Folder of a table; opened for reading if the layer is frozen.
@@ -325,13 +327,15 @@ class EmbeddingBag(Layer):
 
     Parameters
     ----------
-    num_embeddings, embedding_dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse
+    num_embeddings, embedding_dim : int
+        The shape of the weight.
+    max_norm, norm_type, scale_grad_by_freq, mode, sparse, _weight : optional
         As in torch, with the differences that docs/torch-compatibility.md lists.
-    _weight, include_last_offset, padding_idx
+    include_last_offset, padding_idx : optional
         Likewise.
     _freeze : bool
         The rows do not learn.
-    device, dtype, table, path, optimizer, placement
+    device, dtype, table, path, optimizer, placement : optional
         As for `Embedding`.
 
     Raises
