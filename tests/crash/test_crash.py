@@ -5,28 +5,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 from tests.crash import hunts, mutants, torture
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*options: str) -> str:
-    """Run the suite in a new process: it forks, and a fork must find no threads."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.crash.torture", "--short", *options],
-        cwd=ROOT,
-        env={**os.environ, "PYEMBED_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
+from tests.crash.slices import run
 
 
 def test_a_slice_of_every_sweep() -> None:

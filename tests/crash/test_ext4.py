@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.crash import hunts, torture
-from tests.crash.test_crash import run
+from tests.crash.slices import run
 
 FEW = ("journal not synced", "rows not synced", "folder not synced")
 
