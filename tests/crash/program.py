@@ -97,7 +97,7 @@ class Trainer:
         """Return to the last commit."""
         if self.table.path is None:
             self.table = pickle.loads(self._saved)
-            self.optimizer.table = self.table
+            self.optimizer = RULES[self.plan.optimizer](self.table, lr=0.1)
         else:
             self.table.rollback()
         self.optimizer.steps = self._steps
