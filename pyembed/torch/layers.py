@@ -25,6 +25,7 @@ from pyembed.torch.rows import DeviceRows, ParameterRows, Rows, TableRows, array
 
 PLAIN = (Tensor, nn.Parameter)
 Path = str | os.PathLike[str]
+Source = Tensor | F32 | Table | Path
 LayerT = TypeVar("LayerT", bound="Layer")
 MakeOptimizer = Callable[[embedding.Layer], Optimizer]
 
@@ -90,10 +91,7 @@ class Layer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls: type[LayerT],
-        embeddings: Tensor | F32 | Table | Path,
-        freeze: bool = True,
-        **options: Any,
+        cls: type[LayerT], embeddings: Source, freeze: bool = True, **options: Any
     ) -> LayerT:
         """Make a layer over existing rows.
 
@@ -191,7 +189,7 @@ class Layer(nn.Module):
         Returns
         -------
         str
-            The text between the parentheses of `repr`.
+            Text between the parentheses of the repr.
         """
         return ", ".join(self._rows.description(self.weight))
 
@@ -236,19 +234,33 @@ class Layer(nn.Module):
 
 
 class Embedding(Layer):
-    """`torch.nn.Embedding` over a table.
+    """`torch.nn.Embedding` over a table; docs/torch-compatibility.md lists the differences.
 
     Parameters
     ----------
     num_embeddings, embedding_dim : int
-        The shape of the weight.
-    padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze : optional
-        As in torch, with the differences that docs/torch-compatibility.md lists.
+        Shape of the weight.
+    padding_idx : int, optional
+        Row without a gradient; a fresh one is zero. A negative number counts from the end.
+    max_norm : float, optional
+        Before a lookup, scale rows of the batch with a larger norm down to it.
+    norm_type : float
+        The p of that norm.
+    scale_grad_by_freq : bool
+        Divide the gradient of a row by the number of times that it occurs in the batch.
+    sparse : bool
+        The gradient of a Parameter is sparse, with unique ids.
+    _weight : float32 Tensor of shape (num_embeddings, embedding_dim), optional
+        Rows on the CPU, used without a copy.
+    _freeze : bool
+        The rows do not learn.
     device : "cpu" or "cuda"; with placement "device" any device of torch
         Device on which looked-up rows arrive; "cuda" needs `optimizer` or a frozen layer. With
         placement "device", the device of all rows.
-    dtype, table : optional
-        As for `pyembed.Embedding`.
+    dtype : torch.dtype, optional
+        float32 only.
+    table : Table, optional
+        Rows to use; they are not initialised.
     path : path-like, optional
         Folder of a table; opened for reading if the layer is frozen.
     optimizer : callable, optional
@@ -323,18 +335,20 @@ class Embedding(Layer):
 
 
 class EmbeddingBag(Layer):
-    """`torch.nn.EmbeddingBag` over a table.
+    """`torch.nn.EmbeddingBag` over a table; docs/torch-compatibility.md lists the differences.
 
     Parameters
     ----------
     num_embeddings, embedding_dim : int
-        The shape of the weight.
-    max_norm, norm_type, scale_grad_by_freq, mode, sparse, _weight : optional
-        As in torch, with the differences that docs/torch-compatibility.md lists.
-    include_last_offset, padding_idx : optional
-        Likewise.
-    _freeze : bool
-        The rows do not learn.
+        Shape of the weight.
+    max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze : optional
+        As for `Embedding`.
+    mode : {"mean", "sum", "max"}
+        How the rows of a bag become one row.
+    include_last_offset : bool
+        Offsets end with the number of ids.
+    padding_idx : int, optional
+        Row that enters no sum, mean, count or maximum, and has no gradient.
     device, dtype, table, path, optimizer, placement : optional
         As for `Embedding`.
 
