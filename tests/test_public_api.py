@@ -115,6 +115,24 @@ def test_modules_are_imported_by_their_own_path() -> None:
                 assert {alias.name for alias in node.names} <= modules, file
 
 
+def test_private_names_stay_in_their_module() -> None:
+    """No module uses another module's names that begin with an underscore."""
+    others = {"_replace", "_active_ddp_module"}  # of NamedTuple and of torch
+    modules = {file.stem for file in PACKAGE.rglob("_*.py*")}
+    for file, tree in sources():
+        nodes = list(ast.walk(tree))
+        defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        stored = [node for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store)]
+        defined |= {str(getattr(node, "attr", getattr(node, "id", ""))) for node in stored}
+        imported = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        used = {alias.name for node in imported for alias in node.names} - modules
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+                used.add(node.attr)
+        private = {name for name in used if name.startswith("_") and not name.endswith("__")}
+        assert private <= defined | others | {"_core"}, file
+
+
 def test_kernels_cannot_fail() -> None:
     """No kernel source allocates, knows Python, or starts a thread."""
     for file in (PACKAGE / "_kernels").iterdir():
