@@ -10,6 +10,7 @@ were accumulated for it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class Part:
         The 2-norm of the gradients is at most this.
     pending : list or None
         Emptied by the step: what was accumulated for it.
+    clip_scale : float
+        The factor of the gradients, once their norm is known.
     """
 
     table: Table
@@ -49,6 +52,7 @@ class Part:
     refuses_nonfinite: bool
     clip_norm: float | None
     pending: list[_core.Batch] | None = None
+    clip_scale: float = 1.0
 
 
 def take(parts: Sequence[Part], clip_norm: float | None = None) -> None:
@@ -61,16 +65,19 @@ def take(parts: Sequence[Part], clip_norm: float | None = None) -> None:
     clip_norm : float, optional
         The 2-norm of the gradients of all parts, taken as one vector, is at most this.
     """
-    num_threads = parts[0].table.num_threads
-    if len(parts) > 1:
-        num_threads = max(part.table.num_threads for part in parts)
-    grouping.group_batches([part.batch for part in parts], num_threads)
-    threads = _for_gradients(parts, num_threads)
+    ids = floats = num_threads = 0
+    for part in parts:
+        size, threads = part.batch.ids.size, part.table.num_threads
+        ids, floats = ids + size, floats + size * part.batch.dim
+        if threads > num_threads:
+            num_threads = threads
+    threads = _threads.for_work(floats, num_threads)
+    _core.group([part.batch for part in parts], _threads.for_work(4 * ids, num_threads))
     require_finite_gradients([part.batch for part in parts if part.refuses_nonfinite], threads)
-    scales = _clip(parts, clip_norm, threads)
+    _clip(parts, clip_norm, threads)
     tables = _tables(parts)
     with _still(tables):
-        steps = _steps(parts, scales)
+        steps = _steps(parts)
         _announce(tables, parts)
         _core.update(steps, threads)
 
@@ -94,29 +101,19 @@ def require_finite_gradients(batches: list[_core.Batch], num_threads: int) -> No
                 require_finite(batch.coefficients, "per_sample_weights", num_threads)
 
 
-def _for_gradients(parts: Sequence[Part], num_threads: int) -> int:
-    """The threads worth using for all gradients of a step."""
-    floats = 0
-    for part in parts:
-        floats += part.batch.ids.size * part.batch.dim
-    return _threads.for_work(floats, num_threads)
-
-
-def _clip(parts: Sequence[Part], clip_norm: float | None, num_threads: int) -> list[float]:
-    """The factor of each part's gradients: by a norm of its own, or all by that of all."""
+def _clip(parts: Sequence[Part], clip_norm: float | None, num_threads: int) -> None:
+    """Set the factor of each part's gradients: by a norm of its own, or all by that of all."""
     if clip_norm is None:
-        return [_own_scale(part, num_threads) for part in parts]
+        for part in parts:
+            if part.clip_norm is not None:
+                part.clip_scale = _scale_to(part.clip_norm, _norm(part, num_threads))
+        return
     total = 0.0
     for part in parts:  # sum() would give other bits from Python 3.12 on
         norm = _norm(part, num_threads)
         total += norm * norm
-    return [_scale_to(clip_norm, math.sqrt(total))] * len(parts)
-
-
-def _own_scale(part: Part, num_threads: int) -> float:
-    if part.clip_norm is None:
-        return 1.0
-    return _scale_to(part.clip_norm, _norm(part, num_threads))
+    for part in parts:
+        part.clip_scale = _scale_to(clip_norm, math.sqrt(total))
 
 
 def _norm(part: Part, num_threads: int) -> float:
@@ -155,15 +152,17 @@ def _still(tables: list[Table]) -> AbstractContextManager[object]:
         return stack.pop_all()
 
 
-def _steps(parts: Sequence[Part], scales: list[float]) -> list[_core.Step]:
+def _steps(parts: Sequence[Part]) -> list[_core.Step]:
     """Prepare the rules, whose step numbers are known in turn alone; check all that is left."""
-    numbers: dict[tuple[Table, str], int] = {}
+    taken: Counter[tuple[Table, str]] | None = Counter() if len(parts) > 1 else None
     steps = []
-    for part, scale in zip(parts, scales, strict=True):
+    for part in parts:
         table, rule = part.table, part.rule
-        key = table, rule.name  # parts of one rule share the count of their table
-        number = numbers[key] = numbers.get(key, steps_taken(table, rule.name)) + 1
-        part.prepare(number, scale)
+        number = steps_taken(table, rule.name) + 1
+        if taken is not None:  # parts of one rule share the count of their table
+            number += taken[table, rule.name]
+            taken[table, rule.name] += 1
+        part.prepare(number, part.clip_scale)
         columns = table.columns_of(part.state)
         steps.append(_core.Step(rule, part.batch, columns, table.optimizer, part.pending))
     return steps
