@@ -5,7 +5,7 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-RULES: Final[dict[str, tuple[int, dict[str, str]]]]
+RULES: Final[dict[str, tuple[str, dict[str, str]]]]
 STREAM_FLOATS: Final[int]
 BAG_MODES: Final[dict[str, int]]
 

@@ -34,18 +34,6 @@ cnp.import_array()
 
 cdef extern from "_kernels/kernels.h" nogil:
     enum:
-        PE_SGD
-        PE_MOMENTUM
-        PE_NESTEROV
-        PE_ADAGRAD
-        PE_ROWWISE_ADAGRAD
-        PE_RMSPROP
-        PE_ADAM
-        PE_ROWWISE_ADAM
-        PE_LAMB
-        PE_LARS
-        PE_FTRL
-        PE_RULES
         PE_BLOCK
 
     ctypedef struct pe_hyper:
@@ -61,6 +49,10 @@ cdef extern from "_kernels/kernels.h" nogil:
         float l2
 
     ctypedef void (*pe_update_row)(float *const *col, const float *grad_d, int64_t d, const pe_hyper *h) noexcept nogil
+
+    ctypedef struct pe_rule:
+        const char *name
+        pe_update_row row
 
     ctypedef struct pe_sum:
         const float *base
@@ -95,7 +87,7 @@ cdef extern from "_kernels/kernels.h" nogil:
         double (*squares_row)(const float *src_d, int64_t d) noexcept nogil
         double (*norm_row)(const float *src_d, double p, int64_t d) noexcept nogil
         int (*finite_span)(const float *src_d, int64_t d) noexcept nogil
-        pe_update_row update[PE_RULES]
+        const pe_rule *rules
         void (*uniform_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float low, float width) noexcept nogil
         void (*normal_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float mean, float std) noexcept nogil
 

@@ -4,22 +4,33 @@
 cdef enum:
     MAX_COLUMNS = 6                               # the weight, three of state, the count, the last step
 
-# name → (index in pe_kernels.update, the state columns in order); the weight comes first. A column holds one float for each
-# element of the weight, or one for each row.
+# name → (the kernel, see PE_RULE_TABLE, and the state columns in order); the weight comes first. A column holds one float for
+# each element of the weight, or one for each row.
 RULES = {
-    "sgd": (PE_SGD, {}),
-    "momentum": (PE_MOMENTUM, {"momentum_buffer": "element"}),
-    "nesterov": (PE_NESTEROV, {"momentum_buffer": "element"}),
-    "adagrad": (PE_ADAGRAD, {"sum": "element"}),
-    "rowwise_adagrad": (PE_ROWWISE_ADAGRAD, {"row_sum": "row"}),
-    "rmsprop": (PE_RMSPROP, {"square_avg": "element"}),
-    "adam": (PE_ADAM, {"exp_avg": "element", "exp_avg_sq": "element"}),
-    "adamw": (PE_ADAM, {"exp_avg": "element", "exp_avg_sq": "element"}),
-    "rowwise_adam": (PE_ROWWISE_ADAM, {"exp_avg": "element", "row_exp_avg_sq": "row"}),
-    "lamb": (PE_LAMB, {"exp_avg": "element", "exp_avg_sq": "element"}),
-    "lars": (PE_LARS, {"momentum_buffer": "element"}),
-    "ftrl": (PE_FTRL, {"ftrl_z": "element", "ftrl_n": "element"}),
+    "sgd": ("sgd", {}),
+    "momentum": ("momentum", {"momentum_buffer": "element"}),
+    "nesterov": ("nesterov", {"momentum_buffer": "element"}),
+    "adagrad": ("adagrad", {"sum": "element"}),
+    "rowwise_adagrad": ("rowwise_adagrad", {"row_sum": "row"}),
+    "rmsprop": ("rmsprop", {"square_avg": "element"}),
+    "adam": ("adam", {"exp_avg": "element", "exp_avg_sq": "element"}),
+    "adamw": ("adam", {"exp_avg": "element", "exp_avg_sq": "element"}),
+    "rowwise_adam": ("rowwise_adam", {"exp_avg": "element", "row_exp_avg_sq": "row"}),
+    "lamb": ("lamb", {"exp_avg": "element", "exp_avg_sq": "element"}),
+    "lars": ("lars", {"momentum_buffer": "element"}),
+    "ftrl": ("ftrl", {"ftrl_z": "element", "ftrl_n": "element"}),
 }
+
+
+cdef int _kernel_index(str name) except -1:
+    """The place of a rule in pe_kernels.rules, which is the same at every SIMD level."""
+    cdef bytes wanted = name.encode()
+    cdef int index = 0
+    while kernels.rules[index].name is not NULL:
+        if kernels.rules[index].name == wanted:
+            return index
+        index += 1
+    raise ValueError(f"no kernel of a rule is called {name!r}")
 
 
 @cython.final
@@ -45,13 +56,13 @@ cdef class Rule:
     cdef public float clip_scale                  # the factor of the gradient
     cdef public int64_t skipped                   # rows left alone so far
     cdef readonly pe_hyper hyper                  # see set_hyper
-    cdef int index                                # in pe_kernels.update
+    cdef int index                                # in pe_kernels.rules
     cdef tuple per_element                        # of each column: whether it is as wide as the weight
 
     def __init__(self, str name not None, *, bint skip_nonfinite=False, bint lazy=False, double frequency_power=0.0,
                  float clip_value=INFINITY, float l2=0.0, double max_norm=INFINITY, double norm_type=2.0):
-        index, state = RULES[name]
-        self.name, self.index = name, index
+        kernel, state = RULES[name]
+        self.name, self.index = name, _kernel_index(kernel)
         self.skip_nonfinite, self.lazy, self.frequency_power = skip_nonfinite, lazy, frequency_power
         self.clip_value, self.l2, self.max_norm, self.norm_type = clip_value, l2, max_norm, norm_type
         self.keep, self.clip_scale = 1.0, 1.0
@@ -206,7 +217,7 @@ cdef bint _update_row(const pe_kernels *k, Step s, Rule rule, float *const *col,
         of_row = h[0]
         of_row.lr = <float>(of_row.lr * _rate(s, col))
         h = &of_row
-    k.update[rule.index](col, grad_d, d, h)
+    k.rules[rule.index].row(col, grad_d, d, h)
     if rule.max_norm < INFINITY:
         norm = k.norm_row(col[0], rule.norm_type, d)
         if norm > rule.max_norm:
@@ -227,7 +238,7 @@ cdef int64_t _update_run(const pe_kernels *k, Step s, Batch b, int64_t lo, int64
     cdef int64_t u, row, skipped = 0
     cdef int c
     cdef float *col[MAX_COLUMNS]
-    cdef pe_update_row update_row = k.update[s.rule.index]
+    cdef pe_update_row update_row = k.rules[s.rule.index].row
     _ahead_begin(&pages, s.cold, lo, hi)
     for u in range(lo, min(lo + UPDATE_AHEAD, hi)):
         _prefetch_row(s, u)

@@ -4,28 +4,12 @@
  * Legend: d floats in a row; *_d points to d floats, *_nd to n rows; no two pointers of a call overlap.
  *
  * Numerics contract. Every level (baseline, v3, v4) is the same C, compiled without contraction of a*b+c and without
- * -ffast-math, so every level gives the same bits, and pyembed/reference.py gives them too.
+ * -ffast-math, so every level gives the same bits, as does tests/reference/kernels.py.
  */
 #ifndef PYEMBED_KERNELS_H
 #define PYEMBED_KERNELS_H
 
 #include <stdint.h>
-
-/* Update rules, in the order of rules.inc.h and of pe_kernels.update. */
-enum {
-    PE_SGD,
-    PE_MOMENTUM,
-    PE_NESTEROV,
-    PE_ADAGRAD,
-    PE_ROWWISE_ADAGRAD,
-    PE_RMSPROP,
-    PE_ADAM,
-    PE_ROWWISE_ADAM,
-    PE_LAMB,
-    PE_LARS,
-    PE_FTRL,
-    PE_RULES
-};
 
 /* Hyper-parameters of one step, already rounded to float32. A rule reads those that it names. */
 typedef struct {
@@ -43,6 +27,14 @@ typedef struct {
 
 /* col[0] is the weight, col[1..] the state columns of the rule, all of the same row: d floats each, or one. */
 typedef void (*pe_update_row)(float *const *col, const float *grad_d, int64_t d, const pe_hyper *h);
+
+/* A rule by its name. */
+typedef struct {
+    const char *name;
+    pe_update_row row;
+} pe_rule;
+
+#define PE_MAX_RULES 32
 
 /* The rows of one sum, in order: row ids_n[r] begins at base + ids_n[r] * stride floats. A sum is the one place where a
  * kernel loops over rows, because it must stay in registers (docs/decisions/0004). */
@@ -101,7 +93,7 @@ typedef struct {
     double (*squares_row)(const float *src_d, int64_t d);                        /* sum of squares in double, 16 lanes */
     double (*norm_row)(const float *src_d, double p, int64_t d);                 /* p-norm in double, 16 lanes; NaN if any */
     int (*finite_span)(const float *src_d, int64_t d);                           /* 1 if no NaN and no infinity */
-    pe_update_row update[PE_RULES];
+    pe_rule rules[PE_MAX_RULES];                                                 /* ends with a name that is NULL */
     /* Blocks from `block` on of the stream that `seed` names: PE_BLOCK floats each, a function of (seed, block) alone. */
     void (*uniform_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float low, float width);
     void (*normal_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float mean, float std);

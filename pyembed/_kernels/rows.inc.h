@@ -168,7 +168,7 @@ const pe_kernels PE_CAT(pe_kernels_, PE_LEVEL) = {
     .norm_row = norm_row,
     .finite_span = finite_span,
     .squares_row = squares_row,
-    .update = PE_RULE_TABLE,
+    .rules = PE_RULE_TABLE,
     .uniform_blocks = uniform_blocks,
     .normal_blocks = normal_blocks,
 };

@@ -1,5 +1,5 @@
 /* The update rules: each changes one row of the weight, col[0], and of its state, col[1..], by a summed gradient. Included by
- * rows.inc.h, under each level's target; formulas and sources are in optim.py, the twins in reference.py.
+ * rows.inc.h, under each level's target; formulas and sources are in optim/rules.py, the specification is tests/reference/rules.py.
  *
  * Sums over a row are of squares in double, over 16 lanes and a tree, so that every level gives the same bits. Clipping,
  * weight decay (but for LAMB and LARS, whose norms it is part of) and max_norm are not here: they are the same for all rules.
@@ -148,11 +148,10 @@ static void ftrl_row(float *const *col, const float *restrict grad_d, int64_t d,
     }
 }
 
-#define PE_RULE_TABLE                                                          \
-    {                                                                          \
-        [PE_SGD] = sgd_row, [PE_MOMENTUM] = momentum_row,                      \
-        [PE_NESTEROV] = nesterov_row, [PE_ADAGRAD] = adagrad_row,              \
-        [PE_ROWWISE_ADAGRAD] = rowwise_adagrad_row, [PE_RMSPROP] = rmsprop_row, \
-        [PE_ADAM] = adam_row, [PE_ROWWISE_ADAM] = rowwise_adam_row,            \
-        [PE_LAMB] = lamb_row, [PE_LARS] = lars_row, [PE_FTRL] = ftrl_row,      \
+#define PE_RULE_TABLE                                                                     \
+    {                                                                                     \
+        {"sgd", sgd_row}, {"momentum", momentum_row}, {"nesterov", nesterov_row},         \
+        {"adagrad", adagrad_row}, {"rowwise_adagrad", rowwise_adagrad_row},               \
+        {"rmsprop", rmsprop_row}, {"adam", adam_row}, {"rowwise_adam", rowwise_adam_row}, \
+        {"lamb", lamb_row}, {"lars", lars_row}, {"ftrl", ftrl_row},                       \
     }
