@@ -7,7 +7,6 @@ what was changed early, in small portions, so that no step waits for gigabytes o
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import threading
@@ -15,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyembed import _core
+from pyembed import _cgroup, _core
 from pyembed._checks import F32
 from pyembed.errors import ArgumentError, DTypeError
 from pyembed.storage.fs import File
@@ -84,21 +83,9 @@ def write_back_is_near() -> bool:
 
 
 def memory_bytes() -> int:
-    """What this process may use: the machine's memory, or the limit of its control group."""
+    """The bytes that this process may use: the machine's memory, limited by its control groups."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers in ("", "memory"):  # version 2, or 1
-                total = min(total, _group_limit(group.lstrip("/"), total))
-    return total
-
-
-def _group_limit(group: str, total: int) -> int:
-    for root, file in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            return min(total, int((Path("/sys/fs/cgroup") / root / group / file).read_text()))
-    return total
+    return min(total, _cgroup.memory_limit() or total)
 
 
 def limit_bytes(memory_limit: int | float | None) -> int | None:
