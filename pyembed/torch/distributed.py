@@ -12,6 +12,7 @@ ranks have taken, and max_norm, with which a lookup changes rows on one rank onl
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -80,17 +81,44 @@ def whole_batch(batch: NDArray[Any] | Bags, grad: F32, group: Any) -> tuple[Any,
         Gradient of the mean over ranks, as in DDP.
     """
     ids, bags = (batch.ids, batch) if isinstance(batch, Bags) else (batch, None)
-    mine = [ids.reshape(-1).astype(np.int64, copy=False), grad.reshape(-1, grad.shape[-1])]
-    mine += [] if bags is None else [np.diff(bags.starts), bags.weights]
-    ids, values, *rest = (_joined(parts) for parts in zip(*_gathered(mine, group), strict=True))
+    numbers = ids.reshape(-1).astype(np.int64, copy=False)
+    mine: list[NDArray[Any]] = [numbers, grad.reshape(-1, grad.shape[-1])]
+    if bags is not None:
+        mine.append(np.diff(bags.starts))
+        mine += [] if bags.weights is None else [bags.weights]
+    ids, values, *rest = _joined(mine, group)
     values /= dist.get_world_size(group)
     if not rest:
         return ids, values
-    return Bags(ids, np.append(0, np.cumsum(rest[0])), rest[1]), values
+    weights = rest[1] if len(rest) == 2 else None
+    return Bags(ids, np.append(0, np.cumsum(rest[0])), weights), values
 
 
-def _joined(parts: tuple[Any, ...]) -> Any:
-    return None if all(part is None for part in parts) else np.concatenate(parts)
+def _joined(mine: list[NDArray[Any]], group: Any) -> list[NDArray[Any]]:
+    """Join the arrays of all ranks, one after the other; their lengths may differ.
+
+    All arrays of a rank travel as the bytes of one tensor: pickled, a large batch takes longer.
+    """
+    world = dist.get_world_size(group)
+    counts = [torch.empty(len(mine), dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(counts, torch.tensor([len(array) for array in mine]), group=group)
+    row_bytes = [array.itemsize * math.prod(array.shape[1:]) for array in mine]
+    sizes = [int(count @ torch.tensor(row_bytes)) for count in counts]
+    sent = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+    packed = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in mine]
+    np.concatenate(packed, out=sent.numpy()[: sum(part.size for part in packed)])
+    received = [torch.empty_like(sent) for _ in range(world)]
+    dist.all_gather(received, sent, group=group)
+    parts: list[list[NDArray[Any]]] = [[] for _ in mine]
+    for count, data in zip(counts, received, strict=True):
+        at = 0
+        for array, part, n, size in zip(mine, parts, count.tolist(), row_bytes, strict=True):
+            part.append(data.numpy()[at : at + n * size].view(array.dtype))
+            at += n * size
+    return [
+        np.concatenate(part).reshape(-1, *array.shape[1:])
+        for part, array in zip(parts, mine, strict=True)
+    ]
 
 
 def _gathered(mine: Any, group: Any) -> list[Any]:
