@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 def progress_bar(
@@ -37,3 +40,22 @@ def progress_bar(
         unit_scale=True,
         disable=None if progress is None else not progress,
     )
+
+
+def slow_loop(items: Iterable[Item], description: str, unit: str) -> Iterable[Item]:
+    """Draw a bar for a loop that takes more than a second, if stderr is a terminal.
+
+    Parameters
+    ----------
+    items : iterable
+    description : str
+        The text in front of the bar.
+    unit : str
+        The name of an item.
+
+    Returns
+    -------
+    iterable
+        The items.
+    """
+    return tqdm(items, desc=description, unit=unit, disable=None, delay=1, leave=False)

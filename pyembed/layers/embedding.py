@@ -177,7 +177,7 @@ class Layer:
         DTypeError, ArgumentError
             If an array has another dtype or shape.
         """
-        weight = self.table.weight_column
+        weight = self.table.store.weight_column
         return grouping.read_gradient(
             ids, grad, weight.rows, weight.dim, self._skip, self.scale_grad_by_freq
         )

@@ -221,7 +221,7 @@ class EmbeddingBag(Layer):
         table = self.table
         out = np.empty((len(bags), table.dim), np.float32)
         threads = _threads.for_work(bags.ids.size * table.dim, table.num_threads)
-        column = table.weight_column
+        column = table.store.weight_column
         _core.reduce_bags(
             column, bags.ids, bags.starts, bags.weights, self.mode, self._skip, out, which, threads
         )
@@ -366,7 +366,7 @@ class EmbeddingBag(Layer):
         out = np.empty(bags.ids.size, np.float32)
         threads = _threads.for_work(bags.ids.size * self.table.dim, self.table.num_threads)
         ids = bags.ids.astype(np.int64, copy=False)
-        _core.bag_dots(self.table.weight_column, ids, bags.bag_of, values, self._skip, out, threads)
+        _core.bag_dots(self.table.store.weight_column, ids, bags.bag_of, values, self._skip, out, threads)
         return out
 
     def _settings(self) -> list[str]:

@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike
 from pyembed._checks import F32
 from pyembed.layers.embedding import Embedding
 from pyembed.layers.embedding_bag import EmbeddingBag
-from pyembed.rows import Renormed
-from pyembed.table import Table
+from pyembed.table import Renormed, Table
 
 
 def embedding(

@@ -62,7 +62,7 @@ class _BareTable:
         self.table = table
 
     def read_gradient(self, ids: Any, grad: ArrayLike | None) -> _core.Batch:
-        weight = self.table.weight_column
+        weight = self.table.store.weight_column
         return grouping.read_gradient(ids, grad, weight.rows, weight.dim)
 
 
@@ -132,7 +132,7 @@ class Optimizer:
         self.state = state_widths(self.rule, self.table.dim)
         self.state |= {"row_steps": 1} if self.frequency_power else {}
         self.state |= {"last_step": 1} if self._rule.lazy else {}
-        self.table.ensure_columns(self.state)
+        self.table.store.ensure_columns(self.state)
 
     @property
     def weight_decay(self) -> float:
@@ -162,7 +162,7 @@ class Optimizer:
     @steps.setter
     def steps(self, value: int) -> None:
         limit = MAX_LAZY_STEPS if self._rule.lazy else 2**62
-        self.table.optimizer[self.rule] = {"steps": require_count(value, "steps", 0, limit)}
+        self.table.store.steps[self.rule] = {"steps": require_count(value, "steps", 0, limit)}
 
     @property
     def lr(self) -> float:
@@ -251,7 +251,7 @@ class Optimizer:
         threads = _threads.for_work(batch.ids.size * batch.dim, table.num_threads)
         if self.nonfinite == "raise":
             require_finite_gradients([batch], threads)
-        require_apart(batch.grad, table.columns_of(self.state), "grad")
+        require_apart(batch.grad, table.store.columns_of(self.state), "grad")
         sums = _core.sum_groups(batch, threads)
         sparse = SparseGrad(batch.unique_rows.copy(), sums.copy() if batch.unique else sums)
         self._pending.append(
@@ -364,8 +364,8 @@ class Optimizer:
         table = self.table
         batch = _core.Batch(rows, None, table.rows, table.dim, unique=True)
         grouping.group_batches([batch], 1)
-        with table.still():
-            columns = table.begin_change(self.state, rows)
+        with table.store.still():
+            columns = table.store.begin_change(self.state, rows)
             self._prepare(self.steps + 1, 1.0)
             threads = _threads.for_work(rows.size * table.dim, table.num_threads)
             _core.catch_up(_core.Step(self._rule, batch, columns), threads)

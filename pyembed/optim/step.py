@@ -84,7 +84,7 @@ def take(parts: Sequence[Part], clip_norm: float | None = None) -> None:
 
 def steps_taken(table: Table, rule: str) -> int:
     """How many steps the optimizers of this rule have taken on a table."""
-    return table.optimizer.get(rule, {}).get("steps", 0)
+    return table.store.steps.get(rule, {}).get("steps", 0)
 
 
 def require_finite_gradients(batches: list[_core.Batch], num_threads: int) -> None:
@@ -145,10 +145,10 @@ def _tables(parts: Sequence[Part]) -> list[Table]:
 def _still(tables: list[Table]) -> AbstractContextManager[object]:
     """Keep all others from changing rows of these tables while the block lasts."""
     if len(tables) == 1:
-        return tables[0].still()
+        return tables[0].store.still()
     with ExitStack() as stack:
         for table in tables:
-            stack.enter_context(table.still())
+            stack.enter_context(table.store.still())
         return stack.pop_all()
 
 
@@ -163,17 +163,17 @@ def _steps(parts: Sequence[Part]) -> list[_core.Step]:
             number += taken[table, rule.name]
             taken[table, rule.name] += 1
         part.prepare(number, part.clip_scale)
-        columns = table.columns_of(part.state)
-        steps.append(_core.Step(rule, part.batch, columns, table.optimizer, part.pending))
+        columns = table.store.columns_of(part.state)
+        steps.append(_core.Step(rule, part.batch, columns, table.store.steps, part.pending))
     return steps
 
 
 def _announce(tables: list[Table], parts: Sequence[Part]) -> None:
     """Say which rows change next: a table on disk records what they were."""
     if len(parts) == 1:
-        tables[0].begin_change({}, parts[0].batch.unique_rows)
+        tables[0].store.begin_change({}, parts[0].batch.unique_rows)
         return
     for table in tables:
         for part in parts:
             if part.table is table:
-                table.begin_change({}, part.batch.unique_rows)
+                table.store.begin_change({}, part.batch.unique_rows)

@@ -160,7 +160,7 @@ class PageCache:
         self._thread = threading.Thread(target=self._run, name="pyembed-pages", daemon=True)
         self._thread.start()
 
-    def changing(self) -> None:
+    def before_change(self) -> None:
         """Rows are about to change: if they had to be read first, they will have to be written.
 
         Waits while a quarter of the limit is taken by changes that are not written yet.

@@ -1,486 +1,383 @@
-"""The files of a table as a whole: create, lock, map, change, commit, roll back, recover, grow.
+"""The store of a table: how its rows are kept. One protocol, and the stores in memory.
 
-A table is a folder::
+========================= =====================================================================
+`MemoryStore`             rows in memory that the table allocated; it adds columns when asked
+`ArrayStore`              rows in an array of the caller
+`file_store.Reader`       a file that is read
+`file_store.PrivateCopy`  a file whose changes stay in this process
+`file_store.Writer`       a file that changes, with a transaction
+========================= =====================================================================
 
-    rows.npy        float32, C order, shape (rows, stride), header padded to 4096 bytes
-    manifest.json   the committed state, see manifest.py
-    undo0, undo1    the journal while rows change, see journal.py
-    changes         which rows changed from commit to commit, see changes.py
-    lock            held by flock: exclusively by a writer, shared by readers
-    seal.npy        checksums, if no commit changed rows since they were written, see seal.py
-    id_map.npy      optional: the row of each id, see order.py; never changes
+`Table` checks arguments and calls the store; optimizers and layers take its columns to the kernels.
+A change goes through two calls, in the block of a turn::
 
-State diagram (the function on each arrow)::
-
-    absent ──create──► clean ──protect──► dirty ──commit──► clean, one generation on
-                         ▲                  │
-                         ├──── rollback ────┤
-                         └── open, after ───┘ the writer died
-
-A change, in this order; each line returns before the next begins::
-
-    protect   the first after a commit: the journal begins (frame 0), then the manifest says dirty
-              rows not yet marked since the commit: their old content is recorded in the journal
-              with durability "power": the journal is synced
-              they are marked (with "power" the helper may have done so before, since `write_ahead`)
-    kernel    rows change
-
-    commit    which rows changed is logged (with "power" synced); rows are synced; then the manifest
-              says clean, with the next generation: from here on no frame of the journal is of any
-              interval, as the next one has another salt
-    undo      (rollback, recovery) the journal is read whole and judged; its rows are put back;
-              rows are synced; then the manifest says clean
-
-What a table promises is its durability. "process": whenever the writing process dies, the next one
-to open it finds the last commit, bit for bit. "power": the same when the machine dies. "none":
-there is no journal; it is known that changes were not committed, and the table is refused.
-
-1. Sizes are compared with the manifest before anything is mapped, and space is allocated before
-   it is mapped, so no access to a mapping raises SIGBUS for a file that is too short or a disk
-   that is full.
-2. No row changes before its old content is as safe as the table's durability promises.
-3. Rows are synced before the manifest that commits them.
-4. A table appears under its name complete or not at all.
-5. A dirty manifest keeps what was committed: rows appended since lie behind it, and are cut off by
-   an undo.
-6. From the look at the marks until they are set nobody else records, and no interval begins or
-   ends (`_mutex`); one begins without marks. So what is marked is in the journal of this interval.
-   It is there as the commit left it, as a row without a mark has not changed: who changes rows has
-   `protect` return first, and no interval ends between that and the change (`Rows._turns`).
-7. After a sync or an undo that failed nothing is called committed any more: what is lost, or
-   half done, is unknown. To open the table again recovers it.
+    with store.still():                            # or store.shared(), for additions under locks
+        columns = store.begin_change(state, rows)  # the old content of these rows is safe now
+        _core.update(columns, …)
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import errno
-import mmap
-import os
 import threading
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pyembed import _core
 from pyembed._checks import F32, IdArray
-from pyembed.errors import ArgumentError, FormatError, LockedError, ReadOnlyError, TableError
-from pyembed.storage import checksums, id_map, recovery
+from pyembed.errors import ArgumentError, ClosedError, ReadOnlyError
+from pyembed.init import Initializer
 from pyembed.storage import manifest as manifests
-from pyembed.storage.fs import FULL, File, Folder, open_file
-from pyembed.storage.journal import FILES, Replay
+from pyembed.storage import memory_lock, page_cache
+from pyembed.storage.columns import zeroed_rows
 from pyembed.storage.manifest import Manifest
-from pyembed.storage.npy import HEAD_BYTES, HEADER_BYTES, read_rows, rows_header
-from pyembed.storage.page_cache import PageCache
-from pyembed.storage.transaction import Interval
+from pyembed.storage.page_cache import Stats
 
 I64 = NDArray[np.int64]
-CLEAN = {"state": "clean", "salt": "", "boot": ""}
+Steps = dict[str, dict[str, int]]
+NO_STATE: Mapping[str, int] = {}
 
 
-class Store:
-    """An open table: its mapping, its lock, its manifest, its journal.
+class Turn(Protocol):
+    """A context manager for one turn at the rows."""
 
-    Parameters
-    ----------
-    path : Path
-    mode : {"r", "r+", "c"}
-        Read; read and write; write to a private copy that never reaches the file.
-    live, salvage : bool
-        See `Table.open`.
-    memory_limit : int, optional
-        Bytes.
-    durability : {"process", "power", "none"}, optional
-        From the next change on, instead of the table's own.
-    threads : int
-        That write the journal.
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Store(Protocol):
+    """What a table asks of the object that keeps its rows.
 
     Attributes
     ----------
+    path : Path or None
+        Where the file is; None in memory.
+    columns : dict of str to Column
+        The columns as the kernels take them; empty once the store is closed.
     manifest : Manifest
-    optimizer : dict of str to dict
-        The manifest's, to be changed in place; the next commit stores it.
-    array : float32 array of shape (rows, stride)
-        The mapping.
-    keeper : PageCache
-        Looks after the mapping's pages.
-    id_map : int64 array of shape (rows,) or None
-        The mapping of ``id_map.npy``, read-only.
+        The last commit, and whether rows changed since.
+    steps : dict of str to dict
+        Number of steps of each rule, ``{"adam": {"steps": 9}}``; committed and rolled back with
+        the rows. Optimizers change it in place.
+    id_map : int64 array or None
+        See `pyembed.storage.id_map`.
+    keeps_journal : bool
+        Whether `begin_change` needs the rows that will change.
+    is_training : bool
+        Whether rows that are looked up are likely to change.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        mode: str,
-        live: bool = False,
-        salvage: bool = False,
-        memory_limit: int | None = None,
-        durability: str | None = None,
-        threads: int = 1,
-    ) -> None:
-        self.path, self.mode = path.absolute(), mode
-        self.keeper: PageCache | None = None
-        self.folder = path.is_dir()
-        self._folder: Folder | None = None
-        self._lock: File | None = None
-        self._file: File = None  # type: ignore[assignment]
-        self._pid = os.getpid()
-        self._failed_sync = self._writes = False
-        self._interval: Interval | None = None
-        self._threads = threads
-        self._mutex = threading.Lock()  # of whoever records, or ends an interval
-        flags = os.O_RDWR if mode == "r+" else os.O_RDONLY
-        try:
-            if self.folder:
-                self._folder = Folder(path)
-                self._lock = self._folder.open("lock", flags)
-            else:
-                self._lock = open_file(path, flags)
-            if not live:
-                self._take_lock(self._lock)
-            if self._folder is not None:
-                self._file = self._folder.open("rows.npy", flags)
-            else:
-                self._file = self._lock
-            self._draw = self._file.system.token
-            self._salt = self._draw()  # of the next interval, however often it is begun
-            self._open_rows(live, salvage)
-            self.optimizer = copy.deepcopy(self.manifest.optimizer)
-            self.id_map = None
-            if self._folder is not None:
-                self.id_map = id_map.load(self._folder, self.manifest.rows)
-            self.keeper = PageCache(self._file, self.array, memory_limit, mode == "r+")
-            self._pages = self.keeper.pages
-            self._open_interval(durability)
-            self._writes = self.folder and mode == "r+"
-        except BaseException:
-            self.release()
-            raise
+    path: Path | None
+    columns: dict[str, _core.Column]
+    steps: Steps
+    id_map: I64 | None
 
-    # --- opening ------------------------------------------------------------------------------
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def keeps_journal(self) -> bool: ...
+    @property
+    def is_training(self) -> bool: ...
+    @property
+    def is_closed(self) -> bool: ...
+    @property
+    def weight_column(self) -> _core.Column:
+        """The weight as the kernels take it; ClosedError once the store is closed."""
 
-    def _take_lock(self, lock: File) -> None:
-        try:
-            lock.system.lock(lock.fd, self.mode == "r+")
-        except BlockingIOError:
-            if self.mode == "r+":
-                what = "another process or handle has it open; close it first"
-            else:
-                what = "a writer has it open; close it first, or read beside it with live=True"
-            raise LockedError(errno.EWOULDBLOCK, what, str(self.path)) from None
+    def still(self) -> Turn:
+        """The turn of one thread alone: nobody else changes rows during the block."""
 
-    def _open_rows(self, live: bool, salvage: bool) -> None:
-        """Map the rows of the last commit, recovered if need be; or as they are."""
-        if self._folder is None:
-            rows, stride, self._offset = self._read_header()
-            self.manifest = Manifest(rows, {"weight": stride})
-            self.array = self._map(rows)
-            return
-        text = self._folder.read("manifest.json")
-        self.manifest = manifests.decode(text, str(self.path / "manifest.json"))
-        if self.manifest.state == "dirty" and not salvage:
-            # An undo that the machine did not survive may have cut off rows that the header on
-            # the disk still counts. The next undo writes it anew.
-            rows, stride, self._offset = self.manifest.rows, self.manifest.stride, HEADER_BYTES
-        else:
-            rows, stride, self._offset = self._read_header()
-        self._check_sizes(rows, stride)
-        if self.manifest.state == "clean" or live:
-            self.array = self._map(self.manifest.rows)
-        elif salvage:
-            self.array = self._map(rows)
-            self._adopt(rows)
-        else:
-            replay = recovery.judge(self._folder, self.manifest)
-            self.array = self._map(self.manifest.rows, private=self.mode != "r+")
-            self._put_back(replay)
+    def shared(self) -> Turn:
+        """A turn that any number of threads share, to add to rows under locks."""
 
-    def _read_header(self) -> tuple[int, int, int]:
-        file = self._file
-        return read_rows(file.read_at(HEAD_BYTES, 0), file.size, file.path)
+    def begin_change(self, state: Mapping[str, int], rows: I64) -> tuple[_core.Column, ...]:
+        """Keep the old content of rows, and return the columns that a kernel may change now.
 
-    def _check_sizes(self, rows: int, stride: int) -> None:
-        state, size = self.manifest, self._file.size
-        expected = HEADER_BYTES + 4 * state.rows * state.stride
-        if state.state == "clean":
-            sound = rows == state.rows and size == expected
-        else:  # rows may have been appended, or be just about to
-            sound = rows >= state.rows and size >= HEADER_BYTES + 4 * rows * stride
-        if not sound or (stride, self._offset) != (state.stride, HEADER_BYTES):
-            raise FormatError(
-                f"{self._file.path}: {size} bytes with a header of {self._offset} for "
-                f"({rows}, {stride}); its manifest asks for {expected} with {HEADER_BYTES} for "
-                f"({state.rows}, {state.stride}): "
-                "it was cut short, or is of another table; restore it from a copy"
-            )
+        Parameters
+        ----------
+        state : mapping of str to int
+            Names and widths of state columns; see `ensure_columns`.
+        rows : int64 array, ascending and unique
+            The rows that will change; only used with a journal.
 
-    def _map(self, rows: int, private: bool = False) -> F32:
-        access = {"r": mmap.ACCESS_READ, "r+": mmap.ACCESS_WRITE, "c": mmap.ACCESS_COPY}[self.mode]
-        access = mmap.ACCESS_COPY if private else access
-        return self._file.map_rows(self._offset, rows, self.manifest.stride, access)
+        Returns
+        -------
+        tuple of Column
+            The weight, then the columns of `state`.
 
-    def _open_interval(self, durability: str | None) -> None:
-        if self.mode != "r+" or self._folder is None:
-            return
-        if durability is not None and durability != self.manifest.durability:
-            self._set(self.manifest.with_changes(durability=durability))
-        if self.manifest.durability != "none":
-            self._interval = Interval(self._folder, self.manifest)
+        Raises
+        ------
+        ReadOnlyError, TableError, ClosedError
+            No row was changed.
+        """
 
-    # --- undo ---------------------------------------------------------------------------------
+    def columns_of(self, state: Mapping[str, int]) -> tuple[_core.Column, ...]:
+        """Return the weight and these state columns, to be read."""
 
-    def _put_back(self, replay: Replay) -> None:
-        """Rows as the journal has them; in the file, only then clean; or in a private mapping."""
-        recovery.put_back(self.array, replay, self._file if self.mode == "r+" else None)
-        if self.mode != "r+":
-            self.array.flags.writeable = self.mode == "c"
-            return
-        state = self.manifest
-        self._file.write_at([rows_header(state.rows, state.stride)], 0)
-        self._file.truncate(HEADER_BYTES + 4 * state.rows * state.stride)
-        self._finish_interval(state.with_changes(**CLEAN))
-
-    def _adopt(self, rows: int) -> None:
-        """Rows that no commit vouches for are committed as they are, if they may be changed."""
-        if self.mode == "r+":
-            self._file.truncate(HEADER_BYTES + 4 * rows * self.manifest.stride)
-            new = self.manifest.with_changes(rows=rows, seal="", **CLEAN)
-            number, commit = new.generation + 1, self._draw()
-            self._finish_interval(new.with_changes(generation=number, commit=commit))
-
-    def _finish_interval(self, state: Manifest) -> None:
-        """Sync the rows, then say in the manifest what they are."""
-        self._sync_rows()
-        self._set(state)
-        self._salt = self._draw()
-
-    def _sync_rows(self) -> None:
-        """The first failure is final, and so is an interruption: a second try proves nothing."""
-        try:
-            self._file.sync()
-        except BaseException:
-            self._failed_sync = True
-            raise
-
-    def rollback(self) -> None:
-        """Bring rows and meta back to the last commit.
+    def ensure_columns(self, widths: Mapping[str, int]) -> None:
+        """Have state columns of these names and widths: memory adds those that are missing.
 
         Raises
         ------
         ArgumentError
-            If the table keeps no journal.
-        DirtyError
-            If the journal is damaged; nothing is changed then.
+            If a file lacks one, or one has another width.
         """
-        self._require_writer()
-        if self._interval is None or self._folder is None:
-            raise ArgumentError(
-                f"{self.path} keeps no journal; make or open it with durability='process'"
-            )
-        if self.manifest.state == "clean":
-            self._forget_steps()
-            return
-        with self._turn():
-            replay = recovery.judge(self._folder, self.manifest, self._interval.journal.frames)
-            rows = self.manifest.rows
-            try:
-                self._put_back(replay)
-            except BaseException:  # rows of two times must not be committed
-                self._failed_sync = True
-                raise
-            self._forget_steps()
-            self._interval.dirty_rows.clear()
-            if rows != self.array.shape[0]:
-                self._remap(rows)
-
-    def _forget_steps(self) -> None:
-        """Optimizers have come as far as the last commit says."""
-        self.optimizer.clear()
-        self.optimizer |= copy.deepcopy(self.manifest.optimizer)
-
-    # --- changing -----------------------------------------------------------------------------
-
-    def _require_writer(self) -> None:
-        """Refuse a reader, a copy in a forked child, and a table whose sync failed."""
-        if self.mode == "r":
-            raise ReadOnlyError(
-                errno.EROFS, 'the table is open for reading; open it with mode="r+"', str(self.path)
-            )
-        if self._pid != os.getpid():
-            what = "the table was opened before a fork; open it in this process, once it is closed"
-            raise ReadOnlyError(errno.EROFS, what, str(self.path))
-        if self._failed:
-            what = "a sync or an undo failed; close it, and open it again to recover"
-            raise TableError(errno.EIO, what, str(self.path))
-
-    @property
-    def _failed(self) -> bool:
-        interval = self._interval
-        return self._failed_sync or (interval is not None and interval.journal.failed_sync)
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Nobody else records, and no interval ends; what failed before that is known."""
-        self._require_writer()  # first, as in a forked child the mutex may never be free
-        with self._mutex:
-            self._require_writer()
-            yield
-
-    @property
-    def keeps_journal(self) -> bool:
-        return self._interval is not None
-
-    def protect(self, rows: I64) -> None:
-        """Before rows change: keep what they were at the last commit, and say that they change.
-
-        Parameters
-        ----------
-        rows : int64 array, ascending and unique
-            Those that may change next; not looked at without a journal.
-
-        Raises
-        ------
-        ReadOnlyError
-            If the table was opened for reading, or in the parent of this process.
-        TableError
-            If a sync failed before, or the disk has no room for the journal. No row was changed.
-        """
-        self._require_writer()
-        interval = self._interval
-        if interval is not None and self.manifest.state == "dirty":
-            rows = interval.dirty_rows.new(rows)
-            if not rows.size:
-                return  # whatever the helper is at
-        with self._turn():
-            if self.mode != "r+":
-                return
-            if self.manifest.state == "clean":
-                if interval is not None:
-                    interval.dirty_rows.commit(self.manifest.rows)  # if Ctrl-C kept the end from it
-                    interval.journal.begin(self.manifest.generation, int(self._salt, 16))
-                dirty = {"state": "dirty", "salt": self._salt, "boot": self._file.system.boot_id()}
-                self._set(self.manifest.with_changes(**dirty))
-            if interval is not None:
-                interval.record(self.array, self._pages, rows, self._threads)
 
     def write_ahead(self, ids: IdArray, owner: object) -> None:
-        """With "power", have the helper record these rows, so that no step has to wait for it."""
-        interval = self._interval
-        if interval is not None and interval.power and self._pid == os.getpid():
-            interval.ask(ids, self._record_asked, owner)
+        """Keep the old content of rows before a step asks for it, where that saves a wait."""
 
-    def _record_asked(self, interval: Interval) -> None:
-        rows = interval.asked(self.array.shape[0])
-        with self._turn():
-            if self.manifest.state == "dirty":
-                interval.record(self.array, self._pages, rows, 1)  # the caller computes meanwhile
+    def append(self, n: int, init: Initializer, seed: int, num_threads: int) -> None:
+        """Add rows at the end."""
 
     def commit(self, meta: dict[str, Any] | None) -> None:
-        """Sync the rows, then say so in the manifest."""
-        state = self.manifest
-        same = state.state == "clean" and state.optimizer == self.optimizer and meta is None
-        if same and self.mode == "r+":
-            self._require_writer()
-            return
-        meta = state.meta if meta is None else meta
-        number, commit = state.generation + 1, self._draw()
-        self.commit_as(generation=number, commit=commit, meta=meta, optimizer=self.optimizer)
+        """Make rows, steps and meta durable."""
 
-    def commit_as(self, **what: Any) -> None:
-        """A commit of which the caller says what it is, in fields of the manifest."""
-        self._require_writer()
-        if self.mode == "c":
-            refusal = "a private copy has no commit; open the table with mode='r+'"
-            raise ReadOnlyError(errno.EROFS, refusal, str(self.path))
-        before = self.manifest
-        seal = before.seal if before.state == "clean" else ""
-        state = before.with_changes(**what, rows=self.array.shape[0], seal=seal, **CLEAN)
-        # A meta that cannot be stored is refused before anything is synced; and a copy is kept.
-        state = manifests.decode(manifests.encode(state), str(self.path))
-        with self._turn():
-            if self._interval is not None:
-                self._interval.log(before, state)
-            self._finish_interval(state)
-            if self._interval is not None:
-                self._interval.dirty_rows.commit(state.rows)
+    def rollback(self) -> None:
+        """Bring rows, steps and meta back to the last commit."""
 
-    def append(self, chunks: Iterable[F32], count: int) -> None:
-        """Add `count` rows: allocate, write, sync, then the header; the next commit counts them."""
-        before, stride = self.array.shape[0], self.manifest.stride
-        if self.mode != "r+" or not self.folder:
-            raise ReadOnlyError(
-                errno.EROFS, 'append needs a table folder open "r+"', str(self.path)
-            )
-        end = HEADER_BYTES + 4 * before * stride
-        self.protect(np.zeros(0, np.int64))
-        try:
-            self._file.allocate(end, 4 * count * stride)
-            at = end
-            for chunk in chunks:
-                at = self._file.write_at([chunk], at)
-            self._sync_rows()  # of changes that were made before, too
-            self._file.write_at([rows_header(before + count, stride)], 0)
-        except BaseException:
-            self._file.write_at([rows_header(before, stride)], 0)
-            self._file.truncate(end)
-            raise
-        self._remap(before + count)
+    def lock_rows(self, n: int) -> int:
+        """Lock the first rows in memory; return how many are locked."""
 
-    def _remap(self, rows: int) -> None:
-        self.array = self._map(rows)
-        if self.keeper is not None:
-            self.keeper.rows = self.array
+    def stats(self) -> Stats:
+        """Return how much is in memory."""
 
-    def _set(self, state: Manifest) -> None:
-        if self._folder is not None:
-            try:
-                self._folder.replace("manifest.json", [manifests.encode(state)])
-            except BaseException as error:
-                # The file may say so already, or not: rows must not change any more. But a full
-                # disk is met before the new manifest has its name.
-                full = isinstance(error, OSError) and error.errno in FULL
-                self._failed_sync = self._failed_sync or not full
-                raise
-        self.manifest = state
+    def location(self) -> tuple[str, str] | None:
+        """Return the path and the mode to open the table again; None in memory."""
 
-    # --- the end ------------------------------------------------------------------------------
-
-    def release(self) -> None:
-        """Let go of the lock and the files; the mapping lives as long as an array shows it."""
-        if self._interval is not None and self._pid != os.getpid():
-            self._interval.journal.close()  # the rest is the parent's, and locked perhaps
-        elif self._interval is not None:
-            with self._mutex:
-                self._interval.close()
-        self.array = np.zeros((0, 1), np.float32)
-        if self.keeper is not None:
-            self.keeper.close()
-            self.keeper.rows = self.array
-        if self._writes and self.manifest.state == "clean" and not self._failed:
-            self._remove_useless()
-        for opened in (self._file, self._lock, self._folder):
-            if opened is not None:
-                opened.close()
-
-    def _remove_useless(self) -> None:
-        """Nobody needs what these hold, so they may stay as well."""
-        useless = [*FILES] if self.manifest.seal else [*FILES, checksums.FILE]
-        for name in useless if self._pid == os.getpid() else ():
-            with contextlib.suppress(OSError):
-                self._folder.unlink(name)  # type: ignore[union-attr]
+    def close(self, commit: bool) -> None:
+        """Commit, or roll back, and release the rows."""
 
     def abandon(self) -> None:
-        """The table was dropped, or is open at exit: no work is lost for a forgotten close."""
-        forgotten = self.mode == "r+" and self.manifest.state == "dirty"
+        """Release the rows of a table that was dropped, or is open when Python exits."""
+
+
+class Turns:
+    """Whose turn it is at the rows: many additions at once, or one of everything else alone.
+
+    It is itself the turn of one alone: a context manager of contextlib takes a microsecond more.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.RLock())
+        self._adding = 0
+        self.shared = _SharedTurn(self)
+
+    def __enter__(self) -> None:
+        condition = self._condition
+        condition.acquire()
         try:
-            if forgotten and self._pid == os.getpid() and not self._failed:
-                self.commit(None)
-        finally:
-            self.release()
-        if forgotten and self._pid == os.getpid():
-            message = f"{self.path} was not closed; its changes are committed now"
-            warnings.warn(message, ResourceWarning, stacklevel=2)
+            while self._adding:
+                condition.wait()
+        except BaseException:
+            condition.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._condition.release()
+
+    def begin_adding(self) -> None:
+        """Enter the shared turn."""
+        with self._condition:
+            self._adding += 1
+
+    def end_adding(self) -> None:
+        """Leave the shared turn."""
+        with self._condition:
+            self._adding -= 1
+            self._condition.notify_all()
+
+
+class _SharedTurn:
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    def __enter__(self) -> None:
+        self._turns.begin_adding()
+
+    def __exit__(self, *_: object) -> None:
+        self._turns.end_adding()
+
+
+class RowColumns:
+    """Rows cut into columns, and the turns of threads at them: the part that all stores share."""
+
+    path: Path | None = None
+    id_map: I64 | None = None
+    keeps_journal: bool = False
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+        self.columns: dict[str, _core.Column] = {}
+        self._weight: _core.Column | None = None
+        self._turns = Turns()
+        self._has_locked = False  # pages, by lock_rows
+
+    def attach(self, array: F32, widths: Mapping[str, int], pages: _core.Pages | None) -> None:
+        """Take the columns from an array of shape (rows, stride)."""
+        columns, at = {}, 0
+        for name, width in widths.items():
+            columns[name] = _core.Column(array[:, at : at + width], pages)
+            at += width
+        self.columns, self._weight = columns, columns["weight"]
+
+    def detach(self) -> None:
+        """Drop the columns; the memory stays as long as an array shows it."""
+        if self._has_locked:
+            memory_lock.unlock_rows([column.array for column in self.columns.values()])
+        self.columns, self._weight = {}, None
+
+    @property
+    def is_training(self) -> bool:
+        """Whether rows that are looked up are likely to change."""
+        return False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the columns are gone."""
+        return self._weight is None
+
+    @property
+    def weight_column(self) -> _core.Column:
+        """The weight as the kernels take it."""
+        weight = self._weight
+        if weight is None:
+            raise ClosedError(f"the table {self.path or 'in memory'} was closed; open it again")
+        return weight
+
+    def still(self) -> Turn:
+        """Return the turn of one thread alone."""
+        return self._turns
+
+    def shared(self) -> Turn:
+        """Return the turn that any number of threads share."""
+        return self._turns.shared
+
+    def columns_of(self, state: Mapping[str, int]) -> tuple[_core.Column, ...]:
+        """Return the weight and these state columns."""
+        columns = self.columns
+        return (self.weight_column, *[columns[name] for name in state])
+
+    def write_ahead(self, ids: IdArray, owner: object) -> None:
+        """Do nothing: no step waits for the old content."""
+
+    def lock_rows(self, n: int) -> int:
+        """Lock the first rows in memory, instead of those that were locked before."""
+        columns = [column.array for column in self.columns.values()]
+        if self._has_locked:
+            memory_lock.unlock_rows(columns)
+        self._has_locked = n > 0
+        return memory_lock.lock_rows(columns, n)
+
+
+def require_width(column: _core.Column, name: str, width: int) -> None:
+    """Compare the width of a column with the one that is asked for.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if column.dim != width:
+        raise ArgumentError(f"column {name!r} has width {column.dim}; expected {width}")
+
+
+class MemoryStore(RowColumns):
+    """Rows in memory: commits count and keep meta, and nothing can be rolled back.
+
+    Parameters
+    ----------
+    array : float32 array of shape (rows, stride)
+    widths : mapping of str to int
+        The columns of a row.
+    """
+
+    def __init__(self, array: F32, widths: Mapping[str, int]) -> None:
+        super().__init__({})
+        self.manifest = Manifest(array.shape[0], dict(widths))
+        self.attach(array, widths, None)
+
+    def begin_change(self, state: Mapping[str, int], rows: I64) -> tuple[_core.Column, ...]:
+        """Return the columns to change; missing state columns are added."""
+        weight = self._weight or self.weight_column
+        if not state:
+            return (weight,)
+        columns = self.columns
+        try:
+            return (weight, *[columns[name] for name in state])
+        except KeyError:
+            self.ensure_columns(state)
+            return self.columns_of(state)
+
+    def ensure_columns(self, widths: Mapping[str, int]) -> None:
+        """Add the state columns that are missing, in memory of their own."""
+        rows = self.weight_column.rows
+        for name, width in widths.items():
+            if name not in self.columns:
+                self.columns[name] = _core.Column(zeroed_rows(rows, width))
+            require_width(self.columns[name], name, width)
+
+    def append(self, n: int, init: Initializer, seed: int, num_threads: int) -> None:
+        """Add rows at the end; added state columns move into the row."""
+        widths = {name: column.dim for name, column in self.columns.items()}
+        rows, dim = self.weight_column.rows, self.weight_column.dim
+        grown = zeroed_rows(rows + n, sum(widths.values()))
+        old = [column.array for column in self.columns.values()]
+        np.concatenate(old, axis=1, out=grown[:rows])
+        recipe = init.for_shape(rows + n, dim)
+        recipe.fill(grown[rows:, :dim], seed, rows, num_threads)
+        self.attach(grown, widths, None)
+
+    def commit(self, meta: dict[str, Any] | None) -> None:
+        """Count the commit, and keep its meta and steps."""
+        before = self.manifest
+        after = before.with_changes(
+            generation=before.generation + 1,
+            optimizer=self.steps,
+            meta=before.meta if meta is None else meta,
+        )
+        # The round trip refuses a meta that no file could store, and copies it.
+        self.manifest = manifests.decode(manifests.encode(after), "meta")
+
+    def rollback(self) -> None:
+        """Refuse: there is no journal."""
+        raise ArgumentError("a table in memory keeps no journal; use Table.create")
+
+    def stats(self) -> Stats:
+        """Return the numbers of a table that no file backs."""
+        return page_cache.in_memory(sum(column.array.nbytes for column in self.columns.values()))
+
+    def location(self) -> tuple[str, str] | None:
+        """Return None: the rows travel with a pickle."""
+        return None
+
+    def close(self, commit: bool) -> None:
+        """Drop the columns."""
+        self.detach()
+
+    def abandon(self) -> None:
+        """Do nothing: memory is freed with the last array that shows it."""
+
+
+class ArrayStore(MemoryStore):
+    """Rows in an array of the caller, who sees each change at once.
+
+    Parameters
+    ----------
+    array : float32 array of shape (rows, dim)
+        It may be read-only.
+    """
+
+    def __init__(self, array: F32) -> None:
+        super().__init__(array, {"weight": array.shape[1]})
+
+    def begin_change(self, state: Mapping[str, int], rows: I64) -> tuple[_core.Column, ...]:
+        """Return the columns to change."""
+        if not self.weight_column.writable:
+            raise ReadOnlyError("the array under this table is read-only; give a writable one")
+        return super().begin_change(state, rows)
+
+    def append(self, n: int, init: Initializer, seed: int, num_threads: int) -> None:
+        """Refuse: the array belongs to the caller."""
+        raise ArgumentError("the rows are an array of yours; append to it, and wrap the result")

@@ -31,9 +31,10 @@ from pyembed.errors import ArgumentError, FormatError, TableError
 from pyembed.storage import checksums, create, npy
 from pyembed.storage.change_log import ChangedRows, commit_of
 from pyembed.storage.columns import CHUNK_FLOATS
+from pyembed.storage.file_store import Writer, open_writer
 from pyembed.storage.fs import Folder
 from pyembed.storage.manifest import Delta, decode_delta, encode_delta
-from pyembed.storage.store import Store
+from pyembed.storage.store import NO_STATE
 from pyembed.table import Table
 from pyembed.tools.convert import fill_rows
 
@@ -139,7 +140,7 @@ def apply(
         If the copy cannot be opened for writing.
     """
     described = read_delta(delta)
-    copy = Store(Path(table), "r+")
+    copy = open_writer(Path(table))
     try:
         if commit_of(copy.manifest) == commit_of(described.table):
             return False
@@ -158,7 +159,7 @@ def apply(
     return True
 
 
-def _require_next(folder: Folder, delta: Delta, copy: Store) -> ChangedRows:
+def _require_next(folder: Folder, delta: Delta, copy: Writer) -> ChangedRows:
     """Check a delta whole, and that it starts from the commit of the copy; return its rows."""
     to, state = delta.table, copy.manifest
     try:
@@ -191,7 +192,7 @@ def _require_next(folder: Folder, delta: Delta, copy: Store) -> ChangedRows:
     return found
 
 
-def _write(folder: Path, delta: Delta, found: ChangedRows, copy: Store, bar: tqdm[Any]) -> None:
+def _write(folder: Path, delta: Delta, found: ChangedRows, copy: Writer, bar: tqdm[Any]) -> None:
     """Write the changed rows, append the new ones, and commit under the delta's numbers."""
     to, old = delta.table, copy.manifest.rows
     with (folder / "rows.npy").open("rb") as file:
@@ -200,7 +201,7 @@ def _write(folder: Path, delta: Delta, found: ChangedRows, copy: Store, bar: tqd
             rows = rows[: np.searchsorted(rows, old)]
             if not rows.size:
                 break
-            copy.protect(rows)
+            copy.begin_change(NO_STATE, rows)
             copy.array[rows] = fill_rows(file, np.empty((rows.size, to.stride), np.float32))
             bar.update(rows.size)
         if to.rows > old:  # the new rows are the last ones of the delta
@@ -208,5 +209,5 @@ def _write(folder: Path, delta: Delta, found: ChangedRows, copy: Store, bar: tqd
             step = max(1, CHUNK_FLOATS // to.stride)
             sizes = (min(step, to.rows - first) for first in range(old, to.rows, step))
             empty = (np.empty((size, to.stride), np.float32) for size in sizes)
-            copy.append((fill_rows(file, rows) for rows in empty), to.rows - old)
-    copy.commit_as(generation=to.generation, commit=to.commit, meta=to.meta, optimizer=to.optimizer)
+            copy.append_chunks((fill_rows(file, rows) for rows in empty), to.rows - old)
+    copy.commit_as(to.generation, to.commit, to.meta, to.optimizer)

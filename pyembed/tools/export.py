@@ -100,10 +100,11 @@ def _unchanging(table: Table | str | os.PathLike[str]) -> Iterator[Table]:
         with open_committed(table) as opened:
             yield _require_folder(opened)
         return
-    _ = table.weight_column  # raises ClosedError on a closed table
+    _ = table.store.weight_column  # raises ClosedError on a closed table
     if table.path is None:
         raise ArgumentError("a table in memory has no file to copy; use Table.create")
-    with table.still(), Table.open(table.path, "r", live=True) as opened:
+    table.store.location()  # raises TableError if the path leads to another folder now
+    with table.store.still(), Table.open(table.path, "r", live=True) as opened:
         if opened.state != "clean":
             raise ArgumentError(f"{table.path} has uncommitted changes; commit them first")
         yield _require_folder(opened)

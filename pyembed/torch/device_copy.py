@@ -105,7 +105,7 @@ def write_back(weight: Tensor, table: Table) -> None:
         raise DTypeError(f"the weight is {weight.dtype}; allowed: float32; use layer.float()")
     if weight.shape != shape:
         raise ArgumentError(f"the weight has shape {tuple(weight.shape)}; the table has {shape}")
-    with table.still():
+    with table.store.still():
         for part in chunks(table):
             new, old = weight.detach()[part].cpu().numpy(), table.weight[part]
             differ = np.flatnonzero((new.view(np.int32) != old.view(np.int32)).any(axis=1))

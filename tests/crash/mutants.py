@@ -2,7 +2,7 @@
 
 Most mutants are layers over the file system. `installed` puts them above the layer that numbers or
 records the calls, so a sync that a mutant leaves out is no call of the run. The others replace a
-part of a writer, through the attributes that `Transaction` has for that.
+part of a writer, through the attributes that `JournaledTransaction` has for that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyembed.storage import fs, journal, manifest
 from pyembed.storage.change_log import ChangedRows, ChangeLog
 from pyembed.storage.dirty_rows import I64, DirtyRows
 from pyembed.storage.journal import FIELDS, MAGIC, UNIT
-from pyembed.storage.transaction import Interval as Transaction
+from pyembed.storage.transaction import JournaledTransaction
 from tests.crash.calls import Layer
 
 TEMPORARY = "manifest.json.new"
@@ -434,12 +434,12 @@ def installed(mutant: str, system: fs.FileSystem | None = None) -> Iterator[Brok
     broken = MUTANTS[mutant]
     journal.FRAME_BYTES = FRAME_BYTES
     parts = {"dirty_rows_type": broken.dirty_rows, "change_log_type": broken.change_log}
-    before = {name: getattr(Transaction, name) for name in parts}
+    before = {name: getattr(JournaledTransaction, name) for name in parts}
     for name, part in parts.items():
-        setattr(Transaction, name, part)
+        setattr(JournaledTransaction, name, part)
     try:
         with fs.using(broken.layer(system)):
             yield broken
     finally:
         for name, part in before.items():
-            setattr(Transaction, name, part)
+            setattr(JournaledTransaction, name, part)

@@ -6,7 +6,6 @@ A test installs one with ``fs.using(system)``; every table that is opened in tha
 from __future__ import annotations
 
 import errno
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -95,17 +94,21 @@ class Unsynced(fs.FileSystem):
         """Return at once."""
 
 
-class HeldHelper(fs.FileSystem):
-    """Holds the helper of a transaction up in a sync, until `go_on`; then perhaps fails it.
+class HeldHelper(Faults):
+    """Can hold the helper of a transaction up in a sync, until `go_on`, and then fail it.
 
     Attributes
     ----------
     syncs : list of bool
         Of each sync so far, whether the helper made it.
+    helpers : list of Helper
+        One for each table that was opened.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.syncs: list[bool] = []
+        self.helpers: list[fs.Helper] = []
         self._begun, self._go_on = threading.Event(), threading.Event()
         self._holds = self._fails = False
 
@@ -113,15 +116,19 @@ class HeldHelper(fs.FileSystem):
         """From now on, hold the helper up."""
         self._holds, self._fails = True, fails
 
-    def sync(self, fd: int) -> None:
-        """Sync; on the helper, wait before."""
-        self.syncs.append(on_helper())
-        if self._holds and on_helper():
-            self._begun.set()
-            self._go_on.wait()
-            if self._fails:
-                raise OSError(errno.EIO, "injected")
-        os.fsync(fd)
+    def act(self, name: str, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """Make the call; in a sync on the helper, wait before."""
+        if name == "sync":
+            self.syncs.append(on_helper())
+            if self._holds and on_helper():
+                self._begun.set()
+                self._go_on.wait()
+                if self._fails:
+                    raise OSError(errno.EIO, "injected")
+        done = super().act(name, make, args)
+        if name == "helper" and args[0] == "pyembed-journal":
+            self.helpers.append(done)
+        return done
 
     def wait_until_held(self) -> None:
         """Return once the helper is held up."""

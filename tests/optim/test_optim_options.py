@@ -42,7 +42,7 @@ def summed(ids: np.ndarray, grad: np.ndarray, rows: int) -> np.ndarray:
 
 def counts_of(table: Table) -> np.ndarray:
     """How often each row was touched, to be changed."""
-    return table.columns_of({"row_steps": 1})[1].array[:, 0]
+    return table.store.columns_of({"row_steps": 1})[1].array[:, 0]
 
 
 @pytest.mark.parametrize("mode", ["l2", "decoupled", "lazy"])

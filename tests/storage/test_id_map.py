@@ -348,7 +348,7 @@ def print_locked_rows(path: Path, where: str, limit: int, grows: bool) -> None:
     if where == "memory" or grows:
         t = Table.memory(t.rows, t.dim, columns=dict(list(t.columns.items())[1:]))
     if grows:
-        t.ensure_columns({"sum": t.dim})
+        t.store.ensure_columns({"sum": t.dim})
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
     if os.geteuid() == 0:
         os.setresuid(65534, 65534, 65534)  # root may lock without limit

@@ -123,7 +123,7 @@ def test_page_faults_wake_it_up(cold: Path) -> None:
         before = t.stats().cold_batches
         for name in t.columns:
             assert t.column(name).shape[0] == ROWS
-        assert _core.page_out(t._store.array)
+        assert _core.page_out(t.store.array)  # type: ignore[attr-defined]
         for seed in range(3):
             t.gather(ids_of(8192, seed))
         assert t.stats().cold_batches > before

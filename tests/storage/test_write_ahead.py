@@ -19,9 +19,9 @@ import pytest
 from pyembed import Table, init, lookahead, optim
 from pyembed.errors import LockedError, ReadOnlyError, TableError
 from pyembed.storage import fs
-from pyembed.storage.transaction import MAX_ASKED
+from pyembed.storage.transaction import MAX_AHEAD
 from tests.helpers import child
-from tests.helpers.file_systems import Faults, HeldHelper, on_helper
+from tests.helpers.file_systems import HeldHelper, on_helper
 
 ROWS, DIM = 400, 4
 
@@ -43,15 +43,15 @@ def ask(table: Table, ids: list[int]) -> None:
 
 
 def wait(table: Table) -> None:
-    """Until the helper has done what it was asked for."""
-    table._store._interval._helper.submit(int).result()  # type: ignore[union-attr]
+    """Wait until the helper has done all its tasks."""
+    helper().submit(int).result()
 
 
 @contextmanager
 def busy_helper(table: Table) -> Iterator[None]:
-    """The helper comes to nothing before the block ends."""
+    """Keep the helper busy until the block ends."""
     free = threading.Event()
-    table._store._interval._helper.submit(free.wait)  # type: ignore[union-attr]
+    helper().submit(free.wait)
     try:
         yield
     finally:
@@ -60,10 +60,11 @@ def busy_helper(table: Table) -> Iterator[None]:
 
 
 def frames(table: Table) -> int:
-    return table._store._interval.journal.frames  # type: ignore[union-attr]
+    """The number of frames in the journal of the transaction."""
+    return table.store.transaction.frames  # type: ignore[attr-defined, no-any-return]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def held() -> Iterator[HeldHelper]:
     """The file system of the tables that a test opens."""
     with fs.using(HeldHelper()) as system:
@@ -71,18 +72,17 @@ def held() -> Iterator[HeldHelper]:
         yield system
 
 
+def helper() -> fs.Helper:
+    """The helper of the table that was opened last."""
+    system = fs.current()
+    assert isinstance(system, HeldHelper)
+    return system.helpers[-1]
+
+
 @pytest.fixture
 def syncs(held: HeldHelper) -> list[bool]:
     """Of each sync, whether the helper made it."""
     return held.syncs
-
-
-@pytest.fixture
-def system() -> Iterator[Faults]:
-    """The file system of the tables that a test opens."""
-    with fs.using(Faults()) as system:
-        assert isinstance(system, Faults)
-        yield system
 
 
 def test_a_step_finds_it_done(path: Path, syncs: list[bool]) -> None:
@@ -141,7 +141,7 @@ def test_many_batches_are_one_sync(path: Path, syncs: list[bool]) -> None:
             ask(t, ids)  # type: ignore[arg-type]
             ids[:] = 300
             ask(t, [8, 9])
-            for _ in range(MAX_ASKED - 2):
+            for _ in range(MAX_AHEAD - 2):
                 ask(t, [9])
         assert (len(syncs), frames(t)) == (1, before + 1)
         change(t, [7, 8, 9])
@@ -152,8 +152,8 @@ def test_many_batches_are_one_sync(path: Path, syncs: list[bool]) -> None:
 
 @pytest.mark.parametrize("end", [Table.commit, Table.rollback])
 @pytest.mark.parametrize("again", [False, True])
-def test_late_for_its_interval(path: Path, end: Callable[[Table], None], again: bool) -> None:
-    """Nothing is recorded once the interval has ended; in the next, only what it has of its own."""
+def test_late_for_its_transaction(path: Path, end: Callable[[Table], None], again: bool) -> None:
+    """Nothing is recorded after the transaction; the next one records its own rows alone."""
     with make(path) as t:
         with busy_helper(t):
             ask(t, [5])
@@ -170,10 +170,10 @@ def test_late_for_its_interval(path: Path, end: Callable[[Table], None], again: 
 
 
 @pytest.mark.parametrize("end", [Table.commit, Table.rollback])
-def test_an_interval_does_not_end_amid_it(
+def test_no_transaction_ends_while_the_helper_records(
     path: Path, end: Callable[[Table], None], held: HeldHelper
 ) -> None:
-    """No row is marked for the next interval whose old content lies in the journal of this."""
+    """No row is marked for the next transaction whose old content is in the journal of this one."""
     with make(path) as t:
         held.hold()
         ask(t, [5])
@@ -211,32 +211,32 @@ def test_rows_that_are_gone(path: Path) -> None:
         assert (t.rows, frames(t)) == (ROWS, 2)
 
 
-def test_full_disk(path: Path, system: Faults) -> None:
+def test_full_disk(path: Path, held: HeldHelper) -> None:
     """A helper that finds the disk full raises nothing: the step reports it, if it does as well."""
     with make(path) as t:
         before = t.weight.copy()
         t.commit()
         change(t, [0])
-        system.fail("pwrite", error=errno.ENOSPC, when=lambda *_: on_helper())
+        held.fail("pwrite", error=errno.ENOSPC, when=lambda *_: on_helper())
         ask(t, [5])
         wait(t)
-        system.work()
+        held.work()
         change(t, [5])
         t.rollback()
         assert np.array_equal(t.weight, before)
 
 
-def test_failed_sync(path: Path, system: Faults) -> None:
+def test_failed_sync(path: Path, held: HeldHelper) -> None:
     """After one on the helper no row changes, nothing is committed; opened again, all is well."""
     t = make(path)
     before = t.gather(5).tolist()
-    system.fail("sync", when=lambda *_: on_helper())
+    held.fail("sync", when=lambda *_: on_helper())
     ask(t, [5])
     wait(t)
-    system.work()
+    held.work()
     ask(t, [6])
     for call in (lambda: change(t, [5]), t.commit, t.rollback, t.close):
-        with pytest.raises(TableError, match="a sync or an undo failed"):
+        with pytest.raises(TableError, match="a sync or a rollback failed"):
             call()
     with Table.open(path) as t:
         assert t.gather(5).tolist() == before
@@ -249,7 +249,7 @@ def test_a_commit_that_waits_hears_of_it(path: Path, held: HeldHelper) -> None:
     ask(t, [5])
     held.wait_until_held()
     held.go_on(after=0.05)
-    with pytest.raises(TableError, match="a sync or an undo failed"):
+    with pytest.raises(TableError, match="a sync or a rollback failed"):
         t.commit()
     with pytest.raises(TableError):
         t.close()
@@ -257,16 +257,16 @@ def test_a_commit_that_waits_hears_of_it(path: Path, held: HeldHelper) -> None:
         assert t.generation == 0
 
 
-def test_interrupted_end_of_an_interval(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C right after a commit was written: the next interval begins without marks of this."""
+def test_interrupted_end_of_a_transaction(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C right after a commit was written: the next transaction begins without its marks."""
     with make(path) as t:
-        touched = t._store._interval.dirty_rows  # type: ignore[union-attr]
+        dirty_rows = t.store.transaction._dirty_rows  # type: ignore[attr-defined]
 
         def interrupted(rows: int) -> None:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(touched, "commit", interrupted)
+            patch.setattr(dirty_rows, "commit", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 t.commit()
         before = t.gather(0).tolist()
@@ -338,7 +338,7 @@ def test_fork_while_the_helper_works(path: Path) -> None:
         assert t.generation == 2
 
 
-def test_ends_of_intervals_race_with_the_helper(path: Path) -> None:
+def test_ends_of_transactions_race_with_the_helper(path: Path) -> None:
     """Steps, appends, commits and rollbacks beside a helper that is never idle: the rows are those
     of a table in memory at every end."""
     rng = np.random.default_rng(3)

@@ -16,10 +16,9 @@ from pyembed import Table, Vocab, build, init, optim
 from pyembed.cli import main
 from pyembed.errors import ArgumentError, FormatError, LockedError, TableError
 from pyembed.storage import fs
-from pyembed.storage.store import Store
 from pyembed.tools.export import apply, export
 from pyembed.tools.verify import verify
-from tests.helpers.file_systems import Unsynced
+from tests.helpers.file_systems import Faults, Unsynced
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def train(path: Path, rows: list[int], append: int = 0) -> None:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two folders hold the same commit, bit for bit."""
+    """Bit for bit the same commit."""
     one, two = (json.loads((folder / "manifest.json").read_text()) for folder in (a, b))
     for text in (one, two):
         del text["crc32c"], text["seal"]
@@ -57,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_copy(source: Path, tmp_path: Path) -> None:
-    """A copy is a whole commit with checksums and vocabulary, from a path or an open table."""
+    """All of a commit, sealed, with what lies beside the rows; from a path or an open table."""
     Vocab([f"t{i}" for i in range(50)]).save(source)
     export(source, tmp_path / "a")
     with Table.open(source) as t:
@@ -71,7 +70,7 @@ def test_a_copy(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_copy_of_a_table_with_an_id_map(path: Path, tmp_path: Path) -> None:
-    """The id map is copied, and a delta fits the copy."""
+    """The map goes along, and a delta fits the copy."""
     build.from_initializer(path, 9, 3, init.normal(), optimizer="adagrad", counts=np.arange(9))
     export(path, tmp_path / "copy")
     train(path, [4])
@@ -83,8 +82,8 @@ def test_a_copy_of_a_table_with_an_id_map(path: Path, tmp_path: Path) -> None:
         assert np.array_equal(a.id_map, b.id_map)
 
 
-def test_damaged_rows_get_no_fresh_checksums(path: Path, tmp_path: Path) -> None:
-    """A table whose rows do not have their checksums is not copied."""
+def test_damage_is_not_sealed_anew(path: Path, tmp_path: Path) -> None:
+    """A sealed table with a row that rotted is not copied as if it were sound."""
     Table.create(path, 4, 2).close()
     with (path / "rows.npy").open("r+b") as file:
         file.seek(4096)
@@ -95,7 +94,7 @@ def test_damaged_rows_get_no_fresh_checksums(path: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("since", [None, 1])
-def test_refused_exports(source: Path, tmp_path: Path, since: int | None) -> None:
+def test_what_cannot_be_exported(source: Path, tmp_path: Path, since: int | None) -> None:
     """Changes without a commit, a table in memory, a bare array, a name that is taken, a table that
     another has open: refused, and nothing appears."""
     new = tmp_path / "new"
@@ -120,7 +119,7 @@ def test_refused_exports(source: Path, tmp_path: Path, since: int | None) -> Non
 
 
 def test_a_delta(source: Path, tmp_path: Path) -> None:
-    """A delta brings changed and new rows, optimizer state, meta and steps."""
+    """Rows that changed, and those that are new, come across; with state, meta and steps."""
     export(source, tmp_path / "copy")
     train(source, [7, 7, 20], append=4)
     train(source, [7, 52])
@@ -132,7 +131,7 @@ def test_a_delta(source: Path, tmp_path: Path) -> None:
     assert apply(tmp_path / "delta", tmp_path / "copy")
     assert same(source, tmp_path / "copy")
     before = contents(tmp_path / "copy")
-    assert not apply(tmp_path / "delta", tmp_path / "copy")  # it is at that commit already
+    assert not apply(tmp_path / "delta", tmp_path / "copy")  # it is there already
     assert contents(tmp_path / "copy") == before
 
 
@@ -183,7 +182,7 @@ def test_another_table(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_delta(source: Path, tmp_path: Path) -> None:
-    """A delta with any byte changed or missing is refused before a row changes."""
+    """Whichever byte of a delta is another, or is missing, it is refused before a row changes."""
     export(source, tmp_path / "copy")
     train(source, [1, 30], append=1)
     delta = tmp_path / "delta"
@@ -191,7 +190,7 @@ def test_a_damaged_delta(source: Path, tmp_path: Path) -> None:
     before = contents(tmp_path / "copy")
     for file in delta.iterdir():
         data = file.read_bytes()
-        data_from = 4096 if file.name == "rows.npy" else 0  # blanks in a header may change
+        data_from = 4096 if file.name == "rows.npy" else 0  # of blanks in a header nothing is lost
         for at in range(data_from, len(data), 3):
             file.write_bytes(data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :])
             with pytest.raises(FormatError):
@@ -210,7 +209,7 @@ def test_a_damaged_delta(source: Path, tmp_path: Path) -> None:
 
 
 def test_parts_of_two_deltas(source: Path, tmp_path: Path) -> None:
-    """A delta with a file of another delta is refused."""
+    """Whole files of another delta make no delta."""
     export(source, tmp_path / "copy")
     train(source, [1])
     export(source, tmp_path / "a", since=2)
@@ -225,31 +224,28 @@ def test_parts_of_two_deltas(source: Path, tmp_path: Path) -> None:
     assert apply(tmp_path / "b", tmp_path / "copy")
 
 
-@pytest.mark.parametrize("fail", ["protect", "append", "_finish_interval"])
-def test_a_failed_apply(
-    source: Path, tmp_path: Path, fail: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error while a delta is applied leaves the copy unchanged."""
+@pytest.mark.parametrize(
+    ("call", "after"), [("pwrite", 0), ("rename", 0), ("sync", 2), ("sync", 3), ("rename", 1)]
+)
+def test_a_failed_apply(source: Path, tmp_path: Path, call: str, after: int) -> None:
+    """An interruption at any call on the copy's files leaves the copy as it was."""
     export(source, tmp_path / "copy")
     shutil.copytree(source, tmp_path / "before")
     train(source, [1], append=3)
     export(source, tmp_path / "delta", since=2)
-
-    def failing(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, fail, failing)
-        with pytest.raises(KeyboardInterrupt):
-            apply(tmp_path / "delta", tmp_path / "copy")
-    assert Table.open(tmp_path / "copy", "r").generation == 2
+    system = Faults()
+    system.fail(call, after, KeyboardInterrupt())
+    with fs.using(system), pytest.raises(KeyboardInterrupt):
+        apply(tmp_path / "delta", tmp_path / "copy")
+    with Table.open(tmp_path / "copy", "r") as copy:
+        assert copy.generation == 2
     Table.open(tmp_path / "copy").close()
     assert same(tmp_path / "before", tmp_path / "copy")
     assert apply(tmp_path / "delta", tmp_path / "copy")
 
 
 def test_many_pieces(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A delta is read and written in pieces of a few rows."""
+    """A delta is read and written a few rows at a time."""
     monkeypatch.setattr("pyembed.tools.delta.CHUNK_FLOATS", 40)
     Table.create(path, 500, 3, "adagrad", init=init.normal()).close()
     export(path, tmp_path / "copy")
@@ -273,7 +269,7 @@ ACTIONS = st.lists(
 
 @given(actions=ACTIONS)
 def test_a_copy_that_is_brought_forward(actions: list[tuple[str, list[int]]]) -> None:
-    """After any changes between exports, a copy plus the deltas is the table, bit for bit."""
+    """Whatever happens between exports, a copy that gets the deltas is the table, bit for bit."""
     with tempfile.TemporaryDirectory() as name, fs.using(Unsynced()):
         folder = Path(name)
         t = Table.create(folder / "t", 20, 3, "adagrad", init=init.normal())
@@ -303,7 +299,7 @@ def test_a_copy_that_is_brought_forward(actions: list[tuple[str, list[int]]]) ->
 
 
 def test_the_commands(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """export and apply print their results; refusals have a message and an exit status."""
+    """export and apply say what they did; what cannot be is refused with a status."""
     copy, delta = str(tmp_path / "copy"), str(tmp_path / "delta")
     assert main(["export", str(source), "-o", copy, "-q"]) == 0
     assert "sealed:            True" in capsys.readouterr().out

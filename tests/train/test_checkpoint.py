@@ -166,7 +166,7 @@ def a_batch_is_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def nothing_is_taken_back(patch: pytest.MonkeyPatch) -> None:
     """Mutant: rows stay as the interruption left them."""
-    patch.setattr("pyembed.storage.store.Store.rollback", lambda store: store.commit(None))
+    patch.setattr("pyembed.storage.file_store.Writer.rollback", lambda store: store.commit(None))
 
 
 @pytest.mark.parametrize(
