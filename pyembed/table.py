@@ -206,9 +206,8 @@ class Table:
             Bytes, or a share of the memory, that the table's pages may take: above it they are
             evicted, so that the rest of the machine stays usable. Needs Linux 6.5.
         durability : {"process", "power", "none"}, optional
-            From now on, instead of the durability that the table was made with.
+            From now on, instead of the table's own.
         num_threads : int, optional
-            For all calls on the table.
 
         Returns
         -------
