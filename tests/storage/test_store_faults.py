@@ -76,7 +76,7 @@ def test_failed_sync_is_not_forgotten(table: Path, system: Faults) -> None:
         t.commit()
     system.work()
     for call in (t.commit, lambda: t.scatter_add([0], ONES), t.rollback, t.close):
-        with pytest.raises(TableError, match="a sync or an undo failed"):
+        with pytest.raises(TableError, match="a sync or a rollback failed"):
             call()
     with Table.open(table) as t:
         assert t.gather(0).tolist() == [0, 1]
@@ -91,7 +91,7 @@ def test_failed_sync_of_an_append_is_not_forgotten(table: Path, system: Faults) 
         t.append(3)
     system.work()
     for call in (t.commit, lambda: t.append(3), t.close):
-        with pytest.raises(TableError, match="a sync or an undo failed"):
+        with pytest.raises(TableError, match="a sync or a rollback failed"):
             call()
     with Table.open(table) as t:
         assert (t.rows, t.gather(0).tolist()) == (4, [0, 1])
@@ -107,7 +107,7 @@ def test_half_a_rollback_is_not_committed(table: Path, name: str, system: Faults
     with pytest.raises(OSError, match="injected"):
         t.rollback()
     system.work()
-    with pytest.raises(TableError, match="a sync or an undo failed"):
+    with pytest.raises(TableError, match="a sync or a rollback failed"):
         t.close()
     with Table.open(table) as t:
         assert (t.rows, t.gather(0).tolist()) == (4, [0, 1])
@@ -124,7 +124,7 @@ def test_full_disk_after_the_manifest_has_its_name(table: Path, system: Faults) 
         with pytest.raises(OSError, match="may be lost with the machine"):
             change(t)
         system.work()
-        with pytest.raises(TableError, match="a sync or an undo failed"):
+        with pytest.raises(TableError, match="a sync or a rollback failed"):
             t.scatter_add([0], ONES)
         with contextlib.suppress(OSError):
             t.close()
