@@ -366,7 +366,9 @@ class EmbeddingBag(Layer):
         out = np.empty(bags.ids.size, np.float32)
         threads = _threads.for_work(bags.ids.size * self.table.dim, self.table.num_threads)
         ids = bags.ids.astype(np.int64, copy=False)
-        _core.bag_dots(self.table.store.weight_column, ids, bags.bag_of, values, self._skip, out, threads)
+        _core.bag_dots(
+            self.table.store.weight_column, ids, bags.bag_of, values, self._skip, out, threads
+        )
         return out
 
     def _settings(self) -> list[str]:
