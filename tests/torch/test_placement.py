@@ -84,13 +84,13 @@ def test_only_rows_that_differ_are_written(
     monkeypatch.setattr(device_copy, "CHUNK_BYTES", chunk_bytes)
     layer = placed(on_disk(path), padding_idx=0)
     announced: list[int] = []
-    real = layer.table._announce_change
+    real = layer.table.store.begin_change
 
-    def announce(rows: Any) -> None:
+    def announce(state: Any, rows: Any) -> Any:
         announced.extend(rows)
-        real(rows)
+        return real(state, rows)
 
-    monkeypatch.setattr(layer.table, "_announce_change", announce)
+    monkeypatch.setattr(layer.table.store, "begin_change", announce)
     with torch.no_grad():
         layer.weight[3] = float("nan")
         layer.weight[4] = 0.0
