@@ -29,6 +29,7 @@ lint: build
 	$(PY) -m ruff check && $(PY) -m ruff format --check && PATH="$(VENV)/bin:$$PATH" cython-lint pyembed/*.pyx pyembed/_core_parts/*.pxi
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy && $(PY) -m mypy.stubtest --ignore-missing-stub pyembed._core
+	$(PY) -m pytest -q tests/test_docstrings.py
 
 # Run the kernels' conformance suite with bounds checks, the address sanitizer and the undefined-behaviour sanitizer.
 # importlib: pytest's other modes put this folder, with the release build, in front of the path.
