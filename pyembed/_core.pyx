@@ -108,13 +108,13 @@ cdef extern from "_kernels/spread.h" nogil:
     void pe_leave_cpu(int cpu) noexcept
 
 cdef extern from "_kernels/pages.h" nogil:
-    ctypedef struct pe_asker:
+    ctypedef struct pe_readahead:
         pass
 
-    void pe_asker_begin(pe_asker *a) noexcept
-    void pe_ask(pe_asker *a, const void *at, int64_t bytes) noexcept
-    void pe_asker_flush(pe_asker *a) noexcept
-    void pe_asker_end(pe_asker *a, int64_t *total) noexcept
+    void pe_readahead_begin(pe_readahead *a) noexcept
+    void pe_readahead_add(pe_readahead *a, const void *at, int64_t bytes) noexcept
+    void pe_readahead_flush(pe_readahead *a) noexcept
+    void pe_readahead_end(pe_readahead *a, int64_t *total) noexcept
     int pe_map_pages(const void *at, int64_t bytes, int to_write) noexcept
     int pe_page_resident(const void *at) noexcept
     int64_t pe_major_faults() noexcept
@@ -188,7 +188,7 @@ pe_crc32c_begin()
 
 @cython.final
 cdef class Column:
-    """float32 rows in somebody's memory: a pointer and a row stride. Keeps the memory's owner alive.
+    """float32 rows in memory that an array owns: a pointer and a row stride. Keeps that array alive.
 
     With `pages`, the rows are of a mapped file and may have to be read first.
     """

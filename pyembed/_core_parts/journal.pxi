@@ -1,4 +1,4 @@
-# What the journal of a table needs beside rows: checksums, and which rows are marked. Included by _core.pyx.
+# Checksums, and bit maps of dirty rows, for the journal of a table. Included by _core.pyx.
 
 def crc32c(const unsigned char[::1] data, bint fast=True):
     """CRC-32C (Castagnoli) of a buffer; with fast=False by tables, as on a processor that has no instruction for it."""

@@ -1,4 +1,4 @@
-# Rows of a file that may not be in memory: are they, and asking for those that a loop will touch soon.
+# Rows of a mapped file: whether they are in memory, and readahead of those that a loop uses soon.
 
 cdef enum:
     SAMPLE = 64                                   # rows of a batch that are looked up in the page cache
@@ -15,7 +15,7 @@ cdef int64_t NEVER = 1 << 62
 
 @cython.final
 cdef class Pages:
-    """Whether the rows of a mapped file are in memory, learnt from the calls that touch them.
+    """Whether the rows of a mapped file are in memory, learnt from the calls that use them.
 
     A table counts as cold until samples of its batches are all found in the page cache. A resident one is not looked at:
     it is cold again once page faults say so.
@@ -66,7 +66,7 @@ cdef int64_t _count_resident(Column column, const ids_t *ids, int64_t n, int64_t
 
 
 cdef bint _is_cold(Column column, const ids_t *ids, int64_t n) noexcept:
-    """Whether pages should be asked for before this batch touches them; `ids` were checked. Costs nothing if resident."""
+    """Whether this batch needs readahead; its ids were checked. Costs nothing if the table is resident."""
     cdef Pages pages = column.pages
     cdef int64_t sampled = min(n, SAMPLE)
     if n == 0:
@@ -87,32 +87,32 @@ cdef inline bint _batch_is_cold(Column column, const void *ids, bint wide, int64
 
 
 cdef struct Ahead:
-    # One thread's questions for the rows ids[lo] .. ids[hi - 1]; the loop calls _ask at row `next`.
-    pe_asker asker
+    # The readahead of one thread for the rows ids[lo] .. ids[hi - 1]; the loop calls _ask at row `next`.
+    pe_readahead requests
     int64_t next, asked, hi
 
 
 cdef inline void _ahead_begin(Ahead *a, bint cold, int64_t lo, int64_t hi) noexcept nogil:
     a.next = NEVER
     if cold:
-        pe_asker_begin(&a.asker)
+        pe_readahead_begin(&a.requests)
         a.next, a.asked, a.hi = lo, lo, hi
 
 
 cdef void _ask(Ahead *a, int64_t i, const float *base, int64_t stride, int64_t floats, const ids_t *ids) noexcept nogil:
     cdef int64_t p, end = min(i + ASK_AHEAD, a.hi)
     for p in range(a.asked, end):
-        pe_ask(&a.asker, base + ids[p] * stride, 4 * floats)
+        pe_readahead_add(&a.requests, base + ids[p] * stride, 4 * floats)
     a.asked = end
     a.next = i + ASK_STEP
     if end == a.hi:
-        pe_asker_flush(&a.asker)
+        pe_readahead_flush(&a.requests)
         a.next = NEVER
 
 
 cdef inline void _ahead_end(Ahead *a, bint cold, Pages pages) noexcept nogil:
     if cold:
-        pe_asker_end(&a.asker, &pages.asked)
+        pe_readahead_end(&a.requests, &pages.asked)
 
 
 cdef void _ask_span(Column column, const ids_t *ids, int64_t lo, int64_t hi, int64_t floats) noexcept nogil:
@@ -120,7 +120,7 @@ cdef void _ask_span(Column column, const ids_t *ids, int64_t lo, int64_t hi, int
     cdef int64_t p
     _ahead_begin(&a, True, lo, hi)
     for p in range(lo, hi):
-        pe_ask(&a.asker, column.data + ids[p] * column.stride, 4 * floats)
+        pe_readahead_add(&a.requests, column.data + ids[p] * column.stride, 4 * floats)
     _ahead_end(&a, True, column.pages)
 
 

@@ -1,7 +1,7 @@
 # Loops over the rows that ids name: gather, scatter_add; and over all rows of an array: all_finite, fill.
 
 # An output that does not fit into the caches is stored past them: 300 floats x 65536 in 3.3 ms instead of 3.7, x 1 M in
-# 49 ms instead of 60. A smaller one stays in the cache for whoever reads it next, and is made faster: 64 x 65536 in 0.65 ms
+# 49 ms instead of 60. A smaller one stays in the cache for its next reader, and is made faster: 64 x 65536 in 0.65 ms
 # instead of 0.89. Both are equal at about 64 MB (2 cores of an EPYC 9005, 32 MiB L3).
 STREAM_FLOATS = (48 << 20) // 4                  # for tests
 cdef int64_t stream_floats = STREAM_FLOATS
@@ -175,7 +175,7 @@ cdef bint _are_finite(list arrays, int threads) except -1:
         _floats(values, cnp.PyArray_SIZE(values))
         floats += cnp.PyArray_SIZE(values)
         spans += cnp.PyArray_SIZE(values) // FINITE_SPAN + 1
-    if floats <= FINITE_SPAN:                     # of few, a list of spans would take longer than the check
+    if floats <= FINITE_SPAN:                     # a list of spans would take longer than the check
         for values in arrays:
             if not k.finite_span(<const float *>cnp.PyArray_DATA(values), cnp.PyArray_SIZE(values)):
                 return False

@@ -1,5 +1,5 @@
 # Optimizer steps over the unique rows of a batch: the rules, and the options of a step. Batches as in
-# _core_parts/batches.pxi. A step without options takes one branch for them, and touches none of their memory.
+# _core_parts/batches.pxi. A step without options takes one branch for them, and uses none of their memory.
 
 cdef enum:
     MAX_COLUMNS = 6                               # the weight, three of state, the count, the last step

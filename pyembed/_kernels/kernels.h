@@ -118,7 +118,7 @@ static inline void pe_stream_fence(void) {
 #endif
 }
 
-/* Ask for every cache line of a row, which may begin amid one, to read it or to write it. The empty asm is for GCC, which
+/* Prefetch every cache line of a row, to read it or to write it. A row may begin within a line. The empty asm is for GCC, which
  * takes a function that only prefetches for one without effect, and drops calls of it that it has not inlined yet. */
 static inline void pe_prefetch_read(const float *src_d, int64_t d) {
 #ifdef __GNUC__

@@ -1,7 +1,7 @@
 /* Pages of a mapped file: asking the system for those that are needed soon, and seeing which are in memory.
  *
  * One page fault at a time keeps a disk at a queue of one: 20 thousand rows a second where it can do a hundred thousand.
- * So pages are asked for about a thousand rows before they are touched, 64 ranges a call (docs/decisions/0006). All of it
+ * So pages are asked for about a thousand rows before they are used, 64 ranges a call (docs/decisions/0006). All of it
  * is advice: where the system refuses, rows are still right, and slower.
  */
 #ifndef PYEMBED_PAGES_H
@@ -10,9 +10,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define PE_ASK_RANGES 64
-#define PE_ASK_BYTES (128 << 10) /* of one range; the system may ignore what goes beyond its own read-ahead */
-#define PE_ASK_SEEN 1024 /* pages remembered, so that a hot page is asked for once: 8 KiB, inside the L1 cache */
+#define PE_READAHEAD_RANGES 64
+#define PE_READAHEAD_BYTES (128 << 10) /* of one range; the system may ignore what goes beyond its own read-ahead */
+#define PE_READAHEAD_SEEN 1024 /* pages remembered, so that a hot page is asked for once: 8 KiB, inside the L1 cache */
 
 #ifdef __linux__
 #include <fcntl.h>
@@ -25,17 +25,17 @@
 #define MADV_WILLNEED 3
 #endif
 
-/* One thread's questions. */
+/* The readahead of one thread. */
 typedef struct {
     int self; /* this process as a pidfd, or -1: then one call a range */
     int held;
     int64_t asked; /* ranges, in all */
     uintptr_t page_bytes;
-    struct iovec range[PE_ASK_RANGES];
-    uintptr_t seen[PE_ASK_SEEN];
-} pe_asker;
+    struct iovec range[PE_READAHEAD_RANGES];
+    uintptr_t seen[PE_READAHEAD_SEEN];
+} pe_readahead;
 
-static inline void pe_asker_begin(pe_asker *a) {
+static inline void pe_readahead_begin(pe_readahead *a) {
     a->held = 0;
     a->asked = 0;
     a->page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -47,7 +47,7 @@ static inline void pe_asker_begin(pe_asker *a) {
 #endif
 }
 
-static inline void pe_asker_flush(pe_asker *a) {
+static inline void pe_readahead_flush(pe_readahead *a) {
     int from = 0;
     a->asked += a->held;
 #ifdef SYS_process_madvise
@@ -60,26 +60,26 @@ static inline void pe_asker_flush(pe_asker *a) {
     a->held = 0;
 }
 
-/* Asks for what is held, and adds to *total how many ranges there were; other threads may do so too. */
-static inline void pe_asker_end(pe_asker *a, int64_t *total) {
-    pe_asker_flush(a);
+/* Requests the ranges that are held, and adds their number to *total, as other threads may at the same time. */
+static inline void pe_readahead_end(pe_readahead *a, int64_t *total) {
+    pe_readahead_flush(a);
     if (a->self >= 0) close(a->self);
     __atomic_fetch_add(total, a->asked, __ATOMIC_RELAXED);
 }
 
-static inline void pe_ask(pe_asker *a, const void *from, int64_t bytes) {
+static inline void pe_readahead_add(pe_readahead *a, const void *from, int64_t bytes) {
     const uintptr_t first = (uintptr_t)from & ~(a->page_bytes - 1), end = (uintptr_t)from + (uintptr_t)bytes;
     uintptr_t *seen = &a->seen[(first / a->page_bytes * 0x9E3779B97F4A7C15u) >> 54];
     struct iovec *last = &a->range[a->held - 1];
     if (*seen == first) return;
     *seen = first;
-    if (a->held && (uintptr_t)last->iov_base + last->iov_len == first && last->iov_len < PE_ASK_BYTES) {
+    if (a->held && (uintptr_t)last->iov_base + last->iov_len == first && last->iov_len < PE_READAHEAD_BYTES) {
         last->iov_len = ((end + a->page_bytes - 1) & ~(a->page_bytes - 1)) - (uintptr_t)last->iov_base;
         return; /* rows side by side are one read */
     }
     a->range[a->held].iov_base = (void *)first;
     a->range[a->held].iov_len = ((end + a->page_bytes - 1) & ~(a->page_bytes - 1)) - first;
-    if (++a->held == PE_ASK_RANGES) pe_asker_flush(a);
+    if (++a->held == PE_READAHEAD_RANGES) pe_readahead_flush(a);
 }
 
 /* Wait until the pages of a row are in memory, and map them; 0 if the system cannot (before Linux 5.14). */
@@ -131,11 +131,11 @@ static inline int pe_page_out(void *from, int64_t bytes) {
 #else
 typedef struct {
     int64_t asked;
-} pe_asker;
-static inline void pe_asker_begin(pe_asker *a) { a->asked = 0; }
-static inline void pe_asker_flush(pe_asker *a) { (void)a; }
-static inline void pe_asker_end(pe_asker *a, int64_t *total) { (void)a, (void)total; }
-static inline void pe_ask(pe_asker *a, const void *from, int64_t bytes) { (void)a, (void)from, (void)bytes; }
+} pe_readahead;
+static inline void pe_readahead_begin(pe_readahead *a) { a->asked = 0; }
+static inline void pe_readahead_flush(pe_readahead *a) { (void)a; }
+static inline void pe_readahead_end(pe_readahead *a, int64_t *total) { (void)a, (void)total; }
+static inline void pe_readahead_add(pe_readahead *a, const void *from, int64_t bytes) { (void)a, (void)from, (void)bytes; }
 static inline int pe_map_pages(const void *from, int64_t bytes, int to_write) { return (void)from, (void)bytes, (void)to_write, 0; }
 static inline int pe_page_resident(const void *at) { return (void)at, 1; }
 static inline int64_t pe_major_faults(void) { return 0; }

@@ -3,7 +3,7 @@
  * A sleeping worker wakes on the processor where it slept if the scheduler sees no shared cache to search (virtual
  * machines often show none). If that is the processor of the thread that woke it, which now spins and waits, both
  * share one processor and each region lasts until a scheduler tick: 24 ms instead of 16 us for 4096 rows, on 2 cores
- * of a virtual EPYC 9005. It does not heal by itself. So a worker that finds itself beside its caller moves away once,
+ * of a virtual EPYC 9005. It does not recover by itself. So a worker that shares its caller's processor moves away once,
  * and takes its affinity back; it then wakes where it went. In the usual case this costs a look at the processor's
  * number, about 20 ns.
  */

@@ -112,7 +112,6 @@ class Optimizer:
             allowed = "an Embedding, an EmbeddingBag or a Table"
             raise DTypeError(f"{type(target).__name__}; allowed: {allowed}")
         self._target = _BareTable(target) if isinstance(target, Table) else target
-        self.table = self._target.table
         self._pending: list[_core.Batch] = []
         self.lr = lr
         asked = checked(self.decay_modes, self.default_decay, **options)
@@ -133,6 +132,11 @@ class Optimizer:
         self.state |= {"row_steps": 1} if self.frequency_power else {}
         self.state |= {"last_step": 1} if self._rule.lazy else {}
         self.table.store.ensure_columns(self.state)
+
+    @property
+    def table(self) -> Table:
+        """The rows that it updates."""
+        return self._target.table
 
     @property
     def weight_decay(self) -> float:

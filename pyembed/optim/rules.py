@@ -5,7 +5,7 @@ class takes (`Options`): nonfinite, weight_decay, decay_mode, clip_value, clip_n
 norm_type. `lr` is a number or one of `schedules`. See docs/optimizers.md for which one to use.
 
 Formulas: w weight, g summed gradient of a row, t number of the step, from 1. All are exact: one
-step for each touched row and batch. No other row changes.
+step for each row of a batch. No other row changes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SGD(Optimizer):
     nesterov : bool
         Needs a momentum and no dampening.
     lazy_momentum : bool
-        A touched row first moves on by the momentum of the steps that it missed, in closed form, as
+        A row of the batch first takes the momentum of the steps that it missed, in closed form, as
         it would have in a dense optimizer (at the learning rate of now). Needs ``last_step``.
     **options
         See `Options`.
@@ -265,7 +265,7 @@ class _Moments(Optimizer):
 
 
 class Adam(_Moments):
-    """Adam on the touched rows alone, by the formula of torch's SparseAdam.
+    """Adam on the rows of the batch alone, by the formula of torch's SparseAdam.
 
     m += (g - m)(1 - b1); v += (g^2 - v)(1 - b2);
     w -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps), where t counts all steps.
@@ -309,7 +309,7 @@ class AdamW(_Moments):
     w *= 1 - lr * weight_decay; m and v as in `Adam`;
     w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
 
-    State as for `Adam`. decay_mode is "decoupled", for the touched rows alone, or "lazy".
+    State as for `Adam`. decay_mode is "decoupled", for the rows of the batch alone, or "lazy".
     (Loshchilov, Hutter: "Decoupled weight decay regularization", ICLR 2019.)
 
     Parameters
