@@ -196,6 +196,7 @@ class Table:
         Parameters
         ----------
         path : path-like
+            The folder of a table, or a .npy file.
         mode : {"r+", "r", "c"}
             Read and write; read; write to a private copy that never reaches the file.
         live : bool
@@ -203,30 +204,28 @@ class Table:
         salvage : bool
             Open although the last writer ended without a commit; rows may be from any time since.
         memory_limit : int or float, optional
-            Bytes, or a share of the memory, that the table's pages may take: above it they are
-            evicted, so that the rest of the machine stays usable. Needs Linux 6.5.
+            Bytes, or a share of the memory: pages above it are evicted. Needs Linux 6.5.
         durability : {"process", "power", "none"}, optional
-            From now on, instead of the table's own.
+            The table's durability from now on; unchanged by default.
         num_threads : int, optional
+            For all calls on the table, see `create`.
 
         Returns
         -------
         Table
+            The open table.
 
         Raises
         ------
         LockedError
-            If a writer has it open, or for "r+" anybody.
-        DirtyError
-            If the last writer ended without a commit, and the rows cannot be brought back to it.
-        FormatError
-            If the files do not match the manifest.
+            If a writer has it open, or for "r+" any reader.
+        DirtyError, FormatError
+            If the rows cannot be rolled back to the last commit, or do not match the manifest.
 
         Examples
         --------
-        >>> import pathlib, tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "items.npy"
-        >>> np.save(path, np.ones((2, 3), np.float32))
+        >>> import tempfile
+        >>> np.save(path := tempfile.mkdtemp() + "/items.npy", np.ones((2, 3), np.float32))
         >>> Table.open(path, "r").dim
         3
         """
@@ -257,16 +256,20 @@ class Table:
 
         Parameters
         ----------
-        rows, dim, optimizer, columns, init, seed, num_threads
-            As those of `create`.
+        rows, dim : int
+            The number of rows, and the floats of each row's weight.
+        optimizer, columns, init, seed, num_threads : optional
+            See `create`.
 
         Returns
         -------
         Table
+            The new table.
 
         Raises
         ------
-        ArgumentError
+        ArgumentError, DTypeError
+            If an argument is not allowed.
         TableError
             If memory does not suffice.
 
@@ -404,11 +407,12 @@ class Table:
         return _rebuild, (columns, self.num_threads, self.optimizer)
 
     def stats(self) -> Stats:
-        """Return how much of the table is in memory, and what its batches found there.
+        """Return how much of the table is in memory, and how many rows its batches found there.
 
         Returns
         -------
         Stats
+            The numbers of this moment.
 
         Examples
         --------
@@ -426,10 +430,12 @@ class Table:
         Parameters
         ----------
         name : str
+            The name of the column.
 
         Returns
         -------
-        float32 array of shape (rows, width of the column)
+        ndarray of float32, shape (rows, width)
+            A view that follows each change of the rows.
 
         Raises
         ------
@@ -492,12 +498,13 @@ class Table:
 
         Parameters
         ----------
-        ids : integers of any shape
+        ids : array of integers, any shape
+            The ids of the data set.
 
         Returns
         -------
-        int64 array of the shape of ids
-            Or the ids themselves.
+        ndarray of int64, shape ids.shape
+            Row numbers; the ids themselves if the table has no id map.
 
         Raises
         ------
@@ -522,7 +529,8 @@ class Table:
 
         Parameters
         ----------
-        ids : integers of any shape
+        ids : array of integers, any shape
+            Row numbers.
         wait : bool
             Return when the pages are in memory and mapped, so that a lookup does not wait for the
             system, nor a step in a table that has changes: for a thread of its own. With durability
@@ -555,9 +563,12 @@ class Table:
 
         Parameters
         ----------
-        ids : integers of any shape
-        values : float32 array of shape ids.shape + (dim,)
+        ids : array of integers, any shape
+            Row numbers.
+        values : array of float32, shape ids.shape + (dim,)
+            The values to add to each row.
         alpha : float
+            A factor for all values.
         deterministic : bool
             Sum the values of duplicate ids in the order of the batch. Otherwise the order, and so
             the last bits, may depend on threads.
@@ -600,7 +611,8 @@ class Table:
 
         Parameters
         ----------
-        ids : integers of any shape
+        ids : array of integers, any shape
+            Row numbers.
         max_norm : float
             0 or more; inf changes nothing.
         norm_type : float
@@ -730,8 +742,9 @@ class Table:
         Parameters
         ----------
         n : int
+            The number of rows to add.
         init : Initializer, optional
-            Fills the weight; zeros if not given.
+            Fills the weight; zeros by default.
         seed : int
             For a random `init`.
 
