@@ -1,6 +1,7 @@
-"""How rows are kept: in memory, in a file, in an array of the caller.
+"""How rows are kept: in memory, in an array of the caller, in the files of a table.
 
-It may import `_core`, the helper modules, `init` and `grouping`, and nothing above. Read `manifest`
-(what a commit is), `journal` (old rows), `transaction` (what a writer keeps between two commits),
-`recovery`, then `store`, which joins them.
+It may import `_core`, the helper modules, `init` and `grouping`, and nothing above. Read `store`
+(the protocol, and memory), `fs` (the seam to the operating system), `manifest` (what a commit is),
+`journal` (old rows), `transaction` (what a writer keeps between two commits), `recovery`, then
+`table_files` and `file_store`, which join them.
 """

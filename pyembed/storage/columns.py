@@ -1,4 +1,4 @@
-"""What a row is made of, and how fresh rows come about: the columns, and chunks of new rows."""
+"""The columns of a row, and chunks of new rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyembed.errors import ArgumentError, TableError
 from pyembed.init import Initializer
 from pyembed.storage import manifest
 
-# Floats that a table is made of at a time: 8 MiB stay in the cache between making and writing.
+# Floats of a chunk of new rows: 8 MiB stay in the cache between making and writing.
 CHUNK_FLOATS = 2 << 20
 
 
@@ -42,7 +42,7 @@ def zeroed_rows(rows: int, stride: int) -> F32:
 
 
 def require_rule(optimizer: str) -> str:
-    """The name of a rule.
+    """Return the name of an optimizer's rule.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def require_rule(optimizer: str) -> str:
 
 
 def state_widths(rule: str, dim: int) -> dict[str, int]:
-    """The state columns of a rule of `_core.RULES`: as wide as the weight, or one float a row."""
+    """Return the state columns of a rule: as wide as the weight, or one float per row."""
     state = _core.RULES[rule][1]
     return {name: dim if kind == "element" else 1 for name, kind in state.items()}
 
@@ -63,7 +63,7 @@ def state_widths(rule: str, dim: int) -> dict[str, int]:
 def row_columns(
     dim: int, optimizer: str | None, columns: Mapping[str, int] | None
 ) -> dict[str, int]:
-    """The columns of a row: the weight, the optimizer's state, then the user's own.
+    """Return the columns of a row: the weight, the optimizer's state, then those of the user.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def row_columns(
 def fresh_rows(
     columns: Mapping[str, int], first: int, count: int, init: Initializer, seed: int, workers: int
 ) -> Iterator[F32]:
-    """Chunks of new rows: the weight from `init`, every other column zero. The buffer is reused."""
+    """Yield chunks of new rows: weight from `init`, other columns zero. The buffer is reused."""
     stride = sum(columns.values())
     step = max(1, CHUNK_FLOATS // stride)
     dim = columns["weight"]

@@ -493,12 +493,6 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> File:
     return File(system, system.open(path, flags), path)
 
 
-def replace_file(path: Path, parts: Iterable[Any]) -> None:
-    """Atomically replace a file that is named by its path; see `Folder.replace`."""
-    with Folder(path.parent) as folder:
-        folder.replace(path.name, parts)
-
-
 def sync(fd: int) -> None:
     """Make what was written to a descriptor durable: for a file that this module did not open."""
     current().sync(fd)

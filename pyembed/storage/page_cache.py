@@ -1,8 +1,8 @@
-"""How much of a mapped table is in memory: numbers, a limit to keep, changes written in time.
+"""The page cache of a mapped table: how much is in memory, a limit to keep, early write-back.
 
-The system decides which pages of a file stay in memory, for all that runs on the machine. What a
-table can do is: say how much of it is there, give pages back above a limit, and begin to write
-what was changed early, in small portions, so that no step waits for gigabytes of them.
+The system decides which pages of a file stay in memory, for all programs on the machine. A table
+can say how much of it is there, evict pages above a limit, and begin to write dirty pages early,
+in small portions, so that no step waits for gigabytes of them.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from pyembed.errors import ArgumentError, DTypeError
 from pyembed.storage.fs import File
 from pyembed.storage.npy import HEADER_BYTES
 
-POLL_SECONDS = 0.1  # between two looks; at 80,000 pages a second 32 MB have come in
-SLICE_BYTES = 32 << 20  # given back by one call
-WRITE_SLICE_BYTES = 64 << 20  # of the file, looked through for changes by one call
+POLL_SECONDS = 0.1  # between two looks; at 80,000 pages a second 32 MB are read meanwhile
+SLICE_BYTES = 32 << 20  # evicted by one call
+WRITE_SLICE_BYTES = 64 << 20  # of the file, searched for dirty pages by one call
 MIN_LIMIT = 1 << 20
 NEAR = 0.75  # share of the dirty pages at which the system begins to write by itself
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a table has in memory, and what its batches found there.
+    """How much of a table is in memory, and how its batches found it.
 
     Attributes
     ----------
     nbytes : int
-        All rows.
+        Bytes of all rows.
     resident_bytes, dirty_bytes : int or None
-        In the page cache, whoever brought it there; and of that, not written yet. None where the
-        system does not say (Linux before 6.5).
+        Bytes in the page cache, whichever program read them; and those that are not written yet.
+        None where the system does not say (Linux before 6.5).
     cold_batches, cold_rows : int
-        Calls that found rows missing, and the rows that they named.
+        Number of calls that found rows missing, and of rows that they named.
     pages_asked : int
-        Ranges of pages that were asked for ahead of use.
+        Number of ranges of pages that were read ahead of use.
     hit_rate : float
-        Share of those calls' rows that were in memory, from a sample of 64 rows a call.
+        Share of the rows of these calls that were in memory, from a sample of 64 rows per call.
     bytes_read, bytes_written : int or None
-        By this process, all its files together, since the table was opened.
+        By this process, for all its files together, since the table was opened.
     """
 
     nbytes: int
@@ -59,7 +59,7 @@ class Stats:
     bytes_written: int | None
 
     def __str__(self) -> str:
-        """For a progress bar.
+        """Return a short text for a progress bar.
 
         >>> print(in_memory(4096))
         100 % in memory
@@ -83,13 +83,14 @@ def write_back_is_near() -> bool:
 
 
 def memory_bytes() -> int:
-    """The bytes that this process may use: the machine's memory, limited by its control groups."""
+    """Return what this process may use: the machine's memory, or the limit of its control group."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(total, _cgroup.memory_limit() or total)
+    limit = _cgroup.memory_limit()
+    return total if limit is None else min(total, limit)
 
 
 def limit_bytes(memory_limit: int | float | None) -> int | None:
-    """A limit in bytes, from bytes or from a share of the memory.
+    """Return a limit in bytes, given in bytes or as a share of the memory.
 
     >>> limit_bytes(1 << 30)
     1073741824
@@ -115,7 +116,7 @@ def limit_bytes(memory_limit: int | float | None) -> int | None:
 
 
 def process_io() -> tuple[int, int] | None:
-    """(bytes read from disks, bytes sent to be written) by this process; None if unknown."""
+    """Return the bytes that this process read from disks and wrote; None if they are unknown."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -125,10 +126,10 @@ def process_io() -> tuple[int, int] | None:
 
 
 class PageCache:
-    """Looks after the pages of one open file: a helper thread, which exists only when needed.
+    """Evicts and writes the pages of one mapped file, on a thread that exists only when needed.
 
-    It begins to write changes while a table is trained that does not fit into memory, and keeps
-    the resident pages near a limit. Both change time, never results.
+    It begins to write dirty pages early while a table is trained that does not fit into memory, and
+    keeps the resident pages near a limit. Both change time, never results.
 
     Parameters
     ----------
@@ -138,6 +139,13 @@ class PageCache:
         The mapping.
     limit : int or None
         Bytes that may stay resident.
+    writable : bool
+        Whether dirty pages of the mapping reach the file.
+
+    Attributes
+    ----------
+    pages : Pages
+        What the kernels know of the pages.
     """
 
     def __init__(self, file: File, rows: F32, limit: int | None, writable: bool) -> None:
@@ -147,11 +155,11 @@ class PageCache:
         self._file = File(file.system, file.system.duplicate(file.fd), file.path)
         self._writable = writable
         self._io = process_io()
-        self._asked = 0  # pages, at the last look
-        self._hand = self._written = 0  # the next row to give back; the next byte to write
+        self._asked = 0  # pages that were read ahead, at the last look
+        self._hand = self._written = 0  # the clock hand: the next row to evict; the next byte
         self._stop = threading.Event()
-        self._room = threading.Event()  # for more changes, below the limit
-        self._room.set()
+        self._below_dirty_limit = threading.Event()
+        self._below_dirty_limit.set()
         self._thread: threading.Thread | None = None
         if limit is not None:
             self._start()
@@ -161,27 +169,29 @@ class PageCache:
         self._thread.start()
 
     def before_change(self) -> None:
-        """Rows are about to change: if they had to be read first, they will have to be written.
+        """Start the thread if pages had to be read, as the dirty ones will have to be written.
 
-        Waits while a quarter of the limit is taken by changes that are not written yet.
+        Wait while the dirty pages exceed the dirty limit, a quarter of the memory limit.
         """
         if self._thread is None and self.pages.asked and not self._stop.is_set():
             self._start()
-        self._room.wait()
+        self._below_dirty_limit.wait()
 
     def _run(self) -> None:
         try:
-            while not self._stop.wait(POLL_SECONDS if self._room.is_set() else 0):
+            while not self._stop.wait(POLL_SECONDS if self._below_dirty_limit.is_set() else 0):
                 if self.limit is not None:
                     self._keep_below(self.limit)
-                if self._writable and (self.pages.asked != self._asked or not self._room.is_set()):
+                if self._writable and (
+                    self.pages.asked != self._asked or not self._below_dirty_limit.is_set()
+                ):
                     self._asked = self.pages.asked
                     self._write_back()
         finally:
-            self._room.set()
+            self._below_dirty_limit.set()
 
     def _write_back(self) -> None:
-        """Begin to write changes for a while, slice by slice, from where the last look ended."""
+        """Begin to write dirty pages for a while, slice by slice, from where the last one ended."""
         end = time.monotonic() + POLL_SECONDS
         size = self._file.size
         while time.monotonic() < end and not self._stop.is_set():
@@ -193,32 +203,32 @@ class PageCache:
     def _keep_below(self, limit: int) -> None:
         found = self._file.system.cached_pages(self._file.fd)
         if found is None:
-            self._stop.set()  # a system that does not say: there is nothing to go by
+            self._stop.set()  # the system does not say how many pages are resident
             return
         resident, dirty = found[0] * mmap.PAGESIZE, found[1] * mmap.PAGESIZE
         if dirty > limit // 4:
-            self._room.clear()
+            self._below_dirty_limit.clear()
         else:
-            self._room.set()
+            self._below_dirty_limit.set()
         if resident > limit and self.rows.size:
-            self._give_back((resident - limit) / resident)
+            self._evict((resident - limit) / resident)
 
-    def _give_back(self, share: float) -> None:
-        """Take a share of the pages out of memory, from where the hand of the clock stands."""
+    def _evict(self, share: float) -> None:
+        """Evict a share of the pages, by a clock hand that sweeps the table."""
         rows = self.rows
         step = max(1, SLICE_BYTES // (4 * rows.shape[1]))
-        left = int(rows.shape[0] * share) + 1  # the pages lie evenly spread
+        left = int(rows.shape[0] * share) + 1  # assuming that the pages are evenly spread
         while left > 0 and not self._stop.is_set():
             end = min(self._hand + min(step, left), rows.shape[0])
             _core.page_out(rows[self._hand : end])
-            # That sees mapped pages alone, and unmaps changed ones instead of freeing them.
+            # page_out sees mapped pages alone, and unmaps dirty ones instead of freeing them.
             first, size = self._hand * 4 * rows.shape[1], (end - self._hand) * 4 * rows.shape[1]
             self._file.system.advise(self._file.fd, HEADER_BYTES + first, size, "dontneed")
             left -= end - self._hand
             self._hand = end % rows.shape[0]
 
     def stats(self) -> Stats:
-        """The numbers of this moment."""
+        """Return the numbers of this moment."""
         found, io, pages = self._file.system.cached_pages(self._file.fd), process_io(), self.pages
         read = wrote = None
         if io is not None and self._io is not None:
@@ -236,7 +246,7 @@ class PageCache:
         )
 
     def close(self) -> None:
-        """End the thread, and let go of the file."""
+        """End the thread, and close the file."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -244,5 +254,5 @@ class PageCache:
 
 
 def in_memory(nbytes: int) -> Stats:
-    """The numbers of a table that no file backs."""
+    """Return the numbers of a table that no file backs."""
     return Stats(nbytes, nbytes, 0, 0, 0, 0, 1.0, None, None)

@@ -259,7 +259,7 @@ class TableFolder(BareFile):
         if not (self.folder.has(self._lock) and self.folder.has(self._file)):
             what = (
                 "the folder was removed, or its files were replaced, while the table was open; "
-                "no row was changed; close the table, restore the folder and open it again"
+                "nothing was written; close the table, restore the folder and open it again"
             )
             raise TableError(errno.ESTALE, what, str(self.path))
 
