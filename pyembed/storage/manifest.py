@@ -1,7 +1,6 @@
-"""The committed state of a table as text: what manifest.json says, and that it is not damaged; and
-the same for delta.json, of an export.
+"""The committed state of a table as text: manifest.json, and delta.json of an export.
 
-This file knows the bytes and does no I/O; `store` reads them and replaces them atomically.
+This module knows the bytes and does no I/O; `table_files` reads and atomically replaces them.
 A manifest is JSON that a person can read. The last entry is the CRC-32C of the others in
 canonical form. Anything unexpected (another version, an unknown key, a wrong type, a product that
 overflows) is refused with a FormatError.
@@ -40,24 +39,24 @@ class Manifest:
     columns : dict of str to int
         Consecutive groups of float32 within a row, and their widths. The first is ``weight``.
     generation : int
-        Counts commits.
+        Number of commits.
     state : {"clean", "dirty"}
         Dirty: a writer has changed rows since this generation.
     durability : {"process", "power", "none"}
-        What a crash leaves: see `store`.
+        What the last commit survives: see `transaction`.
     salt : str
-        16 hex digits, drawn anew for every interval of changes: names the frames of its journal.
-        Empty if the table is clean.
+        16 hex digits, drawn anew for each transaction, that mark the frames of its journal. Empty
+        if the table is clean.
     boot : str
-        Which start of the machine a dirty table was changed in; empty if it is clean.
+        The start of the machine in which a dirty table was changed; empty if it is clean.
     commit : str
         16 hex digits, drawn anew for every commit: two tables with the same one are copies of each
         other. A copy that was brought forward by an export has that of its source.
     seal : str
-        8 hex digits, the CRC-32C of the checksums of the committed rows, see `seal`; empty if there
-        are none, as rows changed since the table was written.
+        8 hex digits, the CRC-32C of the checksums of the committed rows, see `checksums`; empty if
+        there are none, because rows changed since the table was written.
     meta : dict
-        The user's own, from `Table.commit`.
+        The state of the user, from `Table.commit`.
     optimizer : dict of str to dict
         The steps that each optimizer has taken, by its rule: ``{"adam": {"steps": 9}}``.
     """
@@ -76,26 +75,26 @@ class Manifest:
 
     @property
     def stride(self) -> int:
-        """Floats of a row: all columns."""
+        """Floats of a row, over all columns."""
         return sum(self.columns.values())
 
     def with_changes(self, **changes: Any) -> Manifest:
-        """A copy with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return replace(self, **changes)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What is beside the rows of a delta: an export of what changed between two commits.
+    """The description of a delta: an export of the rows that changed between two commits.
 
     Attributes
     ----------
     since : int
-        The generation that it begins with.
+        The generation that it starts from.
     count : int
-        Of the rows that may differ.
+        Number of rows that may differ.
     seal : str
-        Of the file that they are in, see `Manifest`.
+        The CRC-32C of the checksums of these rows, see `Manifest`.
     table : Manifest
         The commit that it leads to.
     """
@@ -107,7 +106,7 @@ class Delta:
 
 
 def check_columns(columns: Mapping[str, int]) -> dict[str, int]:
-    """Valid names and widths, ``weight`` first.
+    """Check names and widths of columns, ``weight`` first.
 
     Raises
     ------
@@ -126,7 +125,7 @@ def check_columns(columns: Mapping[str, int]) -> dict[str, int]:
 
 
 def check_durability(value: object) -> str:
-    """One of the three.
+    """Check a durability, and return it.
 
     Raises
     ------
@@ -138,12 +137,12 @@ def check_durability(value: object) -> str:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The text of a manifest.
+    """Return the text of a manifest.
 
     Raises
     ------
     ArgumentError
-        If the user's meta is no JSON or too large.
+        If the meta of the user is not JSON, or too large.
     """
     try:
         if type(manifest.meta) is not dict:
@@ -181,7 +180,7 @@ def decode(text: bytes, source: str) -> Manifest:
 
 
 def encode_delta(delta: Delta) -> bytes:
-    """The text of ``delta.json``."""
+    """Return the text of ``delta.json``."""
     body = {**vars(delta), "table": vars(delta.table)}
     return _text({"format": DELTA_FORMAT, "version": VERSION, **body})
 
@@ -235,7 +234,7 @@ def _no_constant(name: str) -> None:
 
 
 def _validate(m: Manifest) -> None:
-    """The checksum proves that the text is what was written; this, that it makes sense."""
+    """Check that fields make sense; the checksum has proved that they are as written."""
     kinds = {"rows": int, "generation": int, "columns": dict, "meta": dict, "optimizer": dict}
     for name, kind in kinds.items():
         if type(getattr(m, name)) is not kind:
