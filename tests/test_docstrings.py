@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from numpydoc.validate import validate
 
-from tests.test_public_api import PUBLIC, public_module
+from tests.helpers.public import PUBLIC, public_module
 
 CHECKS = {
     *("GL06", "GL07", "GL08"),  # a docstring, with sections that numpydoc knows, in its order
