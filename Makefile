@@ -1,4 +1,4 @@
-# demo · test · torture · bench · lint · debug: each creates the virtual environment that it needs, from a clean clone.
+# demo · test · torture · bench · lint · debug · clang: each creates the virtual environment that it needs, from a clean clone.
 #   make test WITH="torch==2.13.0 gensim"     also installs these packages, so that the tests against them run
 #   make bench NAME=gather                    see bench/README.md
 PYTHON ?= python3
@@ -8,10 +8,10 @@ WITH ?=
 PY = $(VENV)/bin/python
 SOURCES = $(wildcard pyembed/*.pyx pyembed/_core_parts/*.pxi pyembed/_kernels/*) setup.py pyproject.toml
 
-.PHONY: demo test torture bench lint debug build clean
+.PHONY: demo test torture bench lint debug clang build clean
 
 demo: build
-	$(PY) -m pip install -q matplotlib
+	$(PY) -m pip install -q matplotlib 'scipy>=1.15' 'adjustText>=1.3'
 	$(PY) examples/demo.py
 
 test: build
@@ -39,6 +39,11 @@ debug: build
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/debug/lib:$(CURDIR) $(PY) -P -m pytest --import-mode=importlib \
 	  tests/test_core.py tests/test_init.py tests/test_renorm.py tests/layers/test_embedding.py
+
+# Build with clang, in a folder of its own, and run the kernels' conformance suite.
+clang: build
+	CC=clang $(PY) setup.py -q build --build-base build/clang --build-lib build/clang/lib
+	PYTHONPATH=build/clang/lib:$(CURDIR) $(PY) -P -m pytest --import-mode=importlib tests/test_core.py
 
 build: $(VENV)/ready
 	@true

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash import torture
 from tests.helpers.child import ROOT
 
 FILES = sorted((ROOT / "tests").rglob("*.py"))
@@ -50,3 +51,11 @@ def test_no_program_in_a_string(path: Path) -> None:
     lists = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.List)]
     literals = [[ast.unparse(element) for element in node.elts] for node in lists]
     assert [x for x in literals if "sys.executable" in x and "'-c'" in x] == []
+
+
+def test_the_crash_suite_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without git, and without `stat`, the counts of the crash suite say that they are unknown."""
+    monkeypatch.setenv("PATH", "")
+    place = torture.where()
+    assert "commit unknown" in place
+    assert "tables on an unknown file system" in place

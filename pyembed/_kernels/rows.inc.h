@@ -27,15 +27,10 @@ static void copy_row(float *restrict dst_d, const float *restrict src_d, int64_t
 
 static void stream_row(float *restrict dst_d, const float *restrict src_d, int64_t d) {
     int64_t i = 0;
-#if defined(__x86_64__) && defined(__GNUC__)
-    typedef float f4 __attribute__((vector_size(16)));
+#ifdef __x86_64__
     /* movntps wants 16-byte alignment; whole lines at a time keep the write-combining buffers full. */
     if (((uintptr_t)dst_d & 15) == 0)
-        for (; i + 4 <= d; i += 4) {
-            f4 v;
-            memcpy(&v, src_d + i, sizeof v);
-            __builtin_ia32_movntps(dst_d + i, v);
-        }
+        for (; i + 4 <= d; i += 4) _mm_stream_ps(dst_d + i, _mm_loadu_ps(src_d + i));
 #endif
     for (; i < d; i++) dst_d[i] = src_d[i];
 }

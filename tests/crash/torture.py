@@ -172,11 +172,8 @@ def _longest(task: Task) -> int:
 
 def where() -> str:
     """Return date, commit, kernel and file system of the counts."""
-    git = ["git", "-C", str(PAGE.parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    folder = str(How().root or "/tmp")
-    kind = ["stat", "-f", "-c", "%T", folder]
-    system = subprocess.run(kind, capture_output=True, text=True, check=False).stdout.strip()
+    commit = _output("git", "-C", str(PAGE.parent), "rev-parse", "--short", "HEAD")
+    system = _output("stat", "-f", "-c", "%T", str(How().root or "/tmp"))
     with worker.memory_group(cells.LITTLE) as group:
         memory = "" if group is None else f", each sweep in {cells.LITTLE >> 20} MiB of memory"
     return (
@@ -185,6 +182,14 @@ def where() -> str:
         f"Python {platform.python_version()}, tables on {system or 'an unknown file system'}"
         f"{' (those of little memory on the disk)' if ROOT.is_dir() else ''}{memory}."
     )
+
+
+def _output(*command: str) -> str:
+    """Return the output of a program; nothing if the machine does not have it, or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def write_page(place: str, cell_lines: list[str], mutant_lines: list[str]) -> None:
