@@ -5,13 +5,12 @@ the centres of the groups are furthest apart: their first two principal componen
 colour are close in the model; two colours that look close may not be. Labels are pushed apart until
 they can be read, and a line connects each label to its word's point.
 
-This is the only module that needs matplotlib.
+This is the only module that needs matplotlib, scipy and adjustText.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,6 @@ import numpy.typing as npt
 from pyembed.errors import ArgumentError
 from pyembed.train.corpus import StrPath
 from pyembed.train.neighbours import Model
-from pyembed.train.subword import F32, I64
 
 F64 = npt.NDArray[np.float64]
 
@@ -46,106 +44,44 @@ def plot_words(
     Raises
     ------
     ImportError
-        If matplotlib is not installed.
+        If matplotlib, scipy or adjustText is not installed.
     ArgumentError
         If there are less than three words, or one is unknown.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from adjustText import adjust_text
         from matplotlib.figure import Figure
+        from scipy.cluster.vq import kmeans2
     except ImportError as error:
         raise ImportError(
-            f"a plot needs matplotlib ({error}); pip install 'pyembed-tables[plot]'"
+            f"a plot needs more packages ({error}); pip install 'pyembed-tables[plot]'"
         ) from error
     with Model(directory) as model:
         if words is None:
             words = [word for word in model.vocab if len(word) > 2][:count]
         if len(words) < 3:
             raise ArgumentError(f"{len(words)} words; a plot needs 3 or more")
-        directions = model.directions(words)
-    groups = k_means(directions, min(_GROUPS, len(words)))
-    figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+        directions = model.directions(words).astype(np.float64)
+    centres, groups = kmeans2(directions, min(_GROUPS, len(words)), minit="++", rng=0)
+    figure = Figure(figsize=_INCHES, dpi=_DPI)
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     axes.set_axis_off()
-    _draw(canvas, axes, plane(directions, groups), words, groups)
+    axes.margins(0.06)
+    colours = [f"C{group}" for group in groups]
+    x, y = _project(directions, centres).T
+    axes.scatter(x, y, c=colours, s=14)
+    labels = [
+        axes.text(*place, color=colour, fontsize=10, ha="center", va="center")
+        for *place, colour in zip(x, y, words, colours, strict=True)
+    ]
+    lines = {"arrowstyle": "-", "color": "grey", "lw": 0.5, "alpha": 0.4}
+    adjust_text(labels, x, y, ax=axes, arrowprops=lines)
     figure.savefig(path)
 
 
-def k_means(points: F32, k: int) -> I64:
-    """The group of each point, by Lloyd's algorithm from centres far apart, without randomness."""
-    first = int(np.argmax(np.linalg.norm(points - points.mean(axis=0), axis=1)))
-    chosen = [first]
-    distance = np.full(len(points), np.inf)
-    while len(chosen) < k:
-        distance = np.minimum(distance, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
-        chosen.append(int(np.argmax(distance)))
-    centres = points[chosen].astype(np.float64)
-    groups = np.full(len(points), -1)
-    for _ in range(100):
-        nearest = np.argmin(((points[:, None] - centres) ** 2).sum(axis=2), axis=1)
-        if np.array_equal(nearest, groups):
-            break
-        groups = nearest
-        for g in np.unique(groups):
-            centres[g] = points[groups == g].mean(axis=0)
-    return groups
-
-
-def plane(points: F32, groups: I64) -> F64:
+def _project(points: F64, centres: F64) -> F64:
     """Project points onto the first two principal components of the centres of their groups."""
-    centred = points.astype(np.float64) - points.mean(axis=0)
-    centres = np.stack([centred[groups == g].mean(axis=0) for g in np.unique(groups)])
-    basis = centres if len(centres) > 3 else centred
-    _, _, axes = np.linalg.svd(basis - basis.mean(axis=0), full_matrices=False)
-    projected: F64 = centred @ axes[:2].T
+    basis = centres if len(centres) > 3 else points
+    axes = np.linalg.svd(basis - basis.mean(axis=0), full_matrices=False).Vh
+    projected: F64 = (points - points.mean(axis=0)) @ axes[:2].T
     return projected
-
-
-def _draw(canvas: Any, axes: Any, at: F64, words: Sequence[str], groups: I64) -> None:
-    """Draw points, labels moved until they do not overlap, and the lines between them."""
-    colours = [f"C{g}" for g in groups]
-    axes.scatter(*at.T, c=colours, s=14)
-    axes.margins(0.06)
-    labels = [
-        axes.text(x, y, word, color=colour, fontsize=10, ha="center", va="center")
-        for (x, y), word, colour in zip(at, words, colours, strict=True)
-    ]
-    canvas.draw()
-    boxes = [label.get_window_extent() for label in labels]
-    sizes = np.array([(box.width + 4, box.height) for box in boxes])
-    points = axes.transData.transform(at)
-    frame = axes.get_window_extent()
-    low = np.array([frame.x0, frame.y0])
-    high = np.array([frame.x1, frame.y1])
-    placed = spread_labels(points + np.array([0.0, sizes[0, 1]]), sizes, low, high)
-    back = axes.transData.inverted().transform(placed)
-    for label, place, point, colour in zip(labels, back, at, colours, strict=True):
-        label.set_position(place)
-        axes.plot(*np.array([point, place]).T, color=colour, lw=0.5, alpha=0.4, zorder=0)
-
-
-def spread_labels(wanted: F64, sizes: F64, low: F64, high: F64) -> F64:
-    """Move boxes from their wanted places until no two overlap, for at most 1000 rounds.
-
-    In a round, each pair that is less than a unit apart moves apart by half of the missing distance
-    along the axis where less is missing. In the first 400 rounds each box also moves back a little
-    towards its wanted place.
-    """
-    centres = wanted.copy()
-    order = np.arange(len(centres))
-    by_order = np.sign(order[:, None] - order)[..., None]
-    for turn in range(1000):
-        if turn < 400:
-            centres += 0.02 * (wanted - centres)
-        difference = centres[:, None] - centres
-        missing = (sizes[:, None] + sizes) / 2 + 1 - np.abs(difference)
-        missing[order, order] = 0
-        if turn >= 400 and not np.any(np.all(missing > 1, axis=2)):
-            break
-        close = np.all(missing > 0, axis=2, keepdims=True)
-        axis = np.eye(2)[np.argmin(missing, axis=2)]
-        sign = np.where(difference == 0, by_order, np.sign(difference))
-        centres += 0.25 * np.where(close, axis * sign * missing, 0).sum(axis=1)
-        centres = np.clip(centres, low + sizes / 2, high - sizes / 2)
-    return centres

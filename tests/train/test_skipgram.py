@@ -14,7 +14,7 @@ from pyembed.errors import ArgumentError, CorpusError, FormatError
 from pyembed.train import runs, skipgram
 from pyembed.train.corpus import choose_vocabulary, encode_corpus, rewrite_as_rows
 from pyembed.train.neighbours import Model, similar
-from pyembed.train.plot import k_means, plane, plot_words, spread_labels
+from pyembed.train.plot import plot_words
 from pyembed.train.runs import RUN, keep_probability, read_runs
 from pyembed.train.skipgram import train_skipgram
 from pyembed.words.vocab import Vocab
@@ -288,7 +288,7 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
 
 def test_plot_writes_a_png(tmp_path: Path) -> None:
     """The most frequent words, or given ones, become a picture."""
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("adjustText")
     model = train(tmp_path, epochs=1)
     plot_words(model, None, tmp_path / "all.png")
     plot_words(model, ["zinc", "iron", "plum"], tmp_path / "three.png")
@@ -298,32 +298,11 @@ def test_plot_writes_a_png(tmp_path: Path) -> None:
         plot_words(model, ["zinc", "iron"], tmp_path / "two.png")
 
 
-def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without matplotlib the error names the extra to install."""
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+@pytest.mark.parametrize("package", ["adjustText", "matplotlib.figure", "scipy.cluster.vq"])
+def test_plot_without_a_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """Without one of its packages the error names the extra to install."""
+    monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ImportError, match=r"pyembed-tables\[plot\]"):
         plot_words(tmp_path, None, tmp_path / "p.png")
-
-
-def test_k_means_finds_separate_groups() -> None:
-    """Points of a well separated group have one label, which no other group has."""
-    rng = np.random.default_rng(0)
-    truth = np.repeat(np.arange(4), 10)
-    points = (np.eye(4)[truth] * 10 + rng.normal(size=(40, 4))).astype(np.float32)
-    groups = k_means(points, 4)
-    assert len(set(groups)) == 4
-    assert all(len(set(groups[truth == g])) == 1 for g in range(4))
-    assert plane(points, groups).shape == (40, 2)
-
-
-def test_labels_are_pushed_apart() -> None:
-    """A crowd of boxes, two of them at one place, ends without overlap, inside the frame."""
-    rng = np.random.default_rng(0)
-    wanted = rng.normal([300, 200], [80, 40], size=(60, 2))
-    wanted[1] = wanted[0]
-    sizes = np.stack([rng.uniform(20, 60, 60), np.full(60, 10.0)], axis=1)
-    low, high = np.zeros(2), np.array([600.0, 400.0])
-    placed = spread_labels(wanted, sizes, low, high)
-    apart = np.abs(placed[:, None] - placed) >= (sizes[:, None] + sizes) / 2
-    assert (apart.any(axis=2) | np.eye(60, dtype=bool)).all()
-    assert (placed >= sizes / 2).all() and (placed <= high - sizes / 2).all()
