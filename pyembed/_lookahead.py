@@ -24,11 +24,11 @@ JOIN_SECONDS = 5.0  # the longest wait at the end of a loop for a source that yi
 
 
 class HasTable(Protocol):
-    """A layer of any framework: it has a table."""
+    """A layer of any framework that has a table."""
 
     @property
     def table(self) -> Any:
-        """The table of its rows."""
+        """The table that holds the rows of the layer."""
 
 
 def lookahead(
@@ -47,7 +47,7 @@ def lookahead(
     batches : iterable
         The batches; the helper thread reads them, at most `depth` ahead of the loop.
     table : Table, Embedding or EmbeddingBag
-        The table, or a layer over it, from `pyembed.torch` too.
+        The table, or a layer over it; layers of `pyembed.torch` are accepted too.
     depth : int
         1 or more. Memory must have room for the pages of `depth` + 1 batches.
     ids : function of a batch, optional
@@ -81,7 +81,7 @@ def lookahead(
 
 
 class _Source:
-    """The helper thread and its queue: of (batch, None), and at the end (None, exception)."""
+    """The helper thread and its queue, which holds (batch, None), and last (None, exception)."""
 
     def __init__(
         self,

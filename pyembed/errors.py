@@ -63,7 +63,7 @@ class LockedError(TableError):
 
 
 class DirtyError(TableError):
-    """The last writer ended without a commit, and rows may have changed since the last one."""
+    """The last writer ended without a commit, and rows may have changed since the last commit."""
 
 
 class ReadOnlyError(TableError):

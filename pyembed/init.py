@@ -207,7 +207,7 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
 
 
 def constant(value: float) -> Initializer:
-    """Every element is `value`.
+    """Rows in which every element is `value`.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ def constant(value: float) -> Initializer:
 
 
 def zeros() -> Initializer:
-    """Every element is zero.
+    """Rows of zeros.
 
     Returns
     -------
@@ -235,7 +235,7 @@ def zeros() -> Initializer:
 
 
 def ones() -> Initializer:
-    """Every element is one.
+    """Rows of ones.
 
     Returns
     -------

@@ -1,8 +1,8 @@
-"""Table: rows of float32, and what can be done with them; the face of the library.
+"""Table: rows of float32 and the operations on them, the main class of the library.
 
-A table checks arguments, decides on threads, and gives the work to its store, which knows where the
-rows are (memory, a file, an array of the caller), and to the kernels. It knows columns, and neither
-optimizers (they ask the store for columns) nor bytes on disk.
+A table checks arguments, chooses the number of threads, and passes the work to its store, which
+knows where the rows are (memory, a file, an array of the caller), and to the kernels. It knows
+columns, and neither optimizers (they ask the store for columns) nor bytes on disk.
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ class Table:
     Use `Table.create` and `Table.open` for a table on disk, `Table.memory` and `Table.from_array`
     for one in memory. A table is a context manager that closes it.
 
-    A table on disk holds a lock: one writer, or any number of readers. Whatever its writer dies
-    of, the next one that opens it finds the last commit; see `create` for the levels of durability.
+    A table on disk holds a lock: one writer, or any number of readers. However its writer dies, the
+    next process that opens the table finds the last commit; `create` explains the levels of
+    durability.
 
     Parameters
     ----------
     store : Store
-        The rows. The methods of optimizers and layers are those of the store.
+        The rows. Optimizers and layers call the store, not the table.
     num_threads : int
         Number of threads for calls on the table.
 
@@ -112,10 +113,10 @@ class Table:
     def __init__(self, store: Store, num_threads: int) -> None:
         self.store, self.num_threads = store, num_threads
         self.path = store.path
-        self._open_blocks = 0  # of writing(); a commit in one would be half a change
+        self._open_blocks = 0  # a commit inside a block of writing() would hold half a change
         self._finalizer = weakref.finalize(self, store.abandon)
 
-    # --- making one ---------------------------------------------------------------------------
+    # --- constructors -------------------------------------------------------------------------
 
     @classmethod
     def create(
@@ -131,7 +132,7 @@ class Table:
         durability: str = "process",
         num_threads: int | None = None,
     ) -> Table:
-        """Make a table on disk, in the memory of a few megabytes, and open it for writing.
+        """Make a table on disk, with a few megabytes of memory, and open it for writing.
 
         Parameters
         ----------
@@ -200,7 +201,7 @@ class Table:
         mode : {"r+", "r", "c"}
             Read and write; read; write to a private copy that never reaches the file.
         live : bool
-            With mode "r": read beside a writer, and see its uncommitted changes.
+            With mode "r": read while a writer has the table open, and see its uncommitted changes.
         salvage : bool
             Open although the last writer ended without a commit; rows may be from any time since.
         memory_limit : int or float, optional
@@ -324,7 +325,7 @@ class Table:
             raise ArgumentError(f"{error}; use np.ascontiguousarray(array)") from None
         return cls(store, threads)
 
-    # --- its facts ----------------------------------------------------------------------------
+    # --- properties ---------------------------------------------------------------------------
 
     @property
     def rows(self) -> int:
@@ -368,7 +369,7 @@ class Table:
 
     @property
     def durability(self) -> str:
-        """What the last commit survives, see `create`."""
+        """The level of durability, see `create`."""
         return self.committed.durability
 
     @property
@@ -399,7 +400,7 @@ class Table:
         return f"<pyembed.Table {self.path or 'in memory'}: {self.rows:,} rows of {widths}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A file is opened again by its path; memory travels with its bytes.
+        # A pickle of a table on disk has its path; one of a table in memory has its rows.
         location = self.store.location()
         if location is not None:
             return _reopen, (*location, self.num_threads)
@@ -532,10 +533,10 @@ class Table:
         ids : array of integers, any shape
             Row numbers.
         wait : bool
-            Return when the pages are in memory and mapped, so that a lookup does not wait for the
-            system, nor a step in a table that has changes: for a thread of its own. With durability
-            "power" a helper also records and syncs the old content of these rows, which such a step
-            would have to do first.
+            Return once the pages are in memory and mapped, so that a later lookup, or a step on a
+            table that has uncommitted changes, does not wait for the system. Use it on a thread of
+            its own. With durability "power" a helper thread also records and syncs the old content
+            of these rows, so that such a step does not have to.
 
         Raises
         ------
@@ -707,8 +708,8 @@ class Table:
         """Read the first `n` rows, and keep them in memory until the table is closed.
 
         In a table built in the order of frequency these are the hot rows. Their pages are locked
-        (mlock), so the system never evicts them: leave memory for everything else, as a process
-        without any is killed. A later call replaces an earlier one; 0 unlocks, and so does
+        (mlock), so the system never evicts them. Leave memory for everything else: the system kills
+        processes when it has none. A later call replaces an earlier one; 0 unlocks, and so does
         `append`.
 
         Parameters
@@ -770,7 +771,7 @@ class Table:
         with self.store.still():
             self.store.append(n, init or initialisers.zeros(), seed, self.num_threads)
 
-    # --- commits, and the end -----------------------------------------------------------------
+    # --- commit, rollback, close --------------------------------------------------------------
 
     def commit(self, meta: dict[str, Any] | None = None) -> None:
         """Make rows, optimizer state and steps durable, and with them a small state of yours.
@@ -860,7 +861,7 @@ class Table:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After an exception the rows are not what the caller wanted: they are not committed.
+        # An exception may have left half of a change in the rows, so they are not committed.
         self._finish(commit=kind is None)
 
 

@@ -23,7 +23,7 @@ _READERS: dict[str, type[Word2VecText | Word2VecBinary | Glove]] = {
     reader.format: reader for reader in (Word2VecText, Word2VecBinary, Glove)
 }
 
-# Files that are often mistaken for vectors; without this, each fails with a puzzling line 1.
+# Files that are often mistaken for vectors. Without this table, their error would be about line 1.
 _FOREIGN = {
     rb"\xba\x16\x4f\x2f": "a fastText model (its .vec file is word2vec text)",
     rb"\x93NUMPY": "a .npy array",
