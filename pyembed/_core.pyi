@@ -1,4 +1,4 @@
-# What the extension offers; kept true by stubtest. See _core.pyx for the meaning.
+# The names and types of the extension, which stubtest checks; _core.pyx documents them.
 from mmap import mmap
 from typing import Any, Final, final
 

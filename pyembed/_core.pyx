@@ -1,13 +1,15 @@
 """The boundary between Python and the row kernels.
 
-What lives here: columns (a pointer and a row stride), the one id check, and the loops over rows, parallel and without
-the GIL. What does not: defaults, environment, files, friendly conversions. A function takes arrays that are already
-right, or raises `TypeError`/`ValueError` for a caller's mistake inside the library; the errors that a user meets from
-here are `IdError` and an output that overlaps with the table, and they come before anything is written.
+The core has columns (a pointer and a row stride), the one range check of ids (`_check_ids`), and the loops over rows, which
+are parallel and run without the GIL. It has no defaults, reads no environment and no files, and converts no arguments. A
+function takes arrays that are already right, and raises `TypeError` or `ValueError` for a mistake inside the library. The
+errors that reach a user are `IdError` and that of an output that overlaps with the table; both come before anything is
+written.
 
 The parts:
-- this file: kernels table, columns, arrays, the id check
-- _core_parts/pages.pxi: rows of a file that are not in memory: notice, and ask for them ahead
+- this file: the table of kernels, columns, arrays, the range check of ids
+- _core_parts/pages.pxi: readahead of rows of a file that are not in memory
+- _core_parts/journal.pxi: checksums, and the bits of dirty rows
 - _core_parts/rows.pxi: gather, scatter_add, all_finite, fill
 - _core_parts/scratch.pxi: memory that is kept between calls
 - _core_parts/batches.pxi: Batch: ids, gradients, groups
@@ -16,7 +18,7 @@ The parts:
 - _core_parts/rules.pxi: optimizer steps: Rule, Step, update
 - _core_parts/bags.pxi: the loops over bags: reduce, dots; and the gradient of a maximum
 
-Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here (but for sums of rows, decision 0004);
+Legend: n ids, u unique rows, d floats of a row, t threads. A loop over rows is here (except sums of rows, decision 0004);
 a loop over columns is in _kernels/.
 """
 
@@ -179,7 +181,7 @@ def openmp():
 
 
 def pause_threads():
-    """Give the pool's threads back: a fork while they exist would hang the child (libgomp)."""
+    """End the threads of the pool: if they exist at a fork, the child hangs (libgomp)."""
     pe_pause()
 
 
@@ -238,7 +240,7 @@ cdef inline float *_floats_out(cnp.ndarray array, int64_t n, Column apart_from) 
 
 
 cdef inline bint _is_int64(cnp.ndarray ids) except -1:
-    """True for int64 ids, False for int32; anything else is the caller's mistake."""
+    """True for int64 ids, False for int32; `TypeError` for anything else."""
     cdef cnp.npy_intp size = cnp.PyArray_ITEMSIZE(ids)
     if not cnp.PyTypeNum_ISSIGNED(cnp.PyArray_TYPE(ids)) or not cnp.PyArray_ISCARRAY_RO(ids) or (size != 8 and size != 4):
         raise TypeError("expected C-contiguous int32 or int64 ids")
@@ -275,7 +277,7 @@ cdef int64_t SERIAL_CHECK = 1 << 14
 
 
 cdef int _check_ids(cnp.ndarray ids, bint wide, int64_t rows, int threads) except -1:
-    """The one id check. Raises IdError with the first bad id's index, value and the allowed range."""
+    """The one range check of ids. Raises IdError with the index and the value of the first bad id, and the allowed range."""
     cdef int64_t n = cnp.PyArray_SIZE(ids), bad = -1, found
     cdef int t, caller = pe_this_cpu()
     cdef const void *data = cnp.PyArray_DATA(ids)
@@ -301,7 +303,7 @@ cdef int _check_ids(cnp.ndarray ids, bint wide, int64_t rows, int threads) excep
 
 
 cdef bint _overlap(Column column, cnp.ndarray values) noexcept:
-    """Whether an array has a part between the first and the last float of a column."""
+    """Whether the memory of an array overlaps with the range from the first to the last float of a column."""
     cdef const char *first = <const char *>column.data
     cdef const char *low = <const char *>cnp.PyArray_DATA(values)
     return (cnp.PyArray_SIZE(values) != 0 and column.rows != 0 and first < low + cnp.PyArray_NBYTES(values)
@@ -309,7 +311,7 @@ cdef bint _overlap(Column column, cnp.ndarray values) noexcept:
 
 
 def overlaps(tuple columns not None, cnp.ndarray values not None):
-    """Whether a C-contiguous array has a part between the first and the last float of a column."""
+    """Whether the memory of a C-contiguous array overlaps with the range of a column, from its first to its last float."""
     if not cnp.PyArray_ISCARRAY_RO(values):
         raise ValueError("the values must be C-contiguous")
     return any(_overlap(column, values) for column in columns)

@@ -25,7 +25,7 @@ cdef inline void _zero(float *out_d, int64_t d) noexcept nogil:
 
 cdef inline int64_t _add_bag(const pe_kernels *k, const Bags *bags, Column column, const ids_t *ids, int64_t bag, int64_t end,
                              int64_t ahead, float *out_d) noexcept nogil:
-    """Sum of a bag, in order, from zero (so that minus zero alone gives zero, as in torch); how many rows were taken."""
+    """Sum a bag in order, and return the number of rows. The sum starts at zero, so a single -0.0 gives 0.0, as in torch."""
     cdef pe_sum s
     cdef int64_t first = bags.starts[bag]
     s.base, s.stride, s.skip, s.ahead = column.data, column.stride, bags.skip_row, ahead
@@ -40,7 +40,7 @@ cdef inline int64_t _add_bag(const pe_kernels *k, const Bags *bags, Column colum
 
 cdef int64_t _max_bag(const pe_kernels *k, const Bags *bags, Column column, const ids_t *ids, int64_t bag, int64_t end,
                       int64_t ahead, float *out_d, int64_t *which_d) noexcept nogil:
-    """Maximum of a bag, and which id gave each element if which_d is not NULL; how many rows were taken."""
+    """The maximum of a bag, and in which_d, if it is not NULL, the id that gave each element. Returns the number of rows."""
     cdef int64_t p, i, d = column.dim, stride = column.stride, taken = 0
     cdef const float *row_d
     for p in range(bags.starts[bag], bags.starts[bag + 1]):
@@ -112,8 +112,8 @@ def reduce_bags(Column column not None, cnp.ndarray ids not None, cnp.ndarray st
                 int64_t skip_row, cnp.ndarray out not None, cnp.ndarray which, int threads):
     """out[b] = sum, mean or maximum of the rows of bag b, without skip_row; zeros for a bag without rows.
 
-    `starts` is int64, ascending from 0 to the number of ids (the caller's promise); `which`, for the maximum, takes the id
-    that gave each element, or -1.
+    `starts` is int64, ascending from 0 to the number of ids. For the maximum, `which` receives the id that gave each element,
+    or -1.
     """
     cdef bint wide = _is_int64(ids)
     cdef Bags bags

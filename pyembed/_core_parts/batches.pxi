@@ -3,21 +3,21 @@
 
 @cython.final
 cdef class Batch:
-    """The ids of a batch and their gradients, and once grouped the unique rows and the positions of each.
+    """The ids of a batch and their gradients, and after grouping the unique rows with their positions.
 
     One object holds a batch from the moment its arguments are read until its rows are updated. `group` fills in three
     arrays:
       unique_rows (u)    ascending
       starts (u + 1)     row k has the positions order[starts[k]] .. order[starts[k + 1] - 1]
       order (n)          positions in the batch, ascending within a row
-    With `unique`, the ids ascend strictly already and gradient k belongs to ids[k]: starts and order are None.
+    With `unique`, the ids are ascending and unique from the start, and gradient k belongs to ids[k]: starts and order are None.
     """
 
     cdef readonly cnp.ndarray ids                 # int64 or int32, of any shape
     cdef readonly cnp.ndarray grad                # float32: a gradient for each id, or for each bag; None for ids alone
-    cdef readonly cnp.ndarray bag_of              # int64: which gradient each position takes; None for its own
+    cdef readonly cnp.ndarray bag_of              # int64: the gradient of each position; None: position p has gradient p
     cdef readonly cnp.ndarray coefficients        # float32: the factor of the gradient at each position; None for 1
-    cdef readonly int64_t num_rows                # of the table
+    cdef readonly int64_t num_rows                # rows of the table
     cdef readonly int64_t dim
     cdef readonly int64_t skip_row                # the padding row, which takes no gradient, or -1
     cdef readonly bint scale_by_count             # divide the sum of a row by how often the row occurs
@@ -26,19 +26,19 @@ cdef class Batch:
     cdef readonly bint grouped
     cdef _Block block                             # the memory of the three arrays
     cdef bint wide                                # the ids are int64
-    cdef int row_bits, position_bits              # of a sort key
+    cdef int row_bits, position_bits              # the two parts of a sort key
     cdef int64_t n, u                             # ids, unique rows
     cdef const void *ids_n
     cdef const float *grad_nd
     cdef const int64_t *bag_n
     cdef const float *coef_n
     cdef int64_t *rows_u
-    cdef int64_t *starts_u1                       # NULL with `unique`, as order_n
+    cdef int64_t *starts_u1                       # NULL with `unique`, and order_n too
     cdef int64_t *order_n
 
     def __init__(self, cnp.ndarray ids not None, cnp.ndarray grad, int64_t num_rows, int64_t dim, int64_t skip_row=-1,
                  bint scale_by_count=False, cnp.ndarray bag_of=None, cnp.ndarray coefficients=None, bint unique=False):
-        """`bag_of` must be within the gradients: the caller makes it."""
+        """Read the arrays of a batch. The caller guarantees that `bag_of` stays within the gradients."""
         self._set(ids, grad, num_rows, dim, skip_row, scale_by_count)
         self.unique = unique
         if unique and not (self.wide and bag_of is None):
@@ -92,16 +92,16 @@ cdef inline int _require_gradients(Batch b) except -1:
 
 
 cdef inline int _require_of_table(Batch b, Column column) except -1:
-    """Refuse a batch whose ids were checked against a table of other shape: it may have shrunk since."""
+    """Refuse a batch whose ids were checked against another shape: a rollback may have shrunk the table since."""
     if b.num_rows > column.rows or b.grad is not None and b.dim != column.dim:
         raise ValueError(f"the batch is of a table of {b.num_rows} rows of {b.dim}, not of {column.rows} of {column.dim}")
     return 0
 
 
 def read_batch(ids, grad, int64_t num_rows, int64_t dim, int64_t skip_row, bint scale_by_count):
-    """The batch of arrays that need no conversion, in one call; None if they need one, or are wrong.
+    """The batch of arrays that need no conversion, made in one call; None if an array needs one, or is wrong.
 
-    Those are C-contiguous int64 or int32 ids, and a float32 gradient of shape ids.shape + (dim,).
+    The arrays are C-contiguous int64 or int32 ids, and a float32 gradient of shape ids.shape + (dim,).
     """
     if not (cnp.PyArray_CheckExact(ids) and cnp.PyArray_CheckExact(grad)):
         return None
@@ -124,7 +124,7 @@ def read_batch(ids, grad, int64_t num_rows, int64_t dim, int64_t skip_row, bint 
 
 
 cdef int _check(Batch b, int threads) except -1:
-    """The id check of a batch, once."""
+    """Check the range of the ids of a batch, if that was not done before."""
     if not b.checked:
         _check_ids(b.ids, b.wide, b.num_rows, threads)
         b.checked = True
@@ -132,5 +132,5 @@ cdef int _check(Batch b, int threads) except -1:
 
 
 def check(Batch batch not None, int threads):
-    """The id check alone: raise `IdError` for the first id outside 0 .. num_rows - 1."""
+    """Check the range of ids and do nothing else: raise `IdError` for the first id outside 0 .. num_rows - 1."""
     _check(batch, threads)

@@ -6,7 +6,7 @@
 cdef enum:
     DIGIT_BITS = 11                               # 2048 counters: 16 KiB, inside the L1 cache
     SHORT_DIGIT_BITS = 8                          # for batches that are no longer than the counters
-    INSERTION_IDS = 64                            # so many ids or fewer are sorted by insertion
+    INSERTION_IDS = 64                            # up to this number, ids are sorted by insertion
 
 
 cdef void _count_ids(const ids_t *ids, int64_t lo, int64_t hi, uint64_t mask, int64_t *count) noexcept nogil:
@@ -19,7 +19,7 @@ cdef void _count_ids(const ids_t *ids, int64_t lo, int64_t hi, uint64_t mask, in
 # the next line of each is prefetched: within a step 1 M keys take 2.5 ms to group instead of 4.5, and 65536 take 0.20 ms
 # instead of 0.26.
 cdef enum:
-    CACHED_KEYS = 1 << 14                         # of one thread: fewer are in the cache
+    CACHED_KEYS = 1 << 14                         # fewer keys of a thread are in the cache, and need no prefetch
 
 
 cdef void _place_ids(const ids_t *ids, int64_t lo, int64_t hi, uint64_t mask, int position_bits, int64_t *cursor,
@@ -92,13 +92,13 @@ cdef inline int _digit_bits(int64_t n) noexcept nogil:
 
 
 cdef inline int64_t _counters(int64_t n, int threads) noexcept nogil:
-    """How many integers `_group` needs in addition to its result."""
+    """The number of integers that `_group` needs in addition to its result."""
     return threads * (2 if n <= INSERTION_IDS else <int64_t>1 << _digit_bits(n))
 
 
 cdef uint64_t *_sort(const void *ids, bint wide, int64_t n, int row_bits, int position_bits, uint64_t *keys,
                      uint64_t *other, int64_t *counts, int threads) noexcept nogil:
-    """Stable radix sort by row, lowest digit first. Returns which of both buffers holds the sorted (row, position)."""
+    """Stable radix sort by row, lowest digit first. Returns the one of the two buffers that holds the sorted (row, position)."""
     cdef int widest = _digit_bits(n), passes = max(1, (row_bits + widest - 1) // widest)
     cdef int digit_bits = max(1, (row_bits + passes - 1) // passes), p, t, shift
     cdef uint64_t mask = (<uint64_t>1 << digit_bits) - 1
@@ -149,9 +149,9 @@ cdef int64_t _count_groups(const uint64_t *sorted_keys, int64_t lo, int64_t hi, 
 
 cdef void _write_groups(uint64_t *keys, int64_t lo, int64_t hi, int position_bits, int64_t before, int64_t u, int64_t *rows_u,
                         int64_t *starts_u1) noexcept nogil:
-    """The groups that begin at lo .. hi - 1, and these keys as positions.
+    """Write the groups that begin at lo .. hi - 1, and turn these keys into positions.
 
-    before: the row of the key before them, or -1; u: the first group that begins after them.
+    before: the row of the key before lo, or -1; u: the first group that begins at hi or later.
     """
     cdef int64_t i, first = lo, row, next_row
     cdef uint64_t mask = (<uint64_t>1 << position_bits) - 1
@@ -160,7 +160,7 @@ cdef void _write_groups(uint64_t *keys, int64_t lo, int64_t hi, int position_bit
         first += 1
     if first == hi:
         return
-    # Backwards, so that a group's first key writes last: a branch would be predicted wrong for every third random id.
+    # Backwards, so that the first key of a group writes last. A branch would be mispredicted for every third random id.
     row = <int64_t>(keys[hi - 1] >> position_bits)
     for i in range(hi - 1, first, -1):
         rows_u[u - 1], starts_u1[u - 1] = row, i
@@ -173,7 +173,7 @@ cdef void _write_groups(uint64_t *keys, int64_t lo, int64_t hi, int position_bit
 
 
 cdef inline int _bits(int64_t below) noexcept nogil:
-    """Bits that hold every integer 0 .. below - 1."""
+    """The number of bits that hold every integer 0 .. below - 1."""
     cdef int bits = 0
     while bits < 63 and (<int64_t>1 << bits) < below:
         bits += 1
@@ -181,7 +181,7 @@ cdef inline int _bits(int64_t below) noexcept nogil:
 
 
 cdef int _begin_group(Batch b, int threads) except -1:
-    """Check a batch before it is sorted. One of unique ids is grouped thereby."""
+    """Check a batch before it is sorted. A batch of unique ids is then grouped already."""
     if b.unique:
         _require_ascending(b)
         _check(b, threads)
@@ -204,12 +204,12 @@ cdef int _require_ascending(Batch b) except -1:
 
 
 cdef inline int64_t _elements(Batch b) noexcept:
-    """How many integers the arrays of a batch take."""
+    """The number of integers in the arrays of a batch."""
     return 3 * b.n + 1
 
 
 cdef void _place_arrays(Batch b, _Block block, int64_t at) noexcept:
-    """Put the arrays of a batch at element `at` of a block. Two of them hold keys at first, and may change places."""
+    """Place the arrays of a batch at element `at` of a block. Two of them hold keys during the sort, and may be swapped."""
     b.block = block
     b.order_n, b.rows_u, b.starts_u1 = block.data + at, block.data + at + b.n, block.data + at + 2 * b.n
 
@@ -289,9 +289,9 @@ cdef int _group_each(list batches, int threads) except -1:
 
 
 def group(list batches not None, int threads):
-    """Find the unique rows of batches, in place: of one with all threads, of several with a thread for each.
+    """Find the unique rows of batches, in place: one batch with all threads, several batches with a thread for each.
 
-    Raises `IdError` for an id outside a table before any batch is sorted.
+    Raises `IdError` for an id outside its table before any batch is sorted.
     """
     cdef Batch b
     if len(batches) == 1:

@@ -1,7 +1,7 @@
 # Checksums, and bit maps of dirty rows, for the journal of a table. Included by _core.pyx.
 
 def crc32c(const unsigned char[::1] data, bint fast=True):
-    """CRC-32C (Castagnoli) of a buffer; with fast=False by tables, as on a processor that has no instruction for it."""
+    """CRC-32C (Castagnoli) of a buffer. fast=False uses the tables of a processor that has no instruction for it."""
     cdef uint32_t crc
     if data.shape[0] == 0:
         return 0
@@ -11,7 +11,7 @@ def crc32c(const unsigned char[::1] data, bint fast=True):
 
 
 def crc32c_pieces(const unsigned char[::1] data, int64_t size, int threads):
-    """The CRC-32C of each `size` bytes, a list of int; the last piece may be shorter."""
+    """The CRC-32C of each piece of `size` bytes, as a list of int; the last piece may be shorter."""
     cdef int64_t total = data.shape[0], count = (total + size - 1) // size, k
     cdef cnp.npy_intp shape = count
     cdef cnp.ndarray found = cnp.PyArray_EMPTY(1, &shape, cnp.NPY_UINT32, 0)
@@ -23,7 +23,7 @@ def crc32c_pieces(const unsigned char[::1] data, int64_t size, int threads):
 
 
 def unmarked_rows(const unsigned char[::1] bits, const int64_t[::1] rows):
-    """Those of `rows` whose bit is 0, in their order; a bit for each row, lowest first."""
+    """The elements of `rows` whose bit is 0, in their order. Bit 0 of byte 0 is the bit of row 0."""
     cdef cnp.npy_intp n = rows.shape[0], count = 0, k
     cdef cnp.ndarray found = cnp.PyArray_EMPTY(1, &n, cnp.NPY_INT64, 0)
     cdef int64_t *out = <int64_t *>cnp.PyArray_DATA(found)
@@ -37,7 +37,7 @@ def unmarked_rows(const unsigned char[::1] bits, const int64_t[::1] rows):
 
 
 def mark_rows(unsigned char[::1] bits, const int64_t[::1] rows):
-    """Set the bit of each of `rows`, which ascend."""
+    """Set the bit of each row in `rows`, which are ascending."""
     cdef int64_t n = rows.shape[0], k
     if n and not 0 <= rows[0] <= rows[n - 1] < 8 * bits.shape[0]:
         raise ValueError("rows outside the bits")

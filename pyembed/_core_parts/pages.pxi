@@ -1,13 +1,14 @@
-# Rows of a mapped file: whether they are in memory, and readahead of those that a loop uses soon.
+# Rows of a mapped file: whether they are in memory, and readahead of the rows that a loop uses next. To "ask" for pages is to
+# request their readahead, without waiting.
 
 cdef enum:
     SAMPLE = 64                                   # rows of a batch that are looked up in the page cache
     CALM = 2                                      # samples in a row, all in memory, after which a table counts as resident
-    CHECK_ROWS = 4096                             # rows between two looks at the counter of page faults
+    CHECK_ROWS = 4096                             # rows between two reads of the counter of page faults
     FAULT_SHARE = 64                              # a table is cold if more than 1 row in 64 waited for a disk
     ASK_AHEAD = 1024                              # rows: 512 leave the disk idle at times, 4096 gain nothing
     ASK_STEP = 64
-    COLD_SPAN_ROWS = 32768                        # without a look at pending signals: half a second at 80 thousand a second
+    COLD_SPAN_ROWS = 32768                        # rows between two checks for signals: half a second at 80 thousand a second
 
 
 cdef int64_t NEVER = 1 << 62
@@ -17,16 +18,16 @@ cdef int64_t NEVER = 1 << 62
 cdef class Pages:
     """Whether the rows of a mapped file are in memory, learnt from the calls that use them.
 
-    A table counts as cold until samples of its batches are all found in the page cache. A resident one is not looked at:
-    it is cold again once page faults say so.
+    A table counts as cold until samples of its batches are all found in the page cache. A resident table is not sampled: it
+    counts as cold again when too many of its rows cause page faults.
     """
 
     cdef readonly bint cold
-    cdef readonly int64_t batches                 # while cold
-    cdef readonly int64_t rows                    # that they named
-    cdef readonly int64_t asked                   # ranges of pages that were asked for
-    cdef readonly int64_t sampled
-    cdef readonly int64_t found                   # of those, in memory
+    cdef readonly int64_t batches                 # batches that were sampled
+    cdef readonly int64_t rows                    # rows that these batches named
+    cdef readonly int64_t asked                   # ranges of pages whose readahead was requested
+    cdef readonly int64_t sampled                 # rows that were sampled
+    cdef readonly int64_t found                   # sampled rows that were in memory
     cdef int64_t unchecked, faults
     cdef int calm
 
@@ -34,7 +35,7 @@ cdef class Pages:
         self.cold = True
 
     cdef bint _faulted(self, int64_t n) noexcept:
-        """Whether too many rows since the last look waited for a disk."""
+        """Whether too many rows waited for a disk since the counter was last read."""
         cdef int64_t faults, rows
         self.unchecked += n
         if self.unchecked < CHECK_ROWS:
@@ -58,7 +59,7 @@ cdef class Pages:
 
 
 cdef int64_t _count_resident(Column column, const ids_t *ids, int64_t n, int64_t sampled) noexcept:
-    """How many of `sampled` rows of a batch, evenly spaced, begin on a page in memory."""
+    """The number of rows that begin on a page in memory, among `sampled` evenly spaced rows of a batch."""
     cdef int64_t i, found = 0
     for i in range(sampled):
         found += pe_page_resident(column.data + ids[i * n // sampled] * column.stride)
@@ -125,7 +126,7 @@ cdef void _ask_span(Column column, const ids_t *ids, int64_t lo, int64_t hi, int
 
 
 cdef int _ask_all(Column column, cnp.ndarray ids, int64_t floats) except -1:
-    """Ask for the pages of all rows that ids name; a signal ends it early."""
+    """Request readahead of all rows that ids name; a signal ends the loop early."""
     cdef int64_t n = cnp.PyArray_SIZE(ids), lo, hi
     cdef const void *ids_n = cnp.PyArray_DATA(ids)
     cdef bint wide = _is_int64(ids)
@@ -141,7 +142,7 @@ cdef int _ask_all(Column column, cnp.ndarray ids, int64_t floats) except -1:
 
 
 def ask_pages(Column column not None, cnp.ndarray ids not None):
-    """Ask for the pages of whole rows and do not wait for them; False, and nothing, if all of a sample are in memory."""
+    """Request readahead of whole rows, without waiting; do nothing and return False if a sample is all in memory."""
     cdef bint wide = _is_int64(ids)
     cdef int64_t n = cnp.PyArray_SIZE(ids), sampled = min(n, SAMPLE), found
     cdef const void *ids_n = cnp.PyArray_DATA(ids)
@@ -170,9 +171,9 @@ cdef void _map_span(Column column, const ids_t *ids, int64_t lo, int64_t hi, bin
 
 
 def map_pages(Column column not None, cnp.ndarray ids not None, bint to_write):
-    """Wait until the pages of whole rows are in memory, and map them, to be written or only read: a helper's work.
+    """Wait until the pages of whole rows are in memory, and map them for writing or for reading. For helper threads.
 
-    Pages that are mapped to be written count as changed for the system.
+    The system counts pages that are mapped for writing as changed.
     """
     cdef bint wide = _is_int64(ids)
     cdef int64_t n = cnp.PyArray_SIZE(ids), lo, hi
@@ -191,7 +192,7 @@ def map_pages(Column column not None, cnp.ndarray ids not None, bint to_write):
 
 
 def cached_pages(int fd):
-    """(pages of a file in memory, those of them that are not written yet), or None if the system does not say."""
+    """The pages of a file that are in memory, and how many of them are dirty; None if the system does not report it."""
     cdef int64_t dirty = 0, cached
     with nogil:
         cached = pe_cached_pages(fd, &dirty)
@@ -199,7 +200,7 @@ def cached_pages(int fd):
 
 
 def start_write_back(int fd, int64_t offset, int64_t size):
-    """Begin to write what was changed in a part of a file; returns when it is under way. False if the system refuses."""
+    """Start to write the dirty pages of a part of a file, without waiting for the end. False if the system refuses."""
     cdef int failed
     with nogil:
         failed = pe_start_write_back(fd, offset, size)
@@ -207,7 +208,7 @@ def start_write_back(int fd, int64_t offset, int64_t size):
 
 
 def page_out(cnp.ndarray rows not None):
-    """Take the pages of a mapped C-contiguous array out of memory, but not what is unwritten. False if refused."""
+    """Evict the clean pages of a mapped C-contiguous array from memory. False if the system refuses."""
     cdef int failed
     cdef void *data = cnp.PyArray_DATA(rows)
     cdef int64_t size = cnp.PyArray_NBYTES(rows)

@@ -115,7 +115,7 @@ cdef void _scatter_part(const pe_kernels *k, Column column, const void *ids, bin
 
 
 def scatter_add(Column column not None, Batch batch not None, float alpha, int threads):
-    """row += alpha * value for every id, each under the lock of its row: any number of callers, no addition lost.
+    """Add alpha * value to the row of every id, under the lock of the row, so that concurrent callers lose no addition.
 
     The values are the gradients of the batch, which need not be grouped. With duplicate ids and several threads the order
     of the additions, and so their rounding, is not fixed.
@@ -204,7 +204,7 @@ cdef enum:
 
 cdef void _fill_part(const pe_kernels *k, Column column, bint normal, uint64_t seed, int64_t first_row, int64_t row,
                      int64_t last, float a, float b, bint stream) noexcept nogil:
-    """Rows row..last of the column are rows first_row + row .. of the stream: element (r, c) is value r * dim + c."""
+    """Write rows row .. last - 1 of the column, which are rows first_row + row .. of the stream, see `fill`."""
     cdef float made[FILL_BLOCKS * PE_BLOCK]
     cdef void (*copy)(float *dst_d, const float *src_d, int64_t d) noexcept nogil
     copy = k.stream_row if stream else k.copy_row
@@ -235,10 +235,10 @@ cdef void _fill_part(const pe_kernels *k, Column column, bint normal, uint64_t s
 
 
 def fill(Column column not None, str kind, uint64_t seed, int64_t first_row, float a, float b, int threads):
-    """Random rows: kind "uniform" (low a, width b) or "normal" (mean a, standard deviation b).
+    """Write random rows: kind "uniform" (low a, width b) or "normal" (mean a, standard deviation b).
 
-    The value of an element depends on (seed, first_row + row, column, dim) alone, not on threads or on how a table is
-    cut into calls.
+    Element c of row r is value (first_row + r) * dim + c of the stream of the seed, whatever the number of threads and however
+    a table is cut into calls.
     """
     cdef bint normal = kind == "normal"
     cdef int64_t rows = column.rows, lo, hi, span = max(threads, SPAN_FLOATS // max(column.dim, 1))

@@ -1,5 +1,5 @@
-# Optimizer steps over the unique rows of a batch: the rules, and the options of a step. Batches as in
-# _core_parts/batches.pxi. A step without options takes one branch for them, and uses none of their memory.
+# Optimizer steps over the unique rows of a batch: the rules and the step options. _core_parts/batches.pxi defines a batch. A step
+# without options takes one branch for them, and uses none of their memory.
 
 cdef enum:
     MAX_COLUMNS = 6                               # the weight, three of state, the count, the last step
@@ -51,13 +51,13 @@ cdef class Rule:
     cdef readonly double norm_type
     cdef public int64_t step                      # the number of this step, from 1
     cdef public double keep                       # the factor of the weight in each step: decoupled decay
-    cdef public double missed_momentum            # of the steps that a row missed, or 0
+    cdef public double missed_momentum            # the momentum of the steps that a row missed, or 0
     cdef public double missed_lr                  # their learning rate
     cdef public float clip_scale                  # the factor of the gradient
     cdef public int64_t skipped                   # rows left alone so far
     cdef readonly pe_hyper hyper                  # see set_hyper
     cdef int index                                # in pe_kernels.rules
-    cdef tuple per_element                        # of each column: whether it is as wide as the weight
+    cdef tuple per_element                        # for each column, whether it is as wide as the weight
 
     def __init__(self, str name not None, *, bint skip_nonfinite=False, bint lazy=False, double frequency_power=0.0,
                  float clip_value=INFINITY, float l2=0.0, double max_norm=INFINITY, double norm_type=2.0):
@@ -95,7 +95,7 @@ cdef class Step:
     """One rule, one grouped batch, and the columns of one table: one table's part of a step.
 
     `columns`: the weight, the state columns of the rule, with `frequency_power` the counts of rows, and with `lazy` their
-    last steps. All that `update` can be refused for is checked here, but for columns that cannot be written.
+    last steps. Everything for which `update` can be refused is checked here, except columns that cannot be written.
 
     When the rows have changed, ``counts[rule.name]`` becomes ``{"steps": rule.step}`` and `pending` is emptied, in the same
     call.
@@ -114,8 +114,8 @@ cdef class Step:
     cdef float *data[MAX_COLUMNS]
     cdef int64_t stride[MAX_COLUMNS]
     cdef int64_t width[MAX_COLUMNS]
-    cdef int64_t row_floats                       # from the first float of the first column to the last of the last, in a row
-    cdef int64_t first                            # floats of gradients before it, in a step of many tables
+    cdef int64_t row_floats                       # floats of a row from the start of its first column to the end of its last
+    cdef int64_t first                            # in a step of many tables, the gradient floats of the steps before this one
 
     def __init__(self, Rule rule not None, Batch batch not None, tuple columns not None, dict counts=None, list pending=None):
         cdef Column column, weight = columns[0]
@@ -169,10 +169,10 @@ cdef inline double _rate(Step s, float *const *col) noexcept nogil:
 
 
 cdef void _catch_up(const pe_kernels *k, Step s, Rule rule, float *const *col, int64_t d, bint stepping) noexcept nogil:
-    """Bring a row to where decay and momentum would have brought it in the steps that it missed.
+    """Apply to a row the decay and the momentum of the steps that it missed.
 
-    A column holds the step that updated the row last, or 0 if none did: such a row missed nothing. With `stepping`, this
-    step's own decay is included. The count of the row is what it was in the steps that were missed.
+    A column holds the step that updated the row last, or 0 for a row that was never updated, which missed nothing. With
+    `stepping`, the decay of this step is included. The count of the row has not changed since the steps that it missed.
     """
     cdef pe_missed m
     cdef float *last = col[s.last]
@@ -195,7 +195,7 @@ cdef void _catch_up(const pe_kernels *k, Step s, Rule rule, float *const *col, i
 
 cdef bint _update_row(const pe_kernels *k, Step s, Rule rule, float *const *col, const float *grad_d, float *sum_d,
                       int64_t d) noexcept nogil:
-    """A step with options on one row; grad_d may be sum_d. False if the row was left alone."""
+    """Take a step with options on one row; grad_d may be sum_d. False if the row was skipped."""
     cdef const pe_hyper *h = &rule.hyper
     cdef pe_hyper of_row
     cdef double norm
@@ -233,7 +233,7 @@ cdef inline void _prefetch_row(Step s, int64_t u) noexcept nogil:
 
 
 cdef int64_t _update_run(const pe_kernels *k, Step s, Batch b, int64_t lo, int64_t hi, float *sum_d) noexcept nogil:
-    """Update the unique rows lo .. hi - 1; how many were left alone for a gradient that is not finite."""
+    """Update the unique rows lo .. hi - 1; return the number of rows that were skipped for a gradient that is not finite."""
     cdef Ahead pages
     cdef int64_t u, row, skipped = 0
     cdef int c
@@ -262,7 +262,7 @@ cdef int64_t _update_run(const pe_kernels *k, Step s, Batch b, int64_t lo, int64
 
 cdef void _update_share(const pe_kernels *k, void **steps, int64_t n, int64_t lo, int64_t hi, float *sum_d,
                         int64_t *skipped_n) noexcept nogil:
-    """Update the rows of several steps whose gradients begin between the floats lo and hi of all of them, in sequence."""
+    """Update the rows whose gradients begin at the floats lo .. hi - 1 of all steps, see `_lay_out`."""
     cdef int64_t j, d, first, size
     for j in range(n):
         d, first, size = (<Step>steps[j]).batch.dim, (<Step>steps[j]).first, (<Step>steps[j]).batch.n
@@ -272,7 +272,7 @@ cdef void _update_share(const pe_kernels *k, void **steps, int64_t n, int64_t lo
 
 
 cdef int64_t _lay_out(void **steps, int64_t n) noexcept:
-    """Line the gradients of several steps up, so that threads share them evenly: how many floats they are."""
+    """Number the gradient floats of several steps, one step after the other, for even shares; return how many there are."""
     cdef int64_t j, floats = 0
     for j in range(n):
         (<Step>steps[j]).first = floats
@@ -282,7 +282,7 @@ cdef int64_t _lay_out(void **steps, int64_t n) noexcept:
 
 cdef void _update_together(void **steps, int64_t n, int threads, float *sums, int64_t widest, int64_t *skipped,
                            int64_t row) noexcept:
-    """Several steps in one parallel region. Thread t counts the rows that it leaves alone in skipped[t * row]."""
+    """Take several steps in one parallel region. Thread t counts the rows that it skips at skipped[t * row]."""
     cdef int t, caller = pe_this_cpu()
     cdef const pe_kernels *k = kernels
     cdef int64_t floats = _lay_out(steps, n)
@@ -301,8 +301,8 @@ cdef void _update_together(void **steps, int64_t n, int threads, float *sums, in
 def update(list steps not None, int threads):
     """Take steps: sum, scale and update the rows of each batch in one pass; then record all of them.
 
-    All steps share the threads, and a row belongs to one of them. A table whose rows are not in memory has its step alone,
-    with readahead; and so has the second step of a table, so that its steps keep their order.
+    All steps share the threads, and one thread owns each row. The step of a table whose rows are not in memory runs on its own,
+    with readahead. So does the second step of a table, because the steps of a table keep their order.
     """
     cdef int64_t n = len(steps), j, shared = 0, alone = 0, widest = 1, row = n + 16
     cdef int t
@@ -356,7 +356,7 @@ cdef void _catch_up_run(const pe_kernels *k, Step s, int64_t lo, int64_t hi) noe
 
 
 def catch_up(Step step not None, int threads):
-    """Give the rows of a batch what they missed in the steps before rule.step."""
+    """Apply to the rows of a batch the decay and momentum of the steps that they missed before rule.step."""
     cdef Step s = step
     cdef int t
     cdef const pe_kernels *k = kernels

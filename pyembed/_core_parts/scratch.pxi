@@ -1,18 +1,18 @@
-# Memory that is kept between calls. Given back to the system it costs a page fault for every 4 KiB of the next batch:
-# 0.6 ms instead of 0.3 to group 65536 ids. Taken and given back under the GIL.
+# Memory that is kept between calls. Freed memory would cost the next batch a page fault for every 4 KiB: 0.6 ms instead of 0.3
+# to group 65536 ids. The GIL protects the spare blocks.
 
 cdef enum:
-    SPARES = 2                                    # blocks: two threads may group at a time
+    SPARES = 2                                    # blocks, for two threads that group at the same time
 
 cdef size_t LEAST_SPARE = 128 << 10               # bytes; malloc itself keeps smaller ones
-cdef size_t MOST_SPARE = 128 << 20                # 5 M ids; a larger one goes back
-cdef void *spare[SPARES]                          # the one given back last comes last
+cdef size_t MOST_SPARE = 128 << 20                # bytes, enough for 5 M ids; a larger block is freed
+cdef void *spare[SPARES]                          # in the order in which they were given back
 cdef size_t spare_size[SPARES]
 cdef int spares = 0
 
 
 cdef void _strike(int at) noexcept:
-    """Forget spare block `at`; those behind it move up."""
+    """Remove block `at` from the list of spare blocks."""
     global spares
     cdef int i
     spares -= 1
@@ -21,7 +21,7 @@ cdef void _strike(int at) noexcept:
 
 
 cdef void *_take(size_t *size) noexcept:
-    """The smallest spare block of this size or more, but not of four times as much; else a new one. Sets its true size."""
+    """The smallest spare block of at least this size and less than four times as much, else a new one. Sets `size`."""
     cdef int i, best = -1
     cdef void *taken
     for i in range(spares):
@@ -35,7 +35,7 @@ cdef void *_take(size_t *size) noexcept:
 
 
 cdef void _give_back(void *data, size_t size) noexcept:
-    """Keep it, in place of the one that has been kept longest."""
+    """Keep a block as a spare, in place of the oldest one if there are too many."""
     global spares
     if not LEAST_SPARE <= size <= MOST_SPARE:
         free(data)
@@ -49,7 +49,7 @@ cdef void _give_back(void *data, size_t size) noexcept:
 
 @cython.final
 cdef class _Block:
-    """int64_t's in memory that goes back with this object."""
+    """An array of int64_t, given back when this object is freed."""
 
     cdef int64_t *data
     cdef size_t size
@@ -69,7 +69,7 @@ cdef _Block _new_block(int64_t n):
 
 
 cdef cnp.ndarray _int64s(_Block block, int64_t *data, int64_t n):
-    """n elements of the block as an array, which keeps the block."""
+    """The n elements at `data` as an array, which keeps the block alive."""
     cdef cnp.npy_intp shape = n
     cdef cnp.ndarray array = cnp.PyArray_SimpleNewFromData(1, &shape, cnp.NPY_INT64, data)
     cnp.set_array_base(array, block)

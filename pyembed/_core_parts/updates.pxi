@@ -1,5 +1,5 @@
-# Loops over the unique rows of a grouped batch: sum, add, renorm. A thread owns a run of unique rows, so none needs a lock.
-# See _core_parts/batches.pxi for batches, _core.pyx for the legend.
+# Loops over the unique rows of a grouped batch: sum, add, renorm. Each thread owns a run of unique rows, so no lock is needed.
+# _core_parts/batches.pxi defines a batch, _core.pyx has the legend.
 
 cdef int64_t _run_at(Batch b, int64_t position) noexcept nogil:
     """The first unique row whose gradients begin at this position or after it."""
@@ -16,7 +16,7 @@ cdef int64_t _run_at(Batch b, int64_t position) noexcept nogil:
 
 
 cdef int64_t _run_begin(Batch b, int t, int threads) noexcept nogil:
-    """The first unique row of thread t: runs of about equal numbers of gradients, so that a hot row costs one thread."""
+    """The first unique row of thread t. Runs have about equal numbers of gradients, however often a row occurs."""
     return _run_at(b, _split(b.n, t, threads))
 
 
@@ -31,7 +31,7 @@ cdef enum:
 
 cdef inline void _add_gradients(const pe_kernels *k, Batch b, const int64_t *which_n, const float *coef_n, int64_t n,
                                 float *sum_d) noexcept nogil:
-    """sum += the gradients which_n, in order."""
+    """Add the gradients whose numbers are in which_n to sum_d, in order."""
     cdef pe_sum s
     s.base, s.stride, s.ids_n, s.wide, s.coef_n, s.skip = b.grad_nd, b.dim, which_n, True, coef_n, -1
     s.n, s.beyond, s.ahead = n, 0, SUM_AHEAD
@@ -43,7 +43,7 @@ cdef enum:
 
 
 cdef void _add_bag_gradients(const pe_kernels *k, Batch b, int64_t first, int64_t last, float *sum_d) noexcept nogil:
-    """sum += the gradients of the bags of order[first] .. order[last - 1], each times its coefficient."""
+    """Add the gradients of the positions order[first] .. order[last - 1] to sum_d, each times its coefficient."""
     cdef int64_t bag[HELD]
     cdef float coef[HELD]
     cdef int64_t q, p, held = 0
@@ -59,7 +59,7 @@ cdef void _add_bag_gradients(const pe_kernels *k, Batch b, int64_t first, int64_
 
 
 cdef inline const float *_row_gradient(const pe_kernels *k, Batch b, int64_t u, float *sum_d) noexcept nogil:
-    """The gradient of unique row u: its only one in place, or the sum in position order in sum_d."""
+    """The gradient of unique row u: a pointer to its only gradient, or to sum_d with the sum in position order."""
     cdef int64_t first, last
     cdef const float *only
     if b.starts_u1 is NULL:
@@ -81,7 +81,7 @@ cdef inline const float *_row_gradient(const pe_kernels *k, Batch b, int64_t u, 
 
 
 cdef inline void _prefetch_gradient(Batch b, int64_t u) noexcept nogil:
-    """Prefetch the gradients of unique row u. Of many, the later ones are prefetched while the first are summed."""
+    """Prefetch the first gradients of unique row u. The kernel prefetches the later ones while it sums."""
     cdef int64_t q
     if b.starts_u1 is NULL:
         pe_prefetch_read(b.grad_nd + u * b.dim, b.dim)
@@ -116,7 +116,7 @@ cdef void _squares_run(const pe_kernels *k, Batch b, int64_t lo, int64_t hi, dou
 
 
 def global_norm(Batch batch not None, bint skip_nonfinite, int threads):
-    """The 2-norm of the gradients of unique rows as one vector, without the row to skip, and without those not finite."""
+    """The 2-norm of the gradients of unique rows, taken as one vector, without the padding row and the skipped rows."""
     cdef Batch b = batch
     cdef int t
     cdef int64_t u
@@ -194,8 +194,7 @@ cdef enum:
 
 cdef void _renorm_run(const pe_kernels *k, Column column, const int64_t *rows, int64_t lo, int64_t hi, double max_norm,
                       double p, int64_t *clipped, int64_t *nans) noexcept nogil:
-    # 16 norms first, then 16 comparisons: one right after its norm would stall on the norm's long chain whenever it is
-    # predicted wrong.
+    # 16 norms first, then 16 comparisons: a mispredicted comparison right after its norm would wait for the norm's long chain.
     cdef double norm[16]
     cdef int64_t first, u
     for first in range(lo, hi, 16):
@@ -212,7 +211,7 @@ cdef void _renorm_run(const pe_kernels *k, Column column, const int64_t *rows, i
 
 
 def renorm(Column column not None, Batch batch not None, double max_norm, double p, int threads):
-    """Scale the unique rows of a batch down to a p-norm of max_norm: (rows scaled, rows with NaN, which are left alone)."""
+    """Scale the unique rows of a batch down to a p-norm of max_norm; return the numbers of scaled rows and of rows with NaN."""
     cdef Batch b = batch
     cdef int t, caller = pe_this_cpu()
     cdef const pe_kernels *k = kernels

@@ -1,8 +1,8 @@
 /* Pages of a mapped file: asking the system for those that are needed soon, and seeing which are in memory.
  *
  * One page fault at a time keeps a disk at a queue of one: 20 thousand rows a second where it can do a hundred thousand.
- * So pages are asked for about a thousand rows before they are used, 64 ranges a call (docs/decisions/0006). All of it
- * is advice: where the system refuses, rows are still right, and slower.
+ * So pages are requested about a thousand rows before they are used, 64 ranges a call (docs/decisions/0006). All requests
+ * are advice: where the system refuses them, rows are still right, and slower.
  */
 #ifndef PYEMBED_PAGES_H
 #define PYEMBED_PAGES_H

@@ -1,5 +1,5 @@
 /* The loops, written once. Each rows_<level>.c includes this file under its own target and names the result
- * PE_LEVEL; the compiler vectorises. No intrinsics, but for the streaming store that C has no word for.
+ * PE_LEVEL; the compiler vectorises. The one intrinsic is the streaming store, which C cannot express.
  */
 #include <math.h>
 #include <string.h>
