@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pyembed.errors import ArgumentError, FormatError
 from pyembed.formats._source import Head, VectorSource
-from pyembed.formats.glove import Glove, has_header
+from pyembed.formats.glove import Glove
 from pyembed.formats.word2vec import Word2VecBinary, Word2VecText, is_binary
 
 __all__ = ["VectorSource", "open_vectors"]
@@ -42,9 +42,9 @@ def open_vectors(path: str | PathLike[str], format: str = "auto") -> VectorSourc
     path : path-like
         A regular file, plain or gzip.
     format : {"auto", "word2vec", "word2vec-binary", "glove"}
-        "auto" decides from the content. Give "word2vec" for a text of dim 1, because its header
-        line looks like a row, and "glove" for a file of GloVe's ``-write-header 1`` that ends in
-        an uncounted ``<unk>``.
+        "auto" decides from the content; it reads two integers on line 1 as a header. Give "glove"
+        for a text of dim 1 whose first row is two integers, and for a file of GloVe's
+        ``-write-header 1`` that ends in an uncounted ``<unk>``.
 
     Returns
     -------
@@ -94,4 +94,4 @@ def _detect(head: Head) -> str:
         return Glove.format
     if is_binary(head, dim=max(1, int(head.claims[1][:20]))):
         return Word2VecBinary.format
-    return Word2VecText.format if has_header(head) else Glove.format
+    return Word2VecText.format

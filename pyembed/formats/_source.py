@@ -44,15 +44,14 @@ _INTEGER = re.compile(rb"[+-]?[0-9]+")
 
 
 class Stream:
-    """The bytes of a file, unpacked if they are gzip; `position` counts the bytes on disk."""
+    """The bytes of a file, unpacked if it is `packed` by gzip; `position` counts those on disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._raw = path.open("rb")
-        packed = self._raw.read(2) == b"\x1f\x8b"
+        self.packed = self._raw.read(2) == b"\x1f\x8b"
         self._raw.seek(0)
-        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw)) if packed else self._raw
-        self.expansion = DEFLATE_RATIO if packed else 1
+        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw)) if self.packed else self._raw
 
     def __enter__(self) -> Stream:
         return self
@@ -92,7 +91,7 @@ class Head:
         self.path = path
         with Stream(path) as stream:
             self.bytes_total = path.stat().st_size
-            self.bytes_max = self.bytes_total * stream.expansion
+            self.bytes_max = self.bytes_total * (DEFLATE_RATIO if stream.packed else 1)
             sample = stream.read(LINE_LIMIT)
         self.bom = 3 if sample.startswith(b"\xef\xbb\xbf") else 0
         self.sample = sample[self.bom :]
@@ -134,7 +133,8 @@ class Head:
             raise FormatError(
                 f"{self.path}: line 1 declares {show(digits)} rows of dim {dim}; allowed: at "
                 f"least 1, and at most the {fits} for which a file of {self.bytes_total} bytes "
-                "has room. The file is cut off, or the count on line 1 has to be corrected"
+                "has room. The file is cut off, or the count on line 1 has to be corrected; if "
+                "line 1 is a row, give format='glove'"
             )
         return count, dim
 
@@ -349,7 +349,11 @@ def fail_line_length(path: Path, line: int) -> NoReturn:
 
 
 def _blocks(stream: Stream, path: Path, line: int) -> Iterator[bytes]:
-    """Yield the stream in blocks of whole lines; a last line without an end gets one."""
+    """Yield the stream in blocks of whole lines.
+
+    A last line without an end may be cut off inside a number, which then is another number. Only
+    gzip proves, by its checksum, that the file ends there.
+    """
     tail = b""
     while data := stream.read(BLOCK):
         end = data.rfind(b"\n") + 1
@@ -362,6 +366,12 @@ def _blocks(stream: Stream, path: Path, line: int) -> Iterator[bytes]:
             tail += data
         if len(tail) > LINE_LIMIT:
             fail_line_length(path, line)
+    if tail and not stream.packed:
+        raise FormatError(
+            f"{path}: line {line} has no newline at its end; allowed: one after each row, because "
+            "a file without the last one may be cut off inside a number. Fetch the file again, or "
+            f"add the newline if the file is whole: echo >> {path}"
+        )
     if tail:
         yield tail + b"\n"
 

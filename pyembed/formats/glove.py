@@ -22,7 +22,7 @@ class Glove(TextSource):
     uncounted = b"<unk>"
 
     def __init__(self, head: Head) -> None:
-        if has_header(head):
+        if _has_header(head):
             count, dim = head.header(row_bytes_per_dim=2)
             super().__init__(head, dim, count, declared_rows=None)
             return
@@ -37,7 +37,7 @@ class Glove(TextSource):
         self.parse_line(head.line, 1)  # refuses prose before its width is used
 
 
-def has_header(head: Head) -> bool:
+def _has_header(head: Head) -> bool:
     """Whether line 1 is ``rows dim``, and not a token that is a number with one value."""
     second = strip_line(head.rest.partition(b"\n")[0])
     return head.claims is not None and second.count(b" ") > 1

@@ -88,7 +88,10 @@ def test_text_round_trip(
     block: int,
     format: str,
 ) -> None:
-    """Text is read bit for bit, for any token, line end, compression and end of a block."""
+    """Text is read bit for bit, for any token, line end, compression and end of a block.
+
+    Of gzip, whose checksum proves that a file is whole, the last line needs no end.
+    """
     tokens, values = data
     if format == "glove":  # a file without a header must not begin like another kind of file
         tokens = (
@@ -99,7 +102,7 @@ def test_text_round_trip(
         for token, row in zip(tokens, values, strict=True)
     ]
     header = [b"%d %d" % values.shape] if format == "word2vec" else []
-    content = end.join(header + lines) + (end if last_end else b"")
+    content = end.join(header + lines) + (b"" if packed and not last_end else end)
     with mock.patch.object(_source, "BLOCK", block):
         names, got = read_bytes(gzip.compress(content) if packed else content, format)
     assert names == tokens
@@ -157,7 +160,6 @@ def test_numbers_are_float_of_the_field_or_an_error(rows: list[list[str]]) -> No
         pytest.param(b"\xef\xbb\xbfa 1 2\nb 3 4\n", [b"a", b"b"], id="mark before a token"),
         pytest.param(b"2 2\na 1 2 \nb 3 4 \n", [b"a", b"b"], id="trailing spaces"),
         pytest.param(b"2 2 \r\na 1 2 \r\nb 3 4 \r\n", [b"a", b"b"], id="Windows line ends"),
-        pytest.param(b"2 2\na 1 2\nb 3 4", [b"a", b"b"], id="no last line end"),
         pytest.param(b"\xc2\x85 1 2\nb 3 4\n", [b"\xc2\x85", b"b"], id="token U+0085"),
         pytest.param(b"a 1 2\n\xc2\xa0 3 4\n", [b"a", b"\xc2\xa0"], id="token no-break space"),
         pytest.param(b"a 1 2\n\x0c\x0b 3 4\n", [b"a", b"\x0c\x0b"], id="token of other blanks"),
@@ -210,11 +212,12 @@ def test_binary_is_told_from_text_by_its_first_row(dim: int, scale: float) -> No
         assert got.tobytes() == values.tobytes()
 
 
-def test_two_integers_are_a_row_unless_line_2_is_longer() -> None:
-    """A file of dim 1 whose first token is a number is GloVe, and 'word2vec' overrules it."""
+def test_two_integers_on_line_1_are_a_header() -> None:
+    """A file of dim 1 is word2vec if line 1 is two integers, and 'glove' overrules it."""
     content = b"1 1\n7 5\n"
-    assert read_bytes(content)[0] == [b"1", b"7"]
-    assert read_bytes(content, "word2vec")[0] == [b"7"]
+    assert read_bytes(content)[0] == [b"7"]
+    assert read_bytes(content, "glove")[0] == [b"1", b"7"]
+    assert "give format='glove'" in message(b"8 1\n7 5\n")
 
 
 def test_glove_may_end_in_an_uncounted_unk() -> None:
@@ -362,6 +365,46 @@ def test_bad_binary_names_the_offset_and_the_fault(name: str) -> None:
 def test_no_cut_of_a_binary_goes_unseen(size: int) -> None:
     """Every proper prefix of a binary file is an error."""
     message(GOOD_BINARY[:size], "word2vec-binary")
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("number", ["{:.4f}", "{:.0f}", "{:e}"])
+@pytest.mark.parametrize("end", [b"\n", b" \n", b"\r\n"])
+def test_no_cut_of_a_text_goes_unseen(dim: int, number: str, end: bytes) -> None:
+    """Every proper prefix of a word2vec text is an error, under "auto" too.
+
+    Of a GloVe text, which has no count, only the cuts between two rows are whole files.
+    """
+    values = np.random.default_rng(dim).normal(size=(3, dim)) * 99
+    rows = [
+        b" ".join([token, *(number.format(value).encode() for value in row)]) + end
+        for token, row in zip([b"the", b"2020", b"of"], values, strict=True)
+    ]
+    content = b"3 %d" % dim + end + b"".join(rows)
+    assert len(read_bytes(content)[0]) == 3
+    for size in range(len(content)):
+        message(content[:size])
+        message(content[:size], "word2vec")
+    whole = b"".join(rows)
+    between = {len(b"".join(rows[:count])) for count in (1, 2)}
+    for size in set(range(len(whole))) - between:
+        message(whole[:size], "glove")
+
+
+@pytest.mark.parametrize("format", ["word2vec", "glove"])
+def test_a_last_line_without_its_end_names_the_remedy(format: str) -> None:
+    """A last line without a newline may be cut off; its error says how to complete the file."""
+    header = b"2 2\n" if format == "word2vec" else b""
+    text = message(header + b"a 1 2\nb 3 4", format)
+    assert f"line {3 if header else 2} has no newline at its end" in text
+    assert "Fetch the file again, or add the newline if the file is whole: echo >> " in text
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("header", [b"3000000 300", b"3000000 300\n", b"1 1\n", b"0 300\n"])
+def test_a_header_alone_is_refused(header: bytes, packed: bool) -> None:
+    """A download that stopped after line 1 becomes no table of one row."""
+    message(gzip.compress(header) if packed else header)
 
 
 @given(st.binary(max_size=200), st.sampled_from(["", "2 2\n", "1 3\na "]))
