@@ -154,7 +154,7 @@ class Layer:
 
     @property
     def _skip(self) -> int:
-        """The number of the padding row for the kernels; -1 for none."""
+        """The row number of the padding row for the kernels; -1 for none."""
         return -1 if self.padding_idx is None else self.padding_idx
 
     def read_gradient(self, ids: Any, grad: ArrayLike | None) -> _core.Batch:
@@ -389,7 +389,7 @@ class Embedding(Layer):
 
 
 def settings_of(layer: Layer) -> list[str]:
-    """List the settings that the repr of a layer has after its shape."""
+    """List the settings that the repr of a layer shows after its shape."""
     return layer._settings()
 
 

@@ -115,7 +115,7 @@ def renorm_(weight: F32, ids: ArrayLike, max_norm: float, norm_type: float = 2.0
     weight : ndarray of float32, shape (rows, dim)
         The rows.
     ids : array of integers, any shape
-        The numbers of the rows to look at.
+        The row numbers of the rows to scale.
     max_norm : float
         Rows with a larger norm are scaled down to it.
     norm_type : float
@@ -124,7 +124,7 @@ def renorm_(weight: F32, ids: ArrayLike, max_norm: float, norm_type: float = 2.0
     Returns
     -------
     Renormed
-        How many rows were scaled, and how many have a norm of NaN.
+        The number of rows that were scaled, and of rows whose norm is NaN.
 
     Examples
     --------

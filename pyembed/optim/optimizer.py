@@ -1,11 +1,11 @@
-"""What all optimizers share: reading a batch, accumulating, counting steps, the step options.
+"""The base class of all optimizers: reading a batch, accumulating, counting steps, step options.
 
 A step groups the batch by row, sums the gradients of equal ids in batch order, and updates each
 row once ("exact" semantics), in one pass over the rows of the batch. The rules are row kernels
-(`_kernels/rules.inc.h`); `rules` has a class for each, `step` has the path that all of them take.
-State columns are in the row, next to the weight; the count of steps is kept with the table too.
+(`_kernels/rules.inc.h`); `rules` has a class for each, and `step` has the path that all steps take.
+State columns are in the row, next to the weight, and the table also keeps the count of steps.
 
-Same bits for any number of threads and any SIMD level.
+The result has the same bits for any number of threads and any SIMD level.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyembed.table import Table
 
 # A lazy optimizer keeps the last step of each row in a float32, which holds integers up to here.
 MAX_LAZY_STEPS = 2**24
-CATCH_UP_ROWS = 1 << 18  # that catch up in one call: its memory stays small
+CATCH_UP_ROWS = 1 << 18  # rows per call of the core, which bounds its memory
 
 
 class Bags(Protocol):
@@ -40,13 +40,13 @@ class Bags(Protocol):
 
 @runtime_checkable
 class Layer(Protocol):
-    """A layer as an optimizer sees it: it knows how its gradient is read."""
+    """The part of a layer that an optimizer uses: its table, and how its gradient is read."""
 
     table: Table
     frozen: bool
 
     def read_gradient(self, ids: Any, grad: ArrayLike | None) -> _core.Batch:
-        """Read the gradient of what the layer returned for `ids`."""
+        """Read the gradient of the array that the layer returned for `ids`."""
 
 
 Target = Layer | Table
@@ -191,19 +191,19 @@ class Optimizer:
             return self._lr
         return in_range(f"lr({step - 1})", self._schedule(step - 1), self._least_lr)
 
-    # --- a step -------------------------------------------------------------------------------
+    # --- steps --------------------------------------------------------------------------------
 
     def step(
         self, ids: ArrayLike | Bags | SparseGrad | None = None, grad: ArrayLike | None = None
     ) -> None:
-        """Update the rows of a batch, or of what was accumulated.
+        """Update the rows of a batch, or the rows of the accumulated gradients.
 
         Parameters
         ----------
         ids : integers of any shape, Bags of `EmbeddingBag.bags`, or a SparseGrad
             Not given after `accumulate`.
         grad : float32 array of shape ids.shape + (dim,), or (bags, dim)
-            The gradient of what the layer returned; not given with a SparseGrad.
+            The gradient of the array that the layer returned; not given with a SparseGrad.
 
         Raises
         ------
@@ -223,20 +223,20 @@ class Optimizer:
     def accumulate(self, ids: ArrayLike | Bags | SparseGrad, grad: ArrayLike | None = None) -> None:
         """Keep the gradient of a micro-batch; `step` without arguments applies the sum of all.
 
-        The summed gradients of the rows are kept, nothing else. `scale_grad_by_freq` counts
-        within each micro-batch, as the backward of a layer does.
+        Only the summed gradients of the rows are kept. `scale_grad_by_freq` counts within each
+        micro-batch, as the backward of a layer does.
 
         Parameters
         ----------
         ids : array of integers, Bags or SparseGrad
             The ids of the micro-batch, see `step`.
         grad : array of float32, optional
-            The gradient of what the layer returned, see `step`.
+            The gradient of the array that the layer returned, see `step`.
 
         Raises
         ------
         IdError, DTypeError, ArgumentError, NonFiniteError
-            What was accumulated before is then kept as it was.
+            The gradients that were accumulated before are kept.
 
         Examples
         --------
@@ -265,14 +265,14 @@ class Optimizer:
             self._merge()
 
     def discard(self) -> None:
-        """Drop what was accumulated. A copy of an optimizer starts without it."""
+        """Drop the accumulated gradients. A copy of an optimizer starts without them."""
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": []}
 
     def _merge(self) -> None:
-        """Sum all that is pending, row by row, in the order in which it came."""
+        """Sum all pending gradients, row by row, in the order in which they were accumulated."""
         if len(self._pending) > 1:
             first, rows, dim = self._pending[0], self.table.rows, self.table.dim
             sparse = grouping.sum_duplicates(
@@ -285,7 +285,7 @@ class Optimizer:
             self._pending[:] = [grouping.unique_batch(sparse, rows, dim, first.skip_row)]
 
     def _part(self, ids: ArrayLike | Bags | SparseGrad | None, grad: ArrayLike | None) -> Part:
-        """The part of this optimizer in a step with these arguments, or with what is pending."""
+        """The part of this optimizer in a step with these arguments, or with pending gradients."""
         self._refuse_frozen()
         if ids is None:
             if grad is not None or not self._pending:
@@ -326,7 +326,7 @@ class Optimizer:
         self._set_hyper(rule, number, lr)
 
     def catch_up(self, ids: ArrayLike | None = None) -> None:
-        """Give rows the decay and momentum of the steps that did not update them, up to now.
+        """Apply to rows the decay and momentum of the steps that did not update them, up to now.
 
         For an optimizer with ``decay_mode="lazy"`` or ``lazy_momentum=True``; others have nothing
         to catch up with. A row catches up by itself in the next step that updates it; call this
@@ -378,14 +378,14 @@ class Optimizer:
         if self._target.frozen:
             raise ArgumentError("the layer is frozen; use from_pretrained(..., freeze=False)")
 
-    # --- of each rule -------------------------------------------------------------------------
+    # --- overridden by the rules --------------------------------------------------------------
 
     def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
-        """Set what the rule reads of `pe_hyper` (_kernels/kernels.h) in this step, from 1."""
+        """Set the fields of `pe_hyper` (_kernels/kernels.h) that the rule reads in this step."""
         rule.set_hyper(lr)
 
     def _parameters(self) -> dict[str, Any]:
-        """What `repr` shows in addition to lr and weight decay."""
+        """The hyper-parameters that `repr` shows in addition to lr and weight decay."""
         return {}
 
     def __repr__(self) -> str:
@@ -411,18 +411,19 @@ def step_many(steps: Iterable[Step], clip_norm: float | None = None) -> None:
     ----------
     steps : iterable of triples (optimizer, ids, grad)
         See `Optimizer.step`; grad is None with a SparseGrad. (optimizer, None, None) is a step with
-        what was accumulated, which is then gone.
+        the accumulated gradients, which are dropped afterwards.
     clip_norm : float, optional
         The summed gradients of all rows of all tables are scaled so that their 2-norm, taken as one
-        vector, is at most this (torch's clip_grad_norm_ of all parameters). Rows that a step leaves
-        alone do not count: padding, and what ``nonfinite="skip_row"`` skips.
+        vector, is at most this (torch's clip_grad_norm_ of all parameters). Rows that a step does
+        not update do not count: padding rows, and rows that ``nonfinite="skip_row"`` skips.
 
     Raises
     ------
     ArgumentError
         If an optimizer is given twice, or has a norm of its own in addition to `clip_norm`.
     IdError, DTypeError, NonFiniteError, ClosedError, ReadOnlyError, TableError
-        Like all errors here before a row of any table is written; what was accumulated is kept.
+        All errors are raised before a row of any table is written, and the accumulated gradients
+        are kept.
 
     Examples
     --------
@@ -444,7 +445,7 @@ def step_many(steps: Iterable[Step], clip_norm: float | None = None) -> None:
 
 
 def require_clip_norm(clip_norm: float | None, optimizers: Iterable[Optimizer]) -> float | None:
-    """Check one norm for all of these optimizers, none of which may then have its own.
+    """Check a norm that all of these optimizers share; none of them may have a norm of its own.
 
     Raises
     ------

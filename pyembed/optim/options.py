@@ -14,7 +14,7 @@ from pyembed.errors import ArgumentError
 
 
 class Options(TypedDict, total=False):
-    """What a step of any optimizer does in addition to its rule, if asked to.
+    """The options of a step, which every optimizer accepts in addition to its rule.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Options(TypedDict, total=False):
 
 
 class Settings(NamedTuple):
-    """Options, checked, with a number for each that was not given."""
+    """Checked options, with a default number for each that was not given."""
 
     nonfinite: str
     weight_decay: float

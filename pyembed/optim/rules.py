@@ -23,7 +23,7 @@ from pyembed.optim.schedules import Schedule
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-ABOVE_ZERO = 1e-30  # of what a rule divides by: float32 still holds it times a bias correction
+ABOVE_ZERO = 1e-30  # the least divisor: float32 still holds its product with a bias correction
 
 
 class SGD(Optimizer):
@@ -45,8 +45,8 @@ class SGD(Optimizer):
     nesterov : bool
         Needs a momentum and no dampening.
     lazy_momentum : bool
-        A row of the batch first takes the momentum of the steps that it missed, in closed form, as
-        it would have in a dense optimizer (at the learning rate of now). Needs ``last_step``.
+        Whether a row of the batch first takes the momentum of the steps that it missed, as in a
+        dense optimizer, in closed form and at the current learning rate. Needs ``last_step``.
     **options
         See `Options`.
 
@@ -230,7 +230,7 @@ class RMSprop(Optimizer):
 
 
 class _Moments(Optimizer):
-    """What the Adam family shares: two moments and their bias corrections."""
+    """The base of the Adam family: two moments and their bias corrections."""
 
     def __init__(
         self,
@@ -359,7 +359,7 @@ class PartialRowwiseAdam(_Moments):
 
 
 class LAMB(_Moments):
-    """LAMB on each row: Adam's direction, as long as the row is.
+    """LAMB on each row: Adam's direction, scaled to the norm of the row.
 
     m and v as in `Adam`;
     r = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w; w -= lr * |w| / |r| * r.
@@ -448,7 +448,7 @@ class LARS(Optimizer):
 
 
 class FTRL(Optimizer):
-    """FTRL-Proximal: weights that are exactly zero until there is evidence against it.
+    """FTRL-Proximal: a weight stays exactly zero until its summed gradients exceed `l1`.
 
     z += g - (sqrt(n + g^2) - sqrt(n)) / lr * w; n += g^2;
     w = 0 if |z| <= l1, else -(z - sign(z) * l1) / ((beta + sqrt(n)) / lr + l2).

@@ -1,10 +1,10 @@
 """The path of a step: from gradients that were read to rows that have changed.
 
-One step of one table and one step of many are the same path. A step of a few thousand ids is too
-short to be shared by threads; the steps of many tables are not: they are grouped in one parallel
-region and updated in another. Everything that can be refused is refused before the first row
-changes. Then one call of the core changes the rows, counts the step and drops the gradients that
-were accumulated for it.
+A step of one table and a step of many tables take the same path. A step of a few thousand ids is
+too short to share between threads, but the steps of many tables together are not: they are grouped
+in one parallel region and updated in another. Every error is raised before the first row changes.
+Then one call of the core changes the rows, counts the step and drops the gradients that were
+accumulated for it.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ def take(parts: Sequence[Part], clip_norm: float | None = None) -> None:
 
 
 def steps_taken(table: Table, rule: str) -> int:
-    """How many steps the optimizers of this rule have taken on a table."""
+    """The number of steps that the optimizers of this rule have taken on a table."""
     return table.store.steps.get(rule, {}).get("steps", 0)
 
 
 def require_finite_gradients(batches: list[_core.Batch], num_threads: int) -> None:
-    """Check all gradients at once, and only if one is refused each by itself, to name it.
+    """Check all gradients at once; if one is refused, check them one by one to name it.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def require_finite_gradients(batches: list[_core.Batch], num_threads: int) -> No
 
 
 def _clip(parts: Sequence[Part], clip_norm: float | None, num_threads: int) -> None:
-    """Set the factor of each part's gradients: by a norm of its own, or all by that of all."""
+    """Set the factor of each part's gradients, from a norm of its own or from one norm of all."""
     if clip_norm is None:
         for part in parts:
             if part.clip_norm is not None:
@@ -117,7 +117,7 @@ def _clip(parts: Sequence[Part], clip_norm: float | None, num_threads: int) -> N
 
 
 def _norm(part: Part, num_threads: int) -> float:
-    """The 2-norm of the rows that the step will change; the part then has one gradient a row."""
+    """The 2-norm of the gradients that the step applies; the batch then has one for each row."""
     part.batch = grouping.summed(part.batch, num_threads)
     return _core.global_norm(part.batch, part.rule.skip_nonfinite, num_threads)
 
@@ -132,10 +132,10 @@ def _scale_to(limit: float, norm: float) -> float:
 
 
 def _tables(parts: Sequence[Part]) -> list[Table]:
-    """The tables of a step, in the one order in which every step takes its turn at them.
+    """The tables of a step, in the order in which every step takes their turns.
 
-    So two steps do not wait for each other. Tables that cannot be written come first: they are
-    refused before another one is marked dirty.
+    One order for all steps means that two steps cannot wait for each other. Tables that cannot be
+    written come first: they are refused before another table is marked dirty.
     """
     if len(parts) == 1:
         return [parts[0].table]
@@ -143,7 +143,7 @@ def _tables(parts: Sequence[Part]) -> list[Table]:
 
 
 def _still(tables: list[Table]) -> AbstractContextManager[object]:
-    """Keep all others from changing rows of these tables while the block lasts."""
+    """Take the turns of these tables, so that no other thread changes their rows."""
     if len(tables) == 1:
         return tables[0].store.still()
     with ExitStack() as stack:
@@ -153,7 +153,7 @@ def _still(tables: list[Table]) -> AbstractContextManager[object]:
 
 
 def _steps(parts: Sequence[Part]) -> list[_core.Step]:
-    """Prepare the rules, whose step numbers are known in turn alone; check all that is left."""
+    """Prepare the rules, whose step numbers are only known in the turn, and check the columns."""
     taken: Counter[tuple[Table, str]] | None = Counter() if len(parts) > 1 else None
     steps = []
     for part in parts:
@@ -169,7 +169,7 @@ def _steps(parts: Sequence[Part]) -> list[_core.Step]:
 
 
 def _announce(tables: list[Table], parts: Sequence[Part]) -> None:
-    """Say which rows change next: a table on disk records what they were."""
+    """Announce the rows that are about to change; a table on disk records their old content."""
     if len(parts) == 1:
         tables[0].store.begin_change({}, parts[0].batch.unique_rows)
         return

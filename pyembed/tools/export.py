@@ -6,8 +6,8 @@
     export(table, "delta", since=3)          the rows that may differ from generation 3, as a folder
     apply("delta", "copy")                   copy: generation 3 ──► that of the table
 
-Use it for incremental backups, and for copies that other processes read. `pyembed.tools.delta` has
-the files of a delta. A whole copy includes the vocabulary and the id map; a delta does not.
+Use it for incremental backups, and for copies that other processes read. `pyembed.tools.delta`
+defines the files of a delta. A whole copy includes the vocabulary and the id map; a delta does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Facts for a person: about a table, and about this build and machine."""
+"""Facts about a table, and about this build and machine, for `pyembed info` and `doctor`."""
 
 from __future__ import annotations
 

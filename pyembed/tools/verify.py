@@ -30,7 +30,7 @@ class Verified:
     state : {"clean", "dirty"}
         The state in the manifest. A dirty table was read as its last commit, from its journal.
     checked_blocks : int or None
-        How many blocks of 1 MiB of the rows have the right checksum. None if there are no
+        The number of blocks of 1 MiB of rows whose checksum is right. None if there are no
         checksums, because rows changed since the table was written or the table is dirty.
     nonfinite_rows : int or None
         Rows with a NaN or an infinity in any column; None if `finite` was not asked for.
@@ -48,9 +48,10 @@ def verify(
 ) -> Verified:
     """Check a table without changing it.
 
-    Checked are the header of the rows, all sizes, the manifest and its checksum, and the length of
-    the id map; of a table whose writer died, that its journal leads back to the last commit. If no
-    rows changed since the table was written, all rows are read and compared with their checksums.
+    It checks the header of the rows, all sizes, the manifest and its checksum, and the length of
+    the id map. If the writer of the table died, it checks that the journal leads back to the last
+    commit. If no rows changed since the table was written, all rows are compared with their
+    checksums.
 
     Parameters
     ----------

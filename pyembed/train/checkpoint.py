@@ -129,7 +129,7 @@ def table_in_training(
         with Folder(partial.parent) as folder:
             folder.rename(partial.name, output.name)
     except BaseException as error:
-        # Before the text is read there is nothing to keep, and a bad text stays bad.
+        # Before the text is read there is nothing to keep, and a bad text would be refused again.
         if checkpoint_every is None or not table.meta or isinstance(error, CorpusError):
             shutil.rmtree(partial, ignore_errors=True)
             left = f"{output} was not made"
@@ -171,7 +171,7 @@ def _reopen(partial: Path, settings: dict[str, Any], threads: int | None) -> Tab
     try:
         table = Table.open(partial, durability="process", num_threads=threads)
     except DirtyError as error:
-        what = str(error.strerror).partition(":")[0]  # the rest speaks of salvage
+        what = str(error.strerror).partition(":")[0]  # the rest of the message is about salvage
         what = f"{what}: no checkpoint is left; remove it, and start again without --resume"
         raise DirtyError(error.errno, what, str(partial)) from None
     try:

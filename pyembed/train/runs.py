@@ -44,7 +44,7 @@ class Runs(NamedTuple):
     mask: F32  # (c, RUN, RUN + 2 window), 0 or 1
     read: int  # words of the text in this batch, dropped ones included
     rng: np.random.Generator  # for the other random numbers of this batch
-    next: Place  # of the batch after this one
+    next: Place  # the place of the batch after this one
 
 
 def keep_probability(counts: I64, sample: float) -> F32:

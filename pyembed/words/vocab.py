@@ -7,8 +7,8 @@ token occurred can be kept too, in ``vocab.counts.npy``.
 
 Save and load are exact. Therefore a token that cannot be read back is refused when the `Vocab` is
 made: one with a newline, and one with surrogates that ``surrogateescape`` does not make of bytes.
-Nothing is normalised, and two rows never share a token. A `Vocab` knows no table: its caller checks
-that there are as many rows as tokens.
+Nothing is normalised, and two rows never share a token. A `Vocab` has no reference to a table; its
+caller checks that there are as many rows as tokens.
 """
 
 from __future__ import annotations
