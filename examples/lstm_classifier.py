@@ -87,7 +87,7 @@ def train(
     model = Classifier(embedding)
     dense = [*model.lstm.parameters(), *model.head.parameters()]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=DENSE_LR)]
-    if isinstance(embedding, nn.Embedding):  # pyembed's layer updates itself, in backward
+    if not isinstance(embedding, pyembed.torch.Embedding):  # which updates itself
         optimizers.append(torch.optim.SparseAdam(embedding.parameters(), lr=LR))
     losses = []
     for _ in range(EPOCHS):

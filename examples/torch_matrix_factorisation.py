@@ -57,7 +57,7 @@ def train(
     """Train users, items and the items' biases; return the loss of every batch."""
     users, items, biases = model = nn.ModuleList(tables)
     optimizer: torch.optim.Optimizer
-    if isinstance(users, nn.Embedding):
+    if not isinstance(users, pyembed.torch.Embedding):
         optimizer = torch.optim.Adagrad(model.parameters(), lr=LR)
     else:  # because a batch looks up items twice
         optimizer = pyembed.torch.Optimizer(model)

@@ -68,7 +68,7 @@ def train(entities: nn.Module, relations: nn.Module, triples: Tensor, seed: int)
     """Train both tables, and return the loss of every batch."""
     model = nn.ModuleList([entities, relations])
     optimizer: torch.optim.Optimizer
-    if isinstance(entities, nn.Embedding):
+    if not isinstance(entities, pyembed.torch.Embedding):
         optimizer = torch.optim.Adagrad(model.parameters(), lr=LR)
     else:  # a step for each batch, in which the entities are looked up three times
         optimizer = pyembed.torch.Optimizer(model)

@@ -93,7 +93,7 @@ def train(
     model = LanguageModel(table)
     dense = [p for name, p in model.named_parameters() if not name.startswith("table.")]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, lr=DENSE_LR)]
-    if isinstance(table, nn.Embedding):  # pyembed's layer updates itself, in backward
+    if not isinstance(table, pyembed.torch.Embedding):  # which updates itself
         optimizers.append(torch.optim.Adagrad(table.parameters(), lr=LR))
     losses = []
     for ids, following in batches:

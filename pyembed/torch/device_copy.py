@@ -37,8 +37,6 @@ def require(
         reason = "copies existing rows; give path= or table="
     elif has_optimizer:
         reason = "uses an optimizer of torch; omit optimizer=, or use placement='table'"
-    elif device.type == "meta":
-        reason = "cannot copy to device = meta; allowed: cpu, cuda, …"
     elif placement == "auto" and not frozen:
         reason = "is for frozen layers: free memory would decide how others are trained; freeze it"
     if reason:

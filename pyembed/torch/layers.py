@@ -6,11 +6,11 @@ cannot be made of a combination that cannot work: a Parameter over a file, a sec
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,11 +22,13 @@ from pyembed.optim.optimizer import Optimizer
 from pyembed.table import Table
 from pyembed.torch import device_copy, ops
 from pyembed.torch.rows import DeviceRows, ParameterRows, Rows, TableRows, array_of
+from pyembed.torch.weight import WeightInTable
 
 PLAIN = (Tensor, nn.Parameter)
 Path = str | os.PathLike[str]
 Source = Tensor | F32 | Table | Path
-LayerT = TypeVar("LayerT", bound="Layer")
+EmbeddingT = TypeVar("EmbeddingT", bound="Embedding")
+BagT = TypeVar("BagT", bound="EmbeddingBag")
 MakeOptimizer = Callable[[embedding.Layer], Optimizer]
 
 
@@ -36,6 +38,9 @@ def _setting(name: str) -> Any:
 
 class Layer(nn.Module):
     """Base of both layers: construction, and torch's protocols.
+
+    A layer is also an instance of the class of torch.nn, so that code that initialises, counts or
+    replaces the embeddings of a model finds it. It does not run the constructor of that class.
 
     Attributes
     ----------
@@ -52,27 +57,38 @@ class Layer(nn.Module):
         lambda self, value: setattr(self._rows, "optimizer", value),
         doc="Optimizer of pyembed that updates the table, or None.",
     )
+    num_embeddings: Any = property(lambda self: self.weight.shape[0], doc="Number of rows.")
+    embedding_dim: Any = property(
+        lambda self: self.weight.shape[1], doc="Number of float32 values in a row."
+    )
+    weight: Any = property(
+        lambda self: self._weight(),
+        doc="The Parameter; if the rows live in a table, an object that stands for them.",
+    )
     _core_class: Any
-    weight: Any
+    reset_parameters: Any  # of torch.nn: draws from N(0, 1), with zeros in the padding row
 
     def __init__(
         self,
-        *args: Any,
-        path: Path | None = None,
-        optimizer: MakeOptimizer | None = None,
-        placement: str = "table",
-        **named: Any,
+        settings: dict[str, Any],
+        weight: Tensor | None,
+        device: Any,
+        table: Table | None,
+        path: Path | None,
+        optimizer: MakeOptimizer | None,
+        placement: str,
     ) -> None:
-        super().__init__()
-        settings = inspect.signature(self._core_class).bind(*args, **named).arguments
-        device = torch.device(settings.pop("device", None) or "cpu")
-        _require_arguments({**settings, "path": path}, optimizer is not None, placement, device)
-        weight, table = settings.pop("_weight", None), settings.pop("table", None)
+        nn.Module.__init__(self)
+        if device is None:
+            device = "cpu" if weight is not None else torch.get_default_device()
+        device = torch.device(device)
+        given = {"_weight": weight, "table": table, "path": path}
+        _require_arguments(settings, given, optimizer is not None, placement, device)
         fresh = weight is None and table is None and path is None
         if weight is not None:
             table = Table.from_array(array_of(weight))
         elif path is not None:
-            table = Table.open(path, "r" if settings.get("_freeze", False) else "r+")
+            table = _opened(path, "r" if settings["_freeze"] else "r+")
         elif table is None:
             table = Table.memory(settings["num_embeddings"], settings["embedding_dim"])
         try:
@@ -89,45 +105,37 @@ class Layer(nn.Module):
         if fresh:
             self.reset_parameters()
 
+    def _weight(self) -> Any:
+        if not self._rows.in_table:
+            return super().__getattr__("weight")
+        return WeightInTable(self._rows, self._parameters[TableRows.parameter])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight" or not self._rows.in_table:
+            super().__setattr__(name, value)
+        elif not self.weight.is_same(value):  # as in layer.weight += 1
+            raise ArgumentError(
+                "the weight lives in a table, so it can be neither replaced nor tied; set rows "
+                "with layer.weight.data = values, or omit optimizer= to have a Parameter"
+            )
+
     @classmethod
-    def from_pretrained(
-        cls: type[LayerT], embeddings: Source, freeze: bool = True, **options: Any
-    ) -> LayerT:
-        """Make a layer over existing rows.
-
-        Parameters
-        ----------
-        embeddings : Tensor or array of shape (rows, dim), Table, or path-like
-            float32 rows on the CPU, which are used without a copy; a table; or a table's folder,
-            which is opened for reading if `freeze` is true.
-        freeze : bool
-            The rows do not learn. With False a path needs `optimizer` or ``placement="device"``.
-        **options
-            Further arguments of the class, by name.
-
-        Returns
-        -------
-        Embedding or EmbeddingBag
-            The layer.
-
-        Raises
-        ------
-        ArgumentError, DTypeError, LockedError, TableError
-
-        Examples
-        --------
-        >>> layer = Embedding.from_pretrained(torch.eye(3))
-        >>> layer(torch.tensor([2])).tolist(), layer.weight.requires_grad
-        ([[0.0, 0.0, 1.0]], False)
-        """
+    def _of_rows(cls: Any, embeddings: Source, freeze: bool, options: Any) -> Any:
+        """Make a layer over existing rows, for `from_pretrained`."""
+        given: dict[str, Any] = {"_freeze": freeze, **options}
         if isinstance(embeddings, Tensor):
             if embeddings.dim() != 2:
                 raise ArgumentError(
                     f"shape {tuple(embeddings.shape)} of embeddings; allowed: (rows, dim)"
                 )
-            return cls(*embeddings.shape, _weight=embeddings, _freeze=freeze, **options)
-        table = cls._core_class.from_pretrained(embeddings, freeze).table
-        return cls(table.rows, table.dim, table=table, _freeze=freeze, **options)
+            return cls(*embeddings.shape, _weight=embeddings, **given)
+        if isinstance(embeddings, Table):
+            table = embeddings
+        elif isinstance(embeddings, np.ndarray):
+            table = Table.from_array(embeddings)
+        else:
+            table = _opened(embeddings, "r" if freeze else "r+")
+        return cls(table.rows, table.dim, table=table, **given)
 
     @property
     def table(self) -> Table:
@@ -136,17 +144,6 @@ class Layer(nn.Module):
         For a layer with a Parameter in memory, a table over the Parameter's memory.
         """
         return self._rows.layer_over(self.weight).table
-
-    @property
-    def num_embeddings(self) -> int:
-        """Number of rows."""
-        rows = self._rows
-        return int(rows.core.table.rows if rows.in_table else self.weight.shape[0])
-
-    @property
-    def embedding_dim(self) -> int:
-        """Number of float32 values in a row."""
-        return int(self._rows.core.table.dim)
 
     def commit(self, meta: dict[str, Any] | None = None) -> None:
         """Commit the table; with placement "device", first copy rows that differ into it.
@@ -174,14 +171,6 @@ class Layer(nn.Module):
         """
         self._rows.write_back(self.weight)
         self.table.commit(meta)
-
-    def reset_parameters(self) -> None:
-        """Draw the weight from N(0, 1) with torch's generator, and set the padding row to zero."""
-        with torch.no_grad():
-            rows = self._rows.shared() if self._rows.in_table else self.weight
-            nn.init.normal_(rows)
-            if self.padding_idx is not None:
-                rows[self.padding_idx] = 0
 
     def extra_repr(self) -> str:
         """Describe the layer as torch does; if the rows live in a table, describe the table.
@@ -233,7 +222,7 @@ class Layer(nn.Module):
         self._rows.load(state_dict, prefix, self.in_state_dict, strict, *found)
 
 
-class Embedding(Layer):
+class Embedding(Layer, nn.Embedding):  # type: ignore[misc]
     """`torch.nn.Embedding` over a table; docs/torch-compatibility.md lists the differences.
 
     Parameters
@@ -275,7 +264,8 @@ class Embedding(Layer):
     Attributes
     ----------
     weight : Parameter of shape (num_embeddings, embedding_dim)
-        If the rows live in a table, an object that refuses every use.
+        If the rows live in a table, an object that operations of torch accept as a tensor. Torch
+        writes to it only if the table is in memory, and no gradient reaches it.
     table : Table
     optimizer : pyembed optimizer or None
     placement : {"table", "device"}
@@ -303,6 +293,83 @@ class Embedding(Layer):
     """
 
     _core_class = embedding.Embedding
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        table: Table | None = None,
+        path: Path | None = None,
+        optimizer: MakeOptimizer | None = None,
+        placement: str = "table",
+    ) -> None:
+        settings = {
+            "num_embeddings": num_embeddings,
+            "embedding_dim": embedding_dim,
+            "padding_idx": padding_idx,
+            "max_norm": max_norm,
+            "norm_type": norm_type,
+            "scale_grad_by_freq": scale_grad_by_freq,
+            "sparse": sparse,
+            "_freeze": _freeze,
+            "dtype": dtype,
+        }
+        super().__init__(settings, _weight, device, table, path, optimizer, placement)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[EmbeddingT],
+        embeddings: Source,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        **options: Any,
+    ) -> EmbeddingT:
+        """Make a layer over existing rows.
+
+        Parameters
+        ----------
+        embeddings : Tensor or array of shape (rows, dim), Table, or path-like
+            float32 rows on the CPU, which are used without a copy; a table; or a table's folder,
+            which is opened for reading if `freeze` is true.
+        freeze : bool
+            The rows do not learn. With False a path needs `optimizer` or ``placement="device"``.
+        padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse : optional
+            As for the class, in torch's order.
+        **options
+            `device`, `dtype`, `optimizer` or `placement` of the class.
+
+        Returns
+        -------
+        Embedding
+            The layer.
+
+        Raises
+        ------
+        ArgumentError, DTypeError, FileNotFoundError, LockedError, TableError
+
+        Examples
+        --------
+        >>> layer = Embedding.from_pretrained(torch.eye(3))
+        >>> layer(torch.tensor([2])).tolist(), layer.weight.requires_grad
+        ([[0.0, 0.0, 1.0]], False)
+        """
+        options |= {"padding_idx": padding_idx, "max_norm": max_norm, "norm_type": norm_type}
+        options |= {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
+        return cls._of_rows(embeddings, freeze, options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up rows.
@@ -334,7 +401,7 @@ class Embedding(Layer):
         return functional.embedding(input, self.weight, self.padding_idx, *scaling, self.sparse)
 
 
-class EmbeddingBag(Layer):
+class EmbeddingBag(Layer, nn.EmbeddingBag):  # type: ignore[misc]
     """`torch.nn.EmbeddingBag` over a table; docs/torch-compatibility.md lists the differences.
 
     Parameters
@@ -365,6 +432,90 @@ class EmbeddingBag(Layer):
     """
 
     _core_class = embedding_bag.EmbeddingBag
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        _freeze: bool = False,
+        table: Table | None = None,
+        path: Path | None = None,
+        optimizer: MakeOptimizer | None = None,
+        placement: str = "table",
+    ) -> None:
+        settings = {
+            "num_embeddings": num_embeddings,
+            "embedding_dim": embedding_dim,
+            "max_norm": max_norm,
+            "norm_type": norm_type,
+            "scale_grad_by_freq": scale_grad_by_freq,
+            "mode": mode,
+            "sparse": sparse,
+            "include_last_offset": include_last_offset,
+            "padding_idx": padding_idx,
+            "_freeze": _freeze,
+            "dtype": dtype,
+        }
+        super().__init__(settings, _weight, device, table, path, optimizer, placement)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[BagT],
+        embeddings: Source,
+        freeze: bool = True,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        **options: Any,
+    ) -> BagT:
+        """Make a layer over existing rows.
+
+        Parameters
+        ----------
+        embeddings, freeze : optional
+            As for `Embedding.from_pretrained`.
+        max_norm, norm_type, scale_grad_by_freq, mode, sparse : optional
+            As for the class, in torch's order.
+        include_last_offset, padding_idx : optional
+            As for the class.
+        **options
+            `device`, `dtype`, `optimizer` or `placement` of the class.
+
+        Returns
+        -------
+        EmbeddingBag
+            The layer.
+
+        Raises
+        ------
+        ArgumentError, DTypeError, FileNotFoundError, LockedError, TableError
+
+        Examples
+        --------
+        >>> bag = EmbeddingBag.from_pretrained(torch.eye(3), mode="sum")
+        >>> bag(torch.tensor([[0, 2]])).tolist()
+        [[1.0, 0.0, 1.0]]
+        """
+        options |= {"max_norm": max_norm, "norm_type": norm_type, "mode": mode, "sparse": sparse}
+        options |= {"scale_grad_by_freq": scale_grad_by_freq, "padding_idx": padding_idx}
+        options |= {"include_last_offset": include_last_offset}
+        return cls._of_rows(embeddings, freeze, options)
+
     mode, include_last_offset = map(_setting, ("mode", "include_last_offset"))
 
     def forward(
@@ -418,19 +569,38 @@ def learning_tables(model: nn.Module) -> Iterator[tuple[Any, nn.Parameter]]:
 # --- construction ---------------------------------------------------------------------------------
 
 
-def _require_arguments(named: dict[str, Any], makes: bool, where: str, device: Any) -> None:
+def _require_arguments(
+    settings: dict[str, Any], given: dict[str, Any], makes: bool, where: str, device: torch.device
+) -> None:
     """Refuse arguments that contradict each other, before a table is opened."""
-    if named.keys() & {"seed", "num_threads"}:
-        raise ArgumentError("seed, num_threads: use torch.manual_seed; give them to a Table")
-    given = [name for name in ("_weight", "table", "path") if named.get(name) is not None]
-    if len(given) > 1:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
         raise ArgumentError("_weight, table and path name the same rows; give one of them")
-    exists = bool(given) and given != ["_weight"]
-    device_copy.require(where, exists, makes, named.get("_freeze", False), device)
-    weight = named.get("_weight")
-    if weight is not None and getattr(weight, "type", str)() != "torch.FloatTensor":
+    if device.type == "meta":
+        raise ArgumentError(
+            "device = meta: the rows exist from the start; make the layer outside of "
+            "torch.device('meta'), or with device='cpu'"
+        )
+    exists = bool(names) and names != ["_weight"]
+    device_copy.require(where, exists, makes, settings["_freeze"], device)
+    weight = given["_weight"]
+    if weight is None:
+        if settings["dtype"] is None and torch.get_default_dtype() != torch.float32:
+            raise ArgumentError(
+                f"torch's default dtype is {torch.get_default_dtype()}, and rows are float32; give "
+                "dtype=torch.float32, and cast the rows that the layer returns"
+            )
+    elif getattr(weight, "type", str)() != "torch.FloatTensor":
         found = f"{getattr(weight, 'dtype', '')} {type(weight).__name__}"
         raise DTypeError(f"_weight is a {found}; allowed: a float32 Tensor on the CPU")
+
+
+def _opened(path: Path, mode: Literal["r", "r+"]) -> Table:
+    try:
+        return Table.open(path, mode)
+    except FileNotFoundError as error:
+        text = f"no table at {os.fspath(path)}; make one with pyembed.Table.create(path, rows, dim)"
+        raise FileNotFoundError(error.errno, text) from error
 
 
 def _choose_rows(core: Any, make: MakeOptimizer | None, where: str, device: torch.device) -> Rows:

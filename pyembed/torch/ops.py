@@ -106,7 +106,7 @@ def look_up(weight: Tensor, *batch: Any) -> Tensor:
 @look_up.register_fake
 def _(weight: Tensor, ids: Tensor, offsets: Any, weights: Any, layer: int) -> Tensor:
     rows = numbered(layer)
-    dim = rows.core.table.dim
+    dim = rows.core.table.dim if rows.in_table else weight.shape[1]
     if not rows.is_bag:
         return weight.new_empty((*ids.shape, dim))
     bags = ids.shape[0] if offsets is None else offsets.shape[0] - rows.core.include_last_offset

@@ -16,7 +16,7 @@ import copy
 import itertools
 import secrets
 import weakref
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,23 +61,6 @@ def array_of(tensor: Tensor) -> F32:
     """Return a tensor as an array: its own memory if it is on the CPU, else a copy."""
     plain = tensor.is_cpu and not tensor.requires_grad
     return (tensor if plain else tensor.detach().cpu()).numpy()
-
-
-class WeightInTable:
-    """The `weight` of a layer whose rows live in a table: not a tensor, so optimizers refuse it."""
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise ArgumentError(
-            "the weight lives in a table, which updates itself or is frozen; it is no tensor. Read "
-            "rows with layer(ids) or layer.table; torch's optimizers take the other parameters"
-        )
-
-    __iter__ = __len__ = __getitem__ = __array__ = _refuse
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._refuse()
 
 
 class Rows:
@@ -138,7 +121,7 @@ class Rows:
         return twin
 
     def attributes(self, weight: Tensor | None, device: torch.device) -> dict[str, Any]:
-        """Make the attributes of the layer: its Parameter, and `weight` if that is another."""
+        """Make the Parameter of the layer, under its name."""
         raise NotImplementedError
 
     def layer_over(self, weight: Tensor) -> Any:
@@ -155,7 +138,7 @@ class Rows:
 
     def description(self, weight: Any) -> list[str]:
         """List the parts of the layer's repr."""
-        return [f"{weight.shape[0]}, {self.core.table.dim}", *settings_of(self.core)]
+        return [f"{weight.shape[0]}, {weight.shape[1]}", *settings_of(self.core)]
 
     def batch(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Any:
         """Return the batch as the numpy layer takes it: ids, or `Bags`."""
@@ -230,7 +213,7 @@ class TableRows(Rows):
         # anchor is an input without elements: requires_grad_(False) freezes the layer, .to(device)
         # moves its output, and torch's optimizers find nothing to update.
         anchor = nn.Parameter(torch.empty(0, device=device), not self.core.frozen)
-        return {"_anchor": anchor, "weight": WeightInTable()}
+        return {"_anchor": anchor}
 
     def description(self, weight: Any) -> list[str]:
         last = [] if self.optimizer is None else [f"optimizer={self.optimizer}"]
