@@ -26,7 +26,8 @@ cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange, threadid
-from libc.math cimport INFINITY, pow, sqrt
+from libc.float cimport FLT_MAX
+from libc.math cimport INFINITY, exp, pow, sqrt
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
@@ -88,7 +89,7 @@ cdef extern from "_kernels/kernels.h" nogil:
         float (*dot_row)(const float *a_d, const float *b_d, int64_t d) noexcept nogil
         double (*squares_row)(const float *src_d, int64_t d) noexcept nogil
         double (*norm_row)(const float *src_d, double p, int64_t d) noexcept nogil
-        int (*finite_span)(const float *src_d, int64_t d) noexcept nogil
+        float (*largest_span)(const float *src_d, int64_t d) noexcept nogil
         const pe_rule *rules
         void (*uniform_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float low, float width) noexcept nogil
         void (*normal_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float mean, float std) noexcept nogil

@@ -127,7 +127,7 @@ def test_reference_has_the_names_of_the_kernels() -> None:
         "read_batch",
         "overlaps",
         "all_finite",
-        "are_finite",
+        "first_refused",
         "ask_pages",
         "map_pages",
         "cached_pages",

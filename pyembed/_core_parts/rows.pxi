@@ -148,53 +148,63 @@ cdef inline int _require_writable(Column column) except -1:
 
 
 cdef enum:
-    FINITE_SPAN = 1 << 14                         # floats checked at once: 64 KiB, which a thread takes from its cache
+    FINITE_SPAN = 1 << 14                         # floats searched at once: 64 KiB, which a thread takes from its cache
+
+
+cdef struct Span:
+    # A part of an array, and the largest magnitude in it.
+    const float *data
+    int64_t size, array
+    float largest
 
 
 def all_finite(cnp.ndarray values not None, int threads):
     """True if no element of a C-contiguous float32 array is NaN or infinite."""
-    return _are_finite([values], threads)
+    cdef float largest
+    _largest_each([values], &largest, threads)
+    return largest < INFINITY
 
 
-def are_finite(list batches not None, int threads):
-    """True if no gradient and no coefficient of some batches is NaN or infinite."""
-    cdef Batch b
-    arrays = []
-    for b in batches:
-        arrays.append(b.grad)
-        if b.coefficients is not None:
-            arrays.append(b.coefficients)
-    return _are_finite(arrays, threads)
-
-
-cdef bint _are_finite(list arrays, int threads) except -1:
-    cdef int64_t spans = 0, span, i, good = 0, floats = 0
+cdef int _largest_each(list arrays, float *largest_a, int threads) except -1:
+    """largest_a[i] = the largest magnitude in arrays[i]: NaN if it has one, 1 if it is None."""
+    cdef int64_t at, a, spans = 0, span, floats = 0, count = len(arrays)
     cdef const pe_kernels *k = kernels
     cdef cnp.ndarray values
-    for values in arrays:
-        _floats(values, cnp.PyArray_SIZE(values))
-        floats += cnp.PyArray_SIZE(values)
-        spans += cnp.PyArray_SIZE(values) // FINITE_SPAN + 1
-    if floats <= FINITE_SPAN:                     # a list of spans would take longer than the check
-        for values in arrays:
-            if not k.finite_span(<const float *>cnp.PyArray_DATA(values), cnp.PyArray_SIZE(values)):
-                return False
-        return True
-    cdef const float **data = <const float **>malloc(spans * (sizeof(float *) + sizeof(int64_t)))
-    if data is NULL:
+    for a in range(count):
+        values, largest_a[a] = arrays[a], 1
+        if values is not None:
+            _floats(values, cnp.PyArray_SIZE(values))
+            floats += cnp.PyArray_SIZE(values)
+            spans += cnp.PyArray_SIZE(values) // FINITE_SPAN + 1
+    if floats <= FINITE_SPAN:                     # a list of spans would take longer than the search
+        for a in range(count):
+            values = arrays[a]
+            if values is not None:
+                largest_a[a] = k.largest_span(<const float *>cnp.PyArray_DATA(values), cnp.PyArray_SIZE(values))
+        return 0
+    cdef Span *all_spans = <Span *>malloc(spans * sizeof(Span))
+    if all_spans is NULL:
         raise MemoryError
-    cdef int64_t *size = <int64_t *>(data + spans)
     span = 0
-    for values in arrays:
-        for i in range(cnp.PyArray_SIZE(values) // FINITE_SPAN + 1):
-            data[span] = <const float *>cnp.PyArray_DATA(values) + i * FINITE_SPAN
-            size[span] = min(cnp.PyArray_SIZE(values) - i * FINITE_SPAN, <int64_t>FINITE_SPAN)
+    for a in range(count):
+        values = arrays[a]
+        if values is None:
+            continue
+        largest_a[a] = 0
+        for at in range(0, cnp.PyArray_SIZE(values) + 1, FINITE_SPAN):
+            all_spans[span].array, all_spans[span].data = a, <const float *>cnp.PyArray_DATA(values) + at
+            all_spans[span].size = min(cnp.PyArray_SIZE(values) - at, <int64_t>FINITE_SPAN)
             span += 1
     with nogil:
         for span in prange(spans, num_threads=threads, schedule="static", use_threads_if=threads > 1):
-            good += k.finite_span(data[span], size[span])
-    free(data)
-    return good == spans
+            all_spans[span].largest = k.largest_span(all_spans[span].data, all_spans[span].size)
+    for span in range(spans):
+        a = all_spans[span].array
+        if not all_spans[span].largest <= largest_a[a]:     # true for NaN, which then stays
+            if largest_a[a] == largest_a[a]:
+                largest_a[a] = all_spans[span].largest
+    free(all_spans)
+    return 0
 
 
 # Blocks that one thread makes before it copies them into rows: 16 KiB, well inside the L1 cache.

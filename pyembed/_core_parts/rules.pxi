@@ -3,6 +3,7 @@
 
 cdef enum:
     MAX_COLUMNS = 6                               # the weight, three of state, the count, the last step
+    EARLY_FLOATS = 1 << 14                        # prefetched when a step is prepared: 64 KiB
 
 # name → (the kernel, see PE_RULE_TABLE, and the state columns in order); the weight comes first. A column holds one float for
 # each element of the weight, or one for each row.
@@ -43,6 +44,8 @@ cdef class Rule:
 
     cdef readonly str name
     cdef readonly bint skip_nonfinite             # leave a row alone whose gradient is not finite
+    cdef readonly bint refuse_nonfinite           # refuse a batch that has such a row
+    cdef readonly float largest                   # of a gradient after clipping; it, or its square, is still finite
     cdef readonly bint lazy                       # a column holds the last step of each row
     cdef readonly double frequency_power          # divide the learning rate of a row by its count to this power; 0: no column
     cdef readonly float clip_value                # clamp the elements of the gradient to -clip_value .. clip_value
@@ -59,10 +62,14 @@ cdef class Rule:
     cdef int index                                # in pe_kernels.rules
     cdef tuple per_element                        # for each column, whether it is as wide as the weight
 
-    def __init__(self, str name not None, *, bint skip_nonfinite=False, bint lazy=False, double frequency_power=0.0,
-                 float clip_value=INFINITY, float l2=0.0, double max_norm=INFINITY, double norm_type=2.0):
+    def __init__(self, str name not None, *, bint skip_nonfinite=False, bint refuse_nonfinite=False, bint lazy=False,
+                 double frequency_power=0.0, float clip_value=INFINITY, float l2=0.0, double max_norm=INFINITY,
+                 double norm_type=2.0):
         kernel, state = RULES[name]
         self.name, self.index = name, _kernel_index(kernel)
+        # All but these square the gradient in float32.
+        self.largest = FLT_MAX if name in ("sgd", "momentum", "nesterov", "lars") else <float>1.8446742e19
+        self.refuse_nonfinite = refuse_nonfinite
         self.skip_nonfinite, self.lazy, self.frequency_power = skip_nonfinite, lazy, frequency_power
         self.clip_value, self.l2, self.max_norm, self.norm_type = clip_value, l2, max_norm, norm_type
         self.keep, self.clip_scale = 1.0, 1.0
@@ -70,7 +77,7 @@ cdef class Rule:
         self.per_element = (True, *(kind == "element" for kind in state.values()), *(False,) * options)
 
     def __reduce__(self):
-        options = ("skip_nonfinite", "lazy", "frequency_power", "clip_value", "l2", "max_norm", "norm_type")
+        options = ("skip_nonfinite", "refuse_nonfinite", "lazy", "frequency_power", "clip_value", "l2", "max_norm", "norm_type")
         return _rule_of, (self.name, {name: getattr(self, name) for name in options}, self.skipped)
 
     def set_hyper(self, float lr, *, float eps=0, float momentum=0, float one_minus_b1=0, float one_minus_b2=0,
@@ -82,6 +89,13 @@ cdef class Rule:
         """Whether a step does nothing but its rule."""
         return not (self.skip_nonfinite or self.lazy or self.frequency_power != 0 or self.keep != 1
                     or self.clip_value < INFINITY or self.clip_scale != 1 or self.l2 != 0 or self.max_norm < INFINITY)
+
+    cdef bint _takes(self, double largest) noexcept nogil:
+        """Whether the rule can take a row whose summed gradient has elements of up to this magnitude.
+
+        A clip_scale of NaN comes from another table, whose optimizer lets NaN through.
+        """
+        return largest <= FLT_MAX and not min(largest, <double>self.clip_value) * self.clip_scale > self.largest
 
 
 def _rule_of(name, options, skipped):
@@ -119,7 +133,7 @@ cdef class Step:
 
     def __init__(self, Rule rule not None, Batch batch not None, tuple columns not None, dict counts=None, list pending=None):
         cdef Column column, weight = columns[0]
-        cdef int64_t width
+        cdef int64_t width, u
         cdef int c
         self.rule, self.batch, self.columns, self.pages = rule, batch, columns, weight.pages
         self.counts, self.pending = counts, pending
@@ -145,6 +159,8 @@ cdef class Step:
         self.last = self.num_columns - 1 if rule.lazy else 0
         self.count = self.num_columns - 1 - rule.lazy if rule.frequency_power != 0 else 0
         self.plain = rule._is_plain()
+        for u in range(min(batch.u, max(UPDATE_AHEAD, EARLY_FLOATS // max(1, self.row_floats)))):
+            _prefetch_row(self, u)
 
     cdef int _require_ready(self) except -1:
         cdef Column column
@@ -199,7 +215,7 @@ cdef bint _update_row(const pe_kernels *k, Step s, Rule rule, float *const *col,
     cdef const pe_hyper *h = &rule.hyper
     cdef pe_hyper of_row
     cdef double norm
-    if rule.skip_nonfinite and not k.finite_span(grad_d, d):
+    if rule.skip_nonfinite and not rule._takes(k.largest_span(grad_d, d)):
         return False
     _catch_up(k, s, rule, col, d, True)
     if rule.clip_value < INFINITY or rule.clip_scale != 1 or rule.l2 != 0:
@@ -296,6 +312,40 @@ cdef void _update_together(void **steps, int64_t n, int threads, float *sums, in
                 pe_leave_cpu(caller)
             _update_share(k, steps, n, _split(floats, t, threads), _split(floats, t + 1, threads), sums + t * (widest + 16),
                           skipped + t * row)
+
+
+cdef bint _step_is_finite(Step s, double largest, double largest_coefficient, int threads) except -1:
+    """Whether the rule can take the sum of each row, from the largest magnitudes in the batch."""
+    cdef double count = 1 if s.batch.unique else s.batch.n - s.batch.u + 1    # no row has more gradients
+    cdef double rounding = exp(count * 2.0**-23)                              # (1 + 2^-24)^count, and one more for products
+    cdef float sum_largest
+    if s.rule._takes(largest * largest_coefficient * count * rounding):
+        return True
+    if not (largest < INFINITY and largest_coefficient < INFINITY):
+        return False
+    _largest_each([sum_groups(s.batch, threads)], &sum_largest, threads)
+    return s.rule._takes(sum_largest)
+
+
+def first_refused(list steps not None, int threads):
+    """The index of the first step whose rule refuses its gradients: one is not finite, or a sum or a square; -1 for none."""
+    cdef int64_t j, n = len(steps)
+    cdef Step s
+    arrays = []
+    for s in steps:
+        arrays += (s.batch.grad, s.batch.coefficients) if s.rule.refuse_nonfinite else (None, None)
+    cdef float *largest = <float *>malloc(2 * n * sizeof(float) + 1)
+    if largest is NULL:
+        raise MemoryError
+    try:
+        _largest_each(arrays, largest, threads)
+        for j in range(n):
+            s = steps[j]
+            if s.rule.refuse_nonfinite and not _step_is_finite(s, largest[2 * j], largest[2 * j + 1], threads):
+                return j
+    finally:
+        free(largest)
+    return -1
 
 
 def update(list steps not None, int threads):

@@ -95,7 +95,7 @@ typedef struct {
     float (*dot_row)(const float *a_d, const float *b_d, int64_t d);             /* 16 lanes and a tree */
     double (*squares_row)(const float *src_d, int64_t d);                        /* sum of squares in double, 16 lanes */
     double (*norm_row)(const float *src_d, double p, int64_t d);                 /* p-norm in double, 16 lanes; NaN if any */
-    int (*finite_span)(const float *src_d, int64_t d);                           /* 1 if no NaN and no infinity */
+    float (*largest_span)(const float *src_d, int64_t d);                        /* the largest |x|; NaN if any */
     pe_rule rules[PE_MAX_RULES];                                                 /* ends with a name that is NULL */
     /* Blocks from `block` on of the stream that `seed` names: PE_BLOCK floats each, a function of (seed, block) alone. */
     void (*uniform_blocks)(float *dst, uint64_t seed, uint64_t block, int64_t blocks, float low, float width);

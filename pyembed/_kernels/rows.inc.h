@@ -118,14 +118,12 @@ PE_INLINE int32_t largest_bits(const float *restrict src_d, int64_t d) {
 }
 
 /* The largest |x|, or NaN if there is one. */
-static double norm_inf_row(const float *restrict src_d, int64_t d) {
+static float largest_span(const float *restrict src_d, int64_t d) {
     const int32_t bits = largest_bits(src_d, d);
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
-
-static int finite_span(const float *restrict src_d, int64_t d) { return largest_bits(src_d, d) < 0x7f800000; }
 
 static double norm0_row(const float *restrict src_d, int64_t d) {
     double lane[PE_SUM_LANES] = {0};
@@ -137,7 +135,7 @@ static double norm0_row(const float *restrict src_d, int64_t d) {
 static double norm_row(const float *src_d, double p, int64_t d) {
     if (p == 2.0) return norm2_row(src_d, d);
     if (p == 1.0) return norm1_row(src_d, d);
-    const double largest = norm_inf_row(src_d, d);
+    const double largest = largest_span(src_d, d);
     if (largest != largest) return largest;
     if (p == 0.0) return norm0_row(src_d, d);
     if (isinf(p) || largest == 0.0 || isinf(largest)) return largest;
@@ -161,7 +159,7 @@ const pe_kernels PE_CAT(pe_kernels_, PE_LEVEL) = {
     .max_which_row = max_which_row,
     .dot_row = dot_row,
     .norm_row = norm_row,
-    .finite_span = finite_span,
+    .largest_span = largest_span,
     .squares_row = squares_row,
     .rules = PE_RULE_TABLE,
     .uniform_blocks = uniform_blocks,

@@ -22,7 +22,7 @@ from pyembed.errors import ArgumentError, DTypeError
 from pyembed.grouping import SparseGrad
 from pyembed.optim.options import Options, checked
 from pyembed.optim.schedules import Schedule
-from pyembed.optim.step import Part, require_finite_gradients, steps_taken, take
+from pyembed.optim.step import Part, refuse, steps_taken, take
 from pyembed.storage.columns import state_widths
 from pyembed.table import Table
 
@@ -120,6 +120,7 @@ class Optimizer:
         self._rule = _core.Rule(
             self.rule,
             skip_nonfinite=asked.nonfinite == "skip_row",
+            refuse_nonfinite=asked.nonfinite == "raise",
             lazy=asked.decay_mode == "lazy" or lazy_momentum,
             frequency_power=asked.frequency_power,
             clip_value=asked.clip_value,
@@ -253,16 +254,18 @@ class Optimizer:
         batch, table = self._target.read_gradient(ids, grad), self.table
         grouping.group_batches([batch], table.num_threads)
         threads = _threads.for_work(batch.ids.size * batch.dim, table.num_threads)
-        if self.nonfinite == "raise":
-            require_finite_gradients([batch], threads)
         require_apart(batch.grad, table.store.columns_of(self.state), "grad")
         sums = _core.sum_groups(batch, threads)
+        if self._rule.refuse_nonfinite and not _core.all_finite(sums, threads):
+            refuse(batch, threads)
         sparse = SparseGrad(batch.unique_rows.copy(), sums.copy() if batch.unique else sums)
-        self._pending.append(
-            grouping.unique_batch(sparse, batch.num_rows, batch.dim, batch.skip_row)
-        )
-        if sum(kept.ids.size for kept in self._pending) > 2 * self._pending[0].ids.size:
-            self._merge()
+        kept = [
+            *self._pending,
+            grouping.unique_batch(sparse, batch.num_rows, batch.dim, batch.skip_row),
+        ]
+        if sum(part.ids.size for part in kept) > 2 * kept[0].ids.size:
+            kept = self._merged(kept)
+        self._pending = kept
 
     def discard(self) -> None:
         """Drop the accumulated gradients. A copy of an optimizer starts without them."""
@@ -271,18 +274,20 @@ class Optimizer:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": []}
 
-    def _merge(self) -> None:
-        """Sum all pending gradients, row by row, in the order in which they were accumulated."""
-        if len(self._pending) > 1:
-            first, rows, dim = self._pending[0], self.table.rows, self.table.dim
-            sparse = grouping.sum_duplicates(
-                np.concatenate([kept.ids for kept in self._pending]),
-                np.concatenate([kept.grad for kept in self._pending]),
-                rows,
-                dim,
-                num_threads=self.table.num_threads,
-            )
-            self._pending[:] = [grouping.unique_batch(sparse, rows, dim, first.skip_row)]
+    def _merged(self, kept: list[_core.Batch]) -> list[_core.Batch]:
+        """Sum accumulated gradients row by row, in their order: a list of one."""
+        if len(kept) == 1:
+            return kept
+        rows, dim, num_threads = self.table.rows, self.table.dim, self.table.num_threads
+        ids, grad = (
+            np.concatenate(parts) for parts in zip(*((b.ids, b.grad) for b in kept), strict=True)
+        )
+        joined = _core.Batch(ids, grad, rows, dim, kept[0].skip_row)
+        grouping.group_batches([joined], num_threads)
+        sums = grouping.summed(joined, num_threads)
+        if self._rule.refuse_nonfinite and not _core.all_finite(sums.grad, num_threads):
+            refuse(joined, num_threads)
+        return [sums]
 
     def _part(self, ids: ArrayLike | Bags | SparseGrad | None, grad: ArrayLike | None) -> Part:
         """The part of this optimizer in a step with these arguments, or with pending gradients."""
@@ -290,7 +295,7 @@ class Optimizer:
         if ids is None:
             if grad is not None or not self._pending:
                 raise ArgumentError("step(ids, grad): ids are missing, and nothing was accumulated")
-            self._merge()
+            self._pending = self._merged(self._pending)
             return self._part_of(self._pending[0], self._pending)
         if self._pending:
             raise ArgumentError(
@@ -299,17 +304,8 @@ class Optimizer:
         return self._part_of(self._target.read_gradient(ids, grad))
 
     def _part_of(self, batch: _core.Batch, pending: list[_core.Batch] | None = None) -> Part:
-        refuses = self.nonfinite == "raise"
-        return Part(
-            self.table,
-            self.state,
-            self._rule,
-            self._prepare,
-            batch,
-            refuses,
-            self.clip_norm,
-            pending,
-        )
+        table, rule = self._target.table, self._rule
+        return Part(table, self.state, rule, self._prepare, self.clip_norm, batch, pending)
 
     def _prepare(self, number: int, clip_scale: float) -> None:
         """Set the rule for step `number`, the first being 1."""

@@ -19,8 +19,9 @@ class Options(TypedDict, total=False):
     Attributes
     ----------
     nonfinite : {"raise", "skip_row", "allow"}
-        How NaN and infinity in a gradient are treated: the batch is refused; a row whose summed
-        gradient has one is left alone, and counted in `skipped`; or they are let through.
+        How NaN and infinity in a gradient are treated, and sums or squares that overflow float32:
+        the batch is refused; a row whose summed gradient has one is left alone, and counted in
+        `skipped`; or they are let through.
     weight_decay : float
     decay_mode : {"l2", "decoupled", "lazy"}
         "l2": ``g += weight_decay * w``. "decoupled": ``w *= 1 - lr * weight_decay``. Both for the

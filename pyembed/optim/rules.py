@@ -117,7 +117,7 @@ class Adagrad(Optimizer):
     lr : float or schedule
         The learning rate, see `pyembed.schedules`.
     eps : float
-        Added to the root in the denominator; 0 or more.
+        Added to the root in the denominator; above 0.
     **options
         See `Options`.
 
@@ -141,7 +141,7 @@ class Adagrad(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(target, lr, options)
-        self.eps = in_range("eps", eps, 0.0)
+        self.eps = in_range("eps", eps, ABOVE_ZERO)
 
     def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
         rule.set_hyper(lr, eps=self.eps)
@@ -185,7 +185,7 @@ class RowwiseAdagrad(Adagrad):
         eps: float = 1e-8,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(target, lr, in_range("eps", eps, ABOVE_ZERO), **options)
+        super().__init__(target, lr, eps, **options)
 
 
 class RMSprop(Optimizer):
@@ -464,7 +464,8 @@ class FTRL(Optimizer):
     lr : float or schedule
         The learning rate, above 0; see `pyembed.schedules`.
     beta, l1, l2 : float
-        The constants of the formula above; 0 or more.
+        The constants of the formula above; 0 or more. The denominator is above 0 even for the
+        smallest n: ``beta / lr + l2`` is at least 1e-30.
     **options
         See `Options`.
     """
@@ -485,10 +486,20 @@ class FTRL(Optimizer):
         super().__init__(target, lr, options)
         self.beta = in_range("beta", beta, 0.0)
         self.l1, self.l2 = in_range("l1", l1, 0.0), in_range("l2", l2, 0.0)
+        self._require_denominator(self.lr)
         if self.frequency_power > 1:  # the rule divides by the learning rate
             raise ArgumentError(f"frequency_power = {self.frequency_power}; allowed: 0 .. 1")
 
+    def _require_denominator(self, lr: float) -> None:
+        """Refuse constants that divide by zero when n is zero."""
+        if self.beta / lr + self.l2 < ABOVE_ZERO:
+            raise ArgumentError(
+                f"beta = {self.beta:g}, l2 = {self.l2:g}, lr = {lr:g}; allowed: beta / lr + l2 of "
+                f"at least {ABOVE_ZERO:g}"
+            )
+
     def _set_hyper(self, rule: _core.Rule, step: int, lr: float) -> None:
+        self._require_denominator(lr)
         rule.set_hyper(lr, beta=self.beta, l1=self.l1, l2=self.l2)
 
     def _parameters(self) -> dict[str, Any]:

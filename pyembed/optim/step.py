@@ -14,9 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
 
 from pyembed import _core, _threads, grouping
 from pyembed._checks import require_finite
+from pyembed.errors import NonFiniteError
 from pyembed.table import Table
 
 
@@ -32,27 +36,24 @@ class Part:
     rule : _core.Rule
     prepare : callable
         ``prepare(number, clip_scale)`` sets `rule` for step `number`, the first being 1.
-    batch : _core.Batch
-        The gradients.
-    refuses_nonfinite : bool
-        NaN and infinity in a gradient are an error.
     clip_norm : float or None
         The 2-norm of the gradients is at most this.
+    batch : _core.Batch
+        The gradients.
     pending : list or None
         Emptied by the step: what was accumulated for it.
-    clip_scale : float
-        The factor of the gradients, once their norm is known.
     """
 
     table: Table
     state: dict[str, int]
     rule: _core.Rule
     prepare: Callable[[int, float], None]
-    batch: _core.Batch
-    refuses_nonfinite: bool
     clip_norm: float | None
+    batch: _core.Batch
     pending: list[_core.Batch] | None = None
-    clip_scale: float = 1.0
+
+
+Clipped = list[tuple[_core.Batch, float]]
 
 
 def take(parts: Sequence[Part], clip_norm: float | None = None) -> None:
@@ -65,19 +66,22 @@ def take(parts: Sequence[Part], clip_norm: float | None = None) -> None:
     clip_norm : float, optional
         The 2-norm of the gradients of all parts, taken as one vector, is at most this.
     """
+    batches = [part.batch for part in parts]
     ids = floats = num_threads = 0
     for part in parts:
-        size, threads = part.batch.ids.size, part.table.num_threads
-        ids, floats = ids + size, floats + size * part.batch.dim
+        batch, threads = part.batch, part.table.num_threads
+        size = batch.ids.size
+        ids, floats = ids + size, floats + size * batch.dim
         if threads > num_threads:
             num_threads = threads
     threads = _threads.for_work(floats, num_threads)
-    _core.group([part.batch for part in parts], _threads.for_work(4 * ids, num_threads))
-    require_finite_gradients([part.batch for part in parts if part.refuses_nonfinite], threads)
-    _clip(parts, clip_norm, threads)
+    _core.group(batches, _threads.for_work(4 * ids, num_threads))
     tables = _tables(parts)
     with _still(tables):
-        steps = _steps(parts)
+        steps = _steps(parts, _clipped(parts, clip_norm, threads))
+        at = _core.first_refused(steps, threads)
+        if at >= 0:
+            refuse(parts[at].batch, threads)
         _announce(tables, parts)
         _core.update(steps, threads)
 
@@ -87,39 +91,40 @@ def steps_taken(table: Table, rule: str) -> int:
     return table.store.steps.get(rule, {}).get("steps", 0)
 
 
-def require_finite_gradients(batches: list[_core.Batch], num_threads: int) -> None:
-    """Check all gradients at once; if one is refused, check them one by one to name it.
+def refuse(batch: _core.Batch, num_threads: int) -> NoReturn:
+    """Name the first gradient that is not finite, else the row with the largest sum."""
+    require_finite(batch.grad, "grad", num_threads)
+    if batch.coefficients is not None:
+        require_finite(batch.coefficients, "per_sample_weights", num_threads)
+    largest = np.abs(grouping.summed(batch, num_threads).grad).max(axis=1)
+    at = int(largest.argmax())  # the first NaN, if there is one
+    raise NonFiniteError(
+        f"the gradients of row {batch.unique_rows[at]} add up to {largest[at]:g}, and float32 cannot "
+        "hold that or its square; allowed: smaller gradients; nothing was written; clip_value "
+        "clamps finite sums, and nonfinite='allow' on the optimizer lets all of them through"
+    )
 
-    Raises
-    ------
-    NonFiniteError
+
+def _clipped(parts: Sequence[Part], clip_norm: float | None, num_threads: int) -> Clipped:
+    """The batch of each part and the factor of its gradients: by its own norm, or by that of all.
+
+    A batch whose norm is needed has one gradient a row.
     """
-    if not _core.are_finite(batches, num_threads):
-        for batch in batches:
-            require_finite(batch.grad, "grad", num_threads)
-            if batch.coefficients is not None:
-                require_finite(batch.coefficients, "per_sample_weights", num_threads)
-
-
-def _clip(parts: Sequence[Part], clip_norm: float | None, num_threads: int) -> None:
-    """Set the factor of each part's gradients, from a norm of its own or from one norm of all."""
-    if clip_norm is None:
-        for part in parts:
-            if part.clip_norm is not None:
-                part.clip_scale = _scale_to(part.clip_norm, _norm(part, num_threads))
-        return
-    total = 0.0
-    for part in parts:  # sum() would give other bits from Python 3.12 on
-        norm = _norm(part, num_threads)
-        total += norm * norm
+    if clip_norm is None and all(part.clip_norm is None for part in parts):
+        return [(part.batch, 1.0) for part in parts]
+    clipped, total = [], 0.0
     for part in parts:
-        part.clip_scale = _scale_to(clip_norm, math.sqrt(total))
-
-
-def _norm(part: Part, num_threads: int) -> float:
-    """The 2-norm of the gradients that the step applies; the batch then has one for each row."""
-    part.batch = grouping.summed(part.batch, num_threads)
-    return _core.global_norm(part.batch, part.rule.skip_nonfinite, num_threads)
+        batch, scale = part.batch, 1.0
+        if clip_norm is not None or part.clip_norm is not None:
+            batch = grouping.summed(batch, num_threads)
+            norm = _core.global_norm(batch, part.rule.skip_nonfinite, num_threads)
+            total += norm * norm  # sum() would give other bits from Python 3.12 on
+            scale = 1.0 if part.clip_norm is None else _scale_to(part.clip_norm, norm)
+        clipped.append((batch, scale))
+    if clip_norm is not None:
+        scale = _scale_to(clip_norm, math.sqrt(total))
+        return [(batch, scale) for batch, _ in clipped]
+    return clipped
 
 
 def _scale_to(limit: float, norm: float) -> float:
@@ -152,19 +157,19 @@ def _still(tables: list[Table]) -> AbstractContextManager[object]:
         return stack.pop_all()
 
 
-def _steps(parts: Sequence[Part]) -> list[_core.Step]:
+def _steps(parts: Sequence[Part], clipped: Clipped) -> list[_core.Step]:
     """Prepare the rules, whose step numbers are only known in the turn, and check the columns."""
     taken: Counter[tuple[Table, str]] | None = Counter() if len(parts) > 1 else None
     steps = []
-    for part in parts:
-        table, rule = part.table, part.rule
-        number = steps_taken(table, rule.name) + 1
+    for part, (batch, scale) in zip(parts, clipped, strict=True):
+        store, rule = part.table.store, part.rule
+        number = steps_taken(part.table, rule.name) + 1
         if taken is not None:  # parts of one rule share the count of their table
-            number += taken[table, rule.name]
-            taken[table, rule.name] += 1
-        part.prepare(number, part.clip_scale)
-        columns = table.store.columns_of(part.state)
-        steps.append(_core.Step(rule, part.batch, columns, table.store.steps, part.pending))
+            number += taken[part.table, rule.name]
+            taken[part.table, rule.name] += 1
+        part.prepare(number, scale)
+        columns = store.columns_of(part.state)
+        steps.append(_core.Step(rule, batch, columns, store.steps, part.pending))
     return steps
 
 
