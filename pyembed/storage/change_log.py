@@ -19,13 +19,13 @@
             28    u32  CRC-32C of the payload that follows the header
             32    u32  CRC-32C of bytes 0..31
 
-The log is an optimisation, and is trusted only as far as it proves itself. Invariants:
+The log is an optimisation: without it, an export copies all rows. Invariants:
 
 1. A record is written before the manifest that names its last commit. So a record whose last commit
    no manifest names was left by a writer that died, and is overwritten.
 2. Each commit has a random number. So records chain without a gap up to the commit of the manifest,
    or the changes before the gap are unknown.
-3. Nothing is believed that a checksum does not prove, and "unknown" is an answer: export all rows.
+3. Bytes without a valid checksum are not used. The changes are then unknown: export all rows.
 4. Rows that a record names may be the same at both commits; rows that it does not name are.
 5. Old records are merged, so that there are never more than `MOST`. The changes since one of the
    last `EXACT` commits stay exact; for an older one, the answer may include the rows of twice as
@@ -125,7 +125,7 @@ def _header(data: bytes) -> _Header | None:
 
 
 def _read(file: File, at: int = 0) -> list[_Record]:
-    """Read the records from an offset to the first that is not whole; payloads are not checked."""
+    """Read records from an offset on, up to the first incomplete one; do not check payloads."""
     found, size = list[_Record](), file.size
     parts, headers = list[tuple[_Header, int]](), b""
     while header := _header(data := file.read_at(UNIT, at)):
@@ -160,7 +160,7 @@ def _chain(records: list[_Record], last: Commit) -> list[_Record]:
 
 
 def _union(file: File, records: list[_Record]) -> Iterator[Part]:
-    """Yield the union of several records as the parts of one, in the memory of one part.
+    """Yield the union of several records as the parts of one record, with one part in memory.
 
     Raises
     ------
@@ -196,7 +196,7 @@ class ChangeLog:
     ----------
     folder : Folder
     durability : {"process", "power"}
-        With "power" the log is synced, so that it outlives the machine as well.
+        With "power" the log is synced, so that it survives a power cut as well.
     """
 
     chain = staticmethod(_chain)  # the crash suite has a mutant of it
@@ -204,10 +204,10 @@ class ChangeLog:
     def __init__(self, folder: Folder, durability: str) -> None:
         self._folder = folder
         self._power = durability == "power"
-        self._records: list[_Record] | None = None  # of the file, if they are known
+        self._records: list[_Record] | None = None  # the records of the file, if they are known
 
     def append(self, before: Manifest, after: Manifest, parts: Iterable[Part]) -> None:
-        """Write a record, before a manifest commits: the rows that changed since the one before.
+        """Write the record of a commit, before its manifest: the rows that changed since the last.
 
         No commit fails because of the log: changes that cannot be written are unknown later.
         """
@@ -235,7 +235,7 @@ class ChangeLog:
             file.sync()
 
     def _merge(self, file: File, records: list[_Record]) -> None:
-        """Replace the file by one with the older records merged; by none if one is damaged."""
+        """Replace the file by one with the older records merged; by an empty one after damage."""
         try:
             merged = (entry for group in _groups(records) for entry in _merged(file, group))
             self._folder.replace(FILE, merged)
@@ -249,7 +249,7 @@ def _merged(file: File, group: list[_Record]) -> Iterator[bytes]:
 
 
 def _groups(records: list[_Record]) -> list[list[_Record]]:
-    """Group the records to merge: a group has at most as many commits as came after it."""
+    """Group the records to merge: a group has at most as many commits as there are after it."""
     groups, age, after = list[list[_Record]](), 0, 0
     for record in reversed(records):
         if age >= KEPT:
@@ -317,7 +317,7 @@ class ChangedRows:
 
     @property
     def rows_before(self) -> int:
-        """Number of rows at the earlier commit, or at one before it: all rows behind are new."""
+        """Number of rows at the earlier commit, or at one before it; rows beyond it are new."""
         return self._records[0].rows if self._records else self._state.rows
 
     def rows(self) -> Iterator[I64]:

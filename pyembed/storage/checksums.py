@@ -1,11 +1,11 @@
 """Checksums of rows that did not change since they were written: one for each MiB of their file.
 
 A table gets them when it is made, while its rows are streamed out, and loses them at the first
-commit of other rows. They are a file that any numpy opens, ``seal.npy``: uint32, the CRC-32C of
-bytes 0..1 MiB, 1..2 MiB, … of ``rows.npy``, of which the first leaves the header out. The manifest
-has the CRC-32C of that file, so damage to either, or a file of another table, is noticed.
+commit of changed rows. They are stored in ``seal.npy``, an array of uint32: the CRC-32C of bytes
+0..1 MiB, 1..2 MiB, … of ``rows.npy``, of which the first leaves the header out. The manifest has
+the CRC-32C of that file, which detects damage to either file, and a file of another table.
 
-Rows that change in place have no checksum: to keep one, every change would read a MiB.
+Rows that change in place have no checksum, because to keep one, every change would read a MiB.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pyembed.storage.fs import File, Folder
 from pyembed.storage.npy import HEADER_BYTES
 
 FILE = "seal.npy"
-BLOCK_BYTES = 1 << 20  # of a file have a checksum of their own
-READ_BYTES = 8 << 20  # of the rows at a time
+BLOCK_BYTES = 1 << 20  # bytes of the file for each checksum
+READ_BYTES = 8 << 20  # bytes read at a time
 NAMED = 8  # runs of damaged rows in a message
 
 U32 = NDArray[np.uint32]
@@ -46,7 +46,7 @@ def block_sums(view: memoryview, at: int) -> list[int]:
 
 
 def save(folder: Folder, sums: Sequence[int]) -> str:
-    """Write the checksums into a new folder; return the text that the manifest keeps of them."""
+    """Write the checksums into a new folder; return their own checksum, for the manifest."""
     array = np.array(sums, "<u4")
     data = npy.header_of(array) + array.tobytes()
     folder.write(FILE, [data])
@@ -69,7 +69,7 @@ def load(folder: Folder, seal: str) -> U32:
 
 
 def read(file: File) -> Iterator[list[int]]:
-    """Yield the checksums of a file as it is, a few at a time; it is read, not mapped."""
+    """Read a file, without mapping it, and yield its checksums, a few at a time."""
     at = 0
     while data := file.read_at(READ_BYTES, at):
         yield block_sums(memoryview(data), at)
@@ -77,7 +77,7 @@ def read(file: File) -> Iterator[list[int]]:
 
 
 def compare(file: File, found: Sequence[int] | U32, expected: U32, stride: int) -> None:
-    """Compare the checksums that rows have with those that they should have.
+    """Compare the checksums of rows with the expected ones.
 
     Parameters
     ----------

@@ -81,7 +81,7 @@ def appearing(path: Path) -> Iterator[Folder]:
     with Folder(path.parent) as parent:
         if not path.name or parent.exists(path.name):  # "." and "/" have no name, and exist
             raise FileExistsError(
-                errno.EEXIST, "there is something already; choose a new name", str(path)
+                errno.EEXIST, "the name exists already; choose a new name", str(path)
             )
         temporary = f"{path.name}.creating-{secrets.token_hex(4)}"
         parent.mkdir(temporary)

@@ -13,10 +13,10 @@ from pyembed import _core
 I64 = NDArray[np.int64]
 U32 = NDArray[np.uint32]
 U8 = NDArray[np.uint8]
-BLOCK = 4096  # bytes of the bits that are cleared and read together: a page
+BLOCK = 4096  # bytes of bits that are cleared and read together: a page
 BLOCK_ROWS = 8 * BLOCK
 BLOCK_SHIFT = BLOCK_ROWS.bit_length() - 1
-RANGE_BLOCKS = 512  # of one part, see `parts`
+RANGE_BLOCKS = 512  # blocks in a range of `parts`
 RANGE_BYTES = RANGE_BLOCKS * BLOCK
 RANGE_ROWS = 8 * RANGE_BYTES
 
@@ -26,9 +26,9 @@ class DirtyRows:
 
     The bits of unchanged pages of `BLOCK_ROWS` rows take no memory.
 
-    `new` does not mark rows, so that a row counts as dirty only once its old content is safe: the
-    caller takes a lock, asks which rows are new, records them, syncs, and marks them. Other threads
-    may call `new` in the meantime.
+    `new` does not mark rows, because a row counts as dirty only once its old content is safe: the
+    caller takes a lock, calls `new`, records these rows, syncs, and marks them. Other threads may
+    call `new` in the meantime.
 
     Parameters
     ----------
@@ -45,14 +45,14 @@ class DirtyRows:
         self._lock = threading.Lock()
 
     def new(self, rows: I64) -> I64:
-        """Return those of `rows` (ascending, unique) that are not marked, in their order."""
+        """Return the elements of `rows` (ascending, unique) that are not marked, in their order."""
         rows = rows[: np.searchsorted(rows, self.rows)]
         with self._lock:
             unmarked: I64 = _core.unmarked_rows(self._bits.reshape(-1), rows)
         return unmarked
 
     def mark(self, rows: I64) -> None:
-        """Mark rows (ascending, unique, returned by `new`): they are safe to change."""
+        """Mark rows (ascending, unique, returned by `new`), which are now safe to change."""
         with self._lock:
             _core.mark_rows(self._bits.reshape(-1), rows)
         self._dirty[rows >> BLOCK_SHIFT] = True
@@ -77,7 +77,7 @@ class DirtyRows:
                 yield int(blocks[0]) // RANGE_BLOCKS, offsets, bits[used]
 
     def clear(self) -> None:
-        """Remove all marks: the rows are those of the commit again."""
+        """Remove all marks, after a rollback."""
         blocks = np.flatnonzero(self._dirty)
         self._bits[blocks] = 0
         self._dirty[blocks] = False

@@ -239,7 +239,7 @@ class PrivateCopy(_MappedStore):
     ) -> None:
         array = files.map_commit(mmap.ACCESS_COPY, as_is, progress)
         super().__init__(files, "c", array, memory_limit)
-        self._transaction = Transaction(files)  # for its check of a fork; it never begins
+        self._transaction = Transaction(files)  # only for its check of a fork; it never begins
 
     def begin_change(self, state: Mapping[str, int], rows: I64) -> tuple[_core.Column, ...]:
         """Return the columns to change; the system copies a page at its first change."""
@@ -300,7 +300,7 @@ class Writer(_MappedStore):
 
     @property
     def transaction(self) -> Transaction:
-        """What the writer keeps between two commits."""
+        """The state of the writer between two commits."""
         return self._transaction
 
     @property
@@ -351,7 +351,7 @@ class Writer(_MappedStore):
         self.attach(self.array, self.manifest.columns, self._page_cache.pages)
 
     def commit(self, meta: dict[str, Any] | None) -> None:
-        """Sync the rows, then say so in the manifest; do nothing if nothing changed."""
+        """Sync the rows, then save the manifest that commits them; do nothing without a change."""
         before = self.manifest
         if before.state == "clean" and before.optimizer == self.steps and meta is None:
             self._transaction.require_usable()

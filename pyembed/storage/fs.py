@@ -6,7 +6,7 @@
 
 A `Folder` holds the descriptor of a table's folder from open to close. All names are resolved
 relative to that descriptor, so a table stays where it was opened when the process changes its
-working directory, or when somebody renames the folder. A path is for messages.
+working directory, or when another program renames the folder. A path is for messages.
 
 How a test replaces the system: it subclasses `FileSystem` and installs an instance with `using`.
 Each store, folder and file keeps the instance that was installed when it was opened. ::
@@ -114,7 +114,7 @@ class FileSystem:
         os.posix_fallocate(fd, at, size)
 
     def lock(self, fd: int, exclusive: bool) -> None:
-        """Take a flock, without waiting; BlockingIOError if somebody else holds it."""
+        """Take a flock, without waiting; BlockingIOError if it is held elsewhere."""
         kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
 

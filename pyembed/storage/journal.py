@@ -166,7 +166,7 @@ class Journal:
         self._power = durability == "power"
         # Kept open: a newly opened file may not report a write that failed before.
         self._files = dict[str, File]()
-        self._file = File(folder.system, -1, folder.path)  # of this transaction
+        self._file = File(folder.system, -1, folder.path)  # the file of this transaction
         self._salt = self._generation = self._at = self._allocated = self._settled = self._sent = 0
         self.failed_sync = False
         self.name = ""
@@ -267,7 +267,7 @@ class Journal:
         self.bytes_written += used + len(tail)
 
     def _allocate(self, end: int) -> None:
-        """Have space up to an offset, and more if the disk has it, so as to allocate rarely."""
+        """Allocate space up to an offset, and more if the disk has it, so that this is rare."""
         have = self._allocated
         if end <= have:
             return
@@ -280,7 +280,7 @@ class Journal:
         self._allocated = ahead
 
     def sync(self) -> None:
-        """Make the recorded rows outlive the machine. The first failure is final.
+        """Sync the recorded rows, so that they survive a power cut. The first failure is final.
 
         Raises
         ------
@@ -291,7 +291,7 @@ class Journal:
         self._settled = self.frames
 
     def start_write_back(self) -> None:
-        """Begin to write the frames to the disk for which that has not begun yet."""
+        """Start to write frames to the disk, from where the last call ended."""
         begun, self._sent = self._sent, self._at
         if begun < self._sent:
             self._file.system.start_write_back(self._file.fd, begun, self._sent - begun)
@@ -396,7 +396,7 @@ class Replay:
         return rows, old.reshape(header.n, self._stride)
 
     def _judge(self, file: File, zeros: bool) -> _End:
-        """Say what it means that there is no valid frame here."""
+        """Decide what it means that there is no valid frame here: `end` and `problem`."""
         if self.frames == 0:
             return _End("damaged", "it does not begin with a frame of this transaction")
         here, later = f"frame {self.frames} at byte {self.bytes}", self._settled_after(file)

@@ -1,10 +1,10 @@
 """Keep the first rows of a table in memory: read them, then lock their pages with mlock.
 
-Pages of a file that nobody used for a while are given back when memory is short, also those that
-the next batch needs. A locked page stays. A process may lock only so much (RLIMIT_MEMLOCK), so as
-many rows are locked as it may, and a warning says what is missing.
+When memory is short, the system evicts pages of a file that were not used for a while, even if the
+next batch needs them. A locked page stays. A process may lock a limited amount of memory
+(RLIMIT_MEMLOCK); rows are locked up to this limit, and a warning names the number of the others.
 
-It knows addresses, and neither files nor what the rows mean.
+This module works on addresses; it knows neither files nor columns of rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 
 from pyembed._checks import F32
 
-PIECE_BYTES = 64 << 20  # locked by one call: Ctrl-C is noticed between two
-READ_BYTES = 128 << 10  # the system's usual read-ahead: it may ignore what one advice asks beyond
+PIECE_BYTES = 64 << 20  # bytes locked by one call, between two checks for Ctrl-C
+READ_BYTES = 128 << 10  # the system's usual readahead; it may ignore the rest of a longer advice
 MADV_WILLNEED = 3
 MADV_POPULATE_READ = 22  # Linux 5.14
 
@@ -32,14 +32,14 @@ def lock_rows(columns: Iterable[F32], n: int) -> int:
     Parameters
     ----------
     columns : float32 arrays of shape (rows, any)
-        They may lie side by side in one array, or apart.
+        Columns of one array, or separate arrays.
     n : int
         At most rows.
 
     Returns
     -------
     int
-        How many rows are locked, from row 0 on: fewer than `n` only with a RuntimeWarning.
+        The number of locked rows, from row 0 on: less than `n` only with a RuntimeWarning.
     """
     columns, libc = list(columns), _libc()
     row_bytes = 4 * sum(column.shape[1] for column in columns)
@@ -51,12 +51,12 @@ def lock_rows(columns: Iterable[F32], n: int) -> int:
     while locked < n and step:
         end = min(n, locked + step)
         reason = next(filter(None, (_lock(libc, *s) for s in _spans(columns, locked, end))), 0)
-        if reason:  # take back what this step locked, but the page that it shares with the last row
+        if reason:  # unlock the rows of this step, except a page that they share with locked rows
             for span in _spans(columns, locked, end):
                 libc.munlock(*span)
             for span in _spans(columns, max(0, locked - 1), locked):
                 libc.mlock(*span)
-            step = (end - locked) // 2  # to the last row that the limit leaves room for
+            step = (end - locked) // 2  # a binary search for the last row within the limit
         else:
             locked = end
     if locked < n:
@@ -73,7 +73,7 @@ def lock_rows(columns: Iterable[F32], n: int) -> int:
 
 
 def unlock_rows(columns: Iterable[F32]) -> None:
-    """Let the system give back the pages of all rows again."""
+    """Let the system evict the pages of all rows again."""
     libc, columns = _libc(), list(columns)
     for span in _spans(columns, 0, len(columns[0])):
         libc.munlock(*span)
@@ -88,7 +88,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _spans(columns: Iterable[F32], first: int, end: int) -> Iterator[Span]:
-    """The pages of some rows. Columns side by side lie on the same ones: these come once."""
+    """Yield the pages of some rows. Columns of one row share pages, which are yielded once."""
     found: set[Span] = set()
     for column in columns:
         if first < end:
@@ -101,13 +101,13 @@ def _spans(columns: Iterable[F32], first: int, end: int) -> Iterator[Span]:
 
 
 def _warm(libc: ctypes.CDLL, address: int, length: int) -> None:
-    """Read pages from disk, many at a time: mlock alone reads page after page."""
+    """Read pages from disk, many at a time, because mlock reads one page after the other."""
     for at in range(address, address + length, READ_BYTES):
         libc.madvise(at, min(READ_BYTES, address + length - at), MADV_WILLNEED)
-    # Waits for them. Older systems do not know it; then mlock waits, and a disk's error is its own.
+    # This call waits for the pages. On older systems it fails, and mlock waits instead.
     libc.madvise(address, length, MADV_POPULATE_READ)
 
 
 def _lock(libc: ctypes.CDLL, address: int, length: int) -> int:
-    """0, or the errno that says why not."""
+    """Lock pages; return 0, or the errno of the failure."""
     return ctypes.get_errno() if libc.mlock(address, length) else 0

@@ -26,7 +26,7 @@ MAX_STRIDE = 1 << 24  # floats of a row: 256 columns of the largest width
 
 
 class Header(NamedTuple):
-    """What a header says, and where the data begins.
+    """The content of a header, and the offset of the data.
 
     Attributes
     ----------

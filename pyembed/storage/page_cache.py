@@ -22,7 +22,7 @@ from pyembed.storage.npy import HEADER_BYTES
 
 POLL_SECONDS = 0.1  # between two looks; at 80,000 pages a second 32 MB are read meanwhile
 SLICE_BYTES = 32 << 20  # evicted by one call
-WRITE_SLICE_BYTES = 64 << 20  # of the file, searched for dirty pages by one call
+WRITE_SLICE_BYTES = 64 << 20  # bytes of the file that one call searches for dirty pages
 MIN_LIMIT = 1 << 20
 NEAR = 0.75  # share of the dirty pages at which the system begins to write by itself
 

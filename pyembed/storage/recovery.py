@@ -22,9 +22,9 @@ I64 = NDArray[np.int64]
 Frames = Iterable[tuple[I64, F32]]
 # Wraps an iterable of frames and gets a description: it shows a progress bar, or does nothing.
 Progress = Callable[[Frames, str], Frames]
-TOGETHER_BYTES = 256 << 20  # of frames that are sorted, as a sweep over the table reads faster
+TOGETHER_BYTES = 256 << 20  # bytes of frames sorted at a time, as a sweep over the table is faster
 SWEEP_ROWS, AHEAD = 4096, 8  # rows of a part of a sweep; parts whose pages are being read
-DENSE = 4  # a part reads all pages of its range if they are at most so many times those it needs
+DENSE = 4  # a part reads all pages of its range if they are at most 4 times the pages it needs
 
 
 def silent(frames: Frames, what: str) -> Frames:
@@ -39,9 +39,9 @@ def judge(folder: Folder, state: Manifest, written: int = 0, progress: Progress 
     ----------
     folder : Folder
     state : Manifest
-        The dirty one.
+        The dirty manifest.
     written : int
-        Number of frames that must be there, as far as it is known.
+        Number of frames that are known to be in the journal; 0 if it is unknown.
     progress : function
         See `Progress`.
 
@@ -79,8 +79,8 @@ def put_back(
 ) -> None:
     """Write the rows of a journal into the mapping of a table.
 
-    Frames of neighbouring rows are written to the file, if one is given: then the pages that they
-    cover need not be read first.
+    A frame of neighbouring rows is written to the file, if one is given, so that the pages which it
+    covers need not be read first.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def put_back(
         if file is not None and (np.diff(rows) == 1).all():
             at = HEADER_BYTES + int(rows[0]) * old[0].nbytes
             file.write_at([old.reshape(-1).view(np.uint8)], at)
-            # While the next frames are read.
+            # The disk writes while the next frames are read.
             file.system.start_write_back(file.fd, at, old.nbytes)
             continue
         some.append((rows, old))

@@ -49,7 +49,7 @@ class Turn(Protocol):
 
 
 class Store(Protocol):
-    """What a table asks of the object that keeps its rows.
+    """The interface that a table requires of the object that keeps its rows.
 
     Attributes
     ----------
@@ -88,7 +88,7 @@ class Store(Protocol):
         """The weight as the kernels take it; ClosedError once the store is closed."""
 
     def still(self) -> Turn:
-        """The turn of one thread alone: nobody else changes rows during the block."""
+        """The turn of one thread alone: no other thread changes rows during the block."""
 
     def shared(self) -> Turn:
         """A turn that any number of threads share, to add to rows under locks."""
@@ -155,9 +155,10 @@ class Store(Protocol):
 
 
 class Turns:
-    """Whose turn it is at the rows: many additions at once, or one of everything else alone.
+    """The turns of threads at the rows: many additions at once, or one other operation alone.
 
-    It is itself the turn of one alone: a context manager of contextlib takes a microsecond more.
+    The object itself is the turn of one thread alone, because a context manager of contextlib takes
+    a microsecond more.
     """
 
     def __init__(self) -> None:
@@ -213,7 +214,7 @@ class RowColumns:
         self.columns: dict[str, _core.Column] = {}
         self._weight: _core.Column | None = None
         self._turns = Turns()
-        self._has_locked = False  # pages, by lock_rows
+        self._has_locked = False  # whether lock_rows has locked pages
 
     def attach(self, array: F32, widths: Mapping[str, int], pages: _core.Pages | None) -> None:
         """Take the columns from an array of shape (rows, stride)."""

@@ -287,7 +287,7 @@ class TableFolder(BareFile):
         self.manifest = state
 
     def put_back(self, array: F32, replay: Replay, progress: Progress) -> None:
-        """Write the rows of a journal into the mapped file, and call it clean."""
+        """Write the rows of a journal into the mapped file, and save a clean manifest."""
         recovery.put_back(array, replay, self._file, progress)
         self.cut_to(self.manifest.rows)
         self.finish(self.manifest.with_changes(**CLEAN))
@@ -311,14 +311,14 @@ class TableFolder(BareFile):
             self._file.allocate(at, 4 * count * stride)
             for chunk in chunks:
                 at = self._file.write_at([chunk], at)
-            self.sync_rows()  # of earlier changes as well
+            self.sync_rows()  # this syncs earlier changes of rows as well
             self._file.write_at([rows_header(rows + count, stride)], 0)
         except BaseException:
             self.cut_to(rows)
             raise
 
     def remove_obsolete(self) -> None:
-        """Remove files that a clean table does not need; it does no harm if they stay."""
+        """Remove files that a clean table does not need; errors are harmless and ignored."""
         seal = () if self.manifest.seal else (checksums.FILE,)
         for name in (*journal.FILES, *seal):
             with contextlib.suppress(OSError):
@@ -336,7 +336,7 @@ def _take_lock(file: File, exclusive: bool, path: Path) -> None:
         if exclusive:
             what = "another process or handle has it open; close it first"
         else:
-            what = "a writer has it open; close it first, or read beside it with live=True"
+            what = "a writer has it open; close it first, or read it with live=True"
         raise LockedError(errno.EWOULDBLOCK, what, str(path)) from None
 
 

@@ -41,9 +41,9 @@ A change, in this order; each line returns before the next begins::
     rollback  the journal is read whole and judged; its rows are put back; rows are synced; then
               the manifest says clean. Recovery at open is the same
 
-What a table promises is its durability. "process": whenever the writing process dies, the next
+The durability of a table is its promise. "process": whenever the writing process dies, the next
 writer finds the last commit, bit for bit. "power": the same if the machine dies. "none": there is
-no journal; a table with uncommitted changes is noticed, and refused.
+no journal, and a table whose writer died with uncommitted changes is refused.
 
 1. No row changes before its old content is as safe as the table's durability promises.
 2. Rows are synced before the manifest that commits them.
@@ -82,7 +82,7 @@ from pyembed.storage.table_files import BareFile, TableFolder
 
 I64 = NDArray[np.int64]
 MAX_AHEAD = 64  # batches that wait to be written ahead; a step records the rows of older ones
-BEHIND_BYTES = 32 << 20  # of new frames, between two looks at whether to write them to the disk
+BEHIND_BYTES = 32 << 20  # bytes of new frames between two calls of `write_back_is_near`
 
 
 class Transaction:
@@ -106,7 +106,7 @@ class Transaction:
         self._pid = os.getpid()
         self._lock = threading.Lock()  # taken by `_turn`
         self._turn = _Turn(self, self._lock)
-        self._salt = self._draw()  # of the next transaction, however often it is begun
+        self._salt = self._draw()  # the salt of the next transaction, however often it is begun
 
     @property
     def is_forked(self) -> bool:
@@ -137,7 +137,7 @@ class Transaction:
         """Take the mapping of the rows, at open and after each change of their number."""
 
     def protect(self, rows: I64) -> None:
-        """Say that rows change, before they do.
+        """Announce that rows are about to change.
 
         Parameters
         ----------
@@ -200,7 +200,7 @@ class JournaledTransaction(Transaction):
     """
 
     keeps_journal = True
-    # The crash suite replaces these by broken ones, which it then has to notice.
+    # The crash suite replaces these types by broken ones, which it has to detect.
     dirty_rows_type: type[DirtyRows] = DirtyRows
     change_log_type: type[ChangeLog] = ChangeLog
 
@@ -232,7 +232,7 @@ class JournaledTransaction(Transaction):
         self._array, self._pages = array, pages
 
     def protect(self, rows: I64) -> None:
-        """Keep the old content of rows, before they change, and say that they do.
+        """Keep the old content of rows that are about to change, and mark the table dirty.
 
         Parameters
         ----------
@@ -258,7 +258,7 @@ class JournaledTransaction(Transaction):
             self._record(rows, self._num_threads)
 
     def _record(self, rows: I64, num_threads: int) -> None:
-        """Record and mark rows; if that fails they stay unmarked, and the table is sound.
+        """Record and mark rows. If recording fails, they stay unmarked, and the table is intact.
 
         Raises
         ------
@@ -282,9 +282,9 @@ class JournaledTransaction(Transaction):
     def _write_behind(self) -> None:
         """Write frames to the disk if the system is about to choose pages for that by itself.
 
-        It would choose pages of the table too, and each of these has to be made writable again at
-        its next change; frames do not change. While there is room, frames stay in memory: a commit
-        makes them obsolete.
+        The system would choose pages of the table too, and each of these costs a page fault at its
+        next change; frames do not change. While there is room, frames stay in memory, because a
+        commit makes them obsolete.
         """
         if self._journal.bytes_written - self._behind >= BEHIND_BYTES:
             self._behind = self._journal.bytes_written
@@ -337,7 +337,7 @@ class JournaledTransaction(Transaction):
             replay = recovery.judge(files.folder, files.manifest, frames, progress)
             try:
                 files.put_back(self._array, replay, progress)
-            except BaseException:  # rows of two times must not be committed
+            except BaseException:  # a mixture of old and new rows must not be committed
                 files.poisoned = True
                 raise
             self._salt = self._draw()
@@ -349,7 +349,7 @@ class JournaledTransaction(Transaction):
 
         A late task of the helper finds the journal closed.
         """
-        if self.is_forked:  # the lock and the helper are the parent's; the lock may be taken
+        if self.is_forked:  # the parent has the helper, and may hold the lock forever in this copy
             self._journal.close()
             return
         with self._lock:
