@@ -10,6 +10,12 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]  # not generic at run time
+    """A bar without tqdm's own thread, which would be started for each first bar of a process."""
+
+    monitor_interval = 0
+
+
 def progress_bar(
     description: str, total: int, unit: str, progress: bool | None, *, initial: int = 0
 ) -> tqdm[Any]:
@@ -32,7 +38,7 @@ def progress_bar(
     -------
     tqdm
     """
-    return tqdm(
+    return _Bar(
         desc=description,
         total=total,
         initial=initial,
@@ -58,4 +64,4 @@ def slow_loop(items: Iterable[Item], description: str, unit: str) -> Iterable[It
     iterable
         The items.
     """
-    return tqdm(items, desc=description, unit=unit, disable=None, delay=1, leave=False)
+    return _Bar(items, desc=description, unit=unit, disable=None, delay=1, leave=False)

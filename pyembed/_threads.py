@@ -5,12 +5,17 @@ the first parallel kernel starts the pool.
 
 libgomp's pool does not survive `os.fork`: a child that inherits a started pool hangs in its first
 parallel region. Therefore the pool is released before a fork, and the child uses one thread.
+
+libgomp ends the process if the system allows it no more threads. Therefore `startable` starts that
+many before libgomp does, and a call makes do with fewer.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import threading
+import time
 from collections.abc import Mapping
 
 from pyembed import _cgroup, _core
@@ -20,8 +25,7 @@ from pyembed.errors import ArgumentError
 # about 2 µs, and one core moves 32768 floats from its caches in about 5 µs (EPYC 9005).
 SERIAL_FLOATS = 32768
 
-# More than any machine can use; libgomp ends the process when it cannot start a thread.
-MAX_THREADS = 1024
+MAX_THREADS = 1024  # more than any machine can use
 
 _forked = False
 
@@ -111,7 +115,7 @@ def resolve(num_threads: int | None) -> int:
     pyembed.errors.ArgumentError: num_threads = 0; allowed: 1..1024, or None for ...
     """
     if num_threads is None:
-        return default_num_threads()
+        return startable(default_num_threads())
     if isinstance(num_threads, bool) or not isinstance(num_threads, int):
         num_threads = 0
     if not 1 <= num_threads <= MAX_THREADS:
@@ -119,7 +123,42 @@ def resolve(num_threads: int | None) -> int:
             f"num_threads = {num_threads!r}; allowed: 1..{MAX_THREADS}, or None for "
             "PYEMBED_NUM_THREADS, OMP_NUM_THREADS or the processors of this process"
         )
-    return num_threads
+    return startable(num_threads)
+
+
+def startable(num_threads: int) -> int:
+    """The number of threads that a call can use, its own included, under the system's limits.
+
+    Parameters
+    ----------
+    num_threads : int
+        The number that is wanted.
+
+    Returns
+    -------
+    int
+        1 .. `num_threads`. It is found out once for each number and calling thread, as each has a
+        pool of its own.
+    """
+    return _try_to_start(num_threads, threading.get_ident())
+
+
+@functools.lru_cache(maxsize=256)
+def _try_to_start(num_threads: int, caller: int) -> int:
+    end, started = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(num_threads - 1):
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except (RuntimeError, MemoryError):  # a limit of the user, of the container or of memory
+        pass
+    end.set()
+    for thread in started:
+        thread.join()
+    if started:
+        time.sleep(0.001)  # a joined thread counts until the system has removed it
+    return len(started) + 1
 
 
 def for_work(floats: int, num_threads: int) -> int:
@@ -139,7 +178,7 @@ def for_work(floats: int, num_threads: int) -> int:
     """
     if floats < SERIAL_FLOATS or _forked:
         return 1
-    return num_threads
+    return startable(num_threads)
 
 
 def _in_child() -> None:

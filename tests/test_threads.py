@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pyembed import Table, _core, _threads, init, optim, show_config
+from pyembed import Table, _core, _threads, build, init, optim, show_config
+from pyembed.cli import main
 from pyembed.errors import ArgumentError
 from tests.helpers import child
 from tests.helpers.child import ROOT
@@ -184,3 +187,44 @@ def _run_all(callers: list[threading.Thread]) -> None:
         caller.start()
     for caller in callers:
         caller.join()
+
+
+def work_without_more_threads(folder: Path) -> None:
+    """Forbid this process any more threads, and assert that all work goes on with one."""
+    folder.chmod(0o777)
+    os.chdir(folder)
+    if os.geteuid() == 0:  # the limit does not hold for root
+        os.setgroups([])
+        os.setgid(54321)
+        os.setuid(54321)
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        threading.Thread(target=print).start()
+    table = Table.memory(100_000, 32, init=init.normal(), num_threads=8)
+    ids = np.arange(100_000)
+    assert np.array_equal(table.gather(ids), table.weight)
+    optim.Adagrad(table).step(ids, np.ones((100_000, 32), np.float32))
+    build.from_initializer("t", 300_000, 32, init.normal(), seed=3, num_threads=8)
+    with Table.open("t", "r", num_threads=8) as made:
+        assert np.array_equal(
+            made.gather(ids), Table.memory(300_000, 32, init=init.normal(), seed=3).gather(ids)
+        )
+    assert main(["build", "-o", "u", "--rows", "3000000", "--dim", "4", "-q"]) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit of Linux")
+def test_fewer_threads_where_the_system_allows_no_more() -> None:
+    """At the process limit lookups, steps and builds use one thread; libgomp would exit."""
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which only this user may enter
+        done = child.run(work_without_more_threads, Path(folder))
+    assert "libgomp" not in done.stderr
+    assert "tqdm" not in done.stderr
+
+
+def test_startable() -> None:
+    """Without a limit as many threads can be started as are wanted, from any thread."""
+    assert [_threads.startable(n) for n in (1, 2, 3)] == [1, 2, 3]
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(_threads.startable(3)))
+    _run_all([thread])
+    assert found == [3]

@@ -12,6 +12,7 @@ import os
 from collections import deque
 from typing import Any
 
+from pyembed._threads import startable
 from pyembed.storage.checksums import block_sums
 from pyembed.storage.fs import File, Folder
 
@@ -36,7 +37,8 @@ class DirectWriter:
 
     def __init__(self, folder: Folder, file: File) -> None:
         self._file, self._direct = file, _open_direct(folder, file)
-        self._helper = file.system.helper("pyembed-write", WRITERS)
+        writers = startable(WRITERS + 1) - 1
+        self._helper = file.system.helper("pyembed-write", writers) if writers else None
         self._piece = mmap.mmap(-1, PIECE_BYTES)  # being filled; page-aligned, as O_DIRECT wants
         self._free = [mmap.mmap(-1, PIECE_BYTES) for _ in range(WRITERS)]
         self._writing: deque[tuple[Any, mmap.mmap]] = deque()  # futures and their pieces
@@ -55,6 +57,10 @@ class DirectWriter:
                 self._send()
 
     def _send(self) -> None:
+        if self._helper is None:  # the system allows no more threads
+            self.sums += _put(self._direct, memoryview(self._piece), self._at)
+            self._at, self._filled = self._at + PIECE_BYTES, 0
+            return
         task = self._helper.submit(_put, self._direct, memoryview(self._piece), self._at)
         self._writing.append((task, self._piece))
         self._at, self._filled = self._at + PIECE_BYTES, 0
@@ -68,7 +74,8 @@ class DirectWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._helper.shutdown()  # waits
+        if self._helper is not None:
+            self._helper.shutdown()  # waits
         try:
             if kind is None:
                 for task, _ in self._writing:
