@@ -2,13 +2,16 @@
 
 Results go to stdout, errors and progress to stderr.
 
-Exit status: 0 done, 1 failed or interrupted, 2 wrong arguments.
+Exit status: 0 done, 1 failed or interrupted, 2 wrong arguments. No command prints a traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -41,19 +44,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         The exit status.
     """
-    arguments = _parser().parse_args(argv)
+    status = 0
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=_ESCAPE)
+        arguments = _parser().parse_args(argv)
         arguments.run(arguments)
     except KeyboardInterrupt as interrupt:
-        print(f"pyembed: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 1
+        status = _fail(str(interrupt) or "interrupted")
+    except BrokenPipeError:
+        status = 1  # the reader of stdout wants no more, and needs no message
     except ArgumentError as error:
-        print(f"pyembed: {error}", file=sys.stderr)
-        return 2
-    except (PyembedError, OSError, ImportError, MemoryError) as error:
-        print(f"pyembed: {error}", file=sys.stderr)
-        return 1
+        status = _fail(str(error), 2)
+    except MemoryError as error:
+        status = _fail(f"out of memory ({error}); free some, or raise the limit of this process")
+    except (PyembedError, OSError, ImportError) as error:
+        status = _fail(str(error))
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        status = _fail(
+            f"{type(error).__name__}: {error}; this is a fault of pyembed: please report it, with "
+            "the traceback of `python -X dev -m pyembed ...` and the output of `pyembed doctor`"
+        )
+    finally:
+        status = _flush() or status
+    return status
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"pyembed: {message}", file=sys.stderr)
+    return status
+
+
+def _flush() -> int:
+    """Write what is left for stdout; if that fails, keep the interpreter from trying it again."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1 if isinstance(error, BrokenPipeError) else _fail(f"stdout: {error}")
     return 0
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Give a token's bytes back as they were read; escape a character that stdout cannot show."""
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1  # its neighbours may be of the other kind
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+_ESCAPE = "pyembed.escape"
+codecs.register_error(_ESCAPE, _escape)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +131,106 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     """doctor prints the facts that a bug report needs."""
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["simd"]
+
+
+def run(*arguments: str | bytes, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "pyembed", *arguments]
+    return subprocess.run(command, capture_output=True, env=os.environ | variables, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_any_name_is_printed_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+    """No path, token or word stops a command: bytes come back, other characters are escaped."""
+    text, folder = os.fsencode(tmp_path / "v.txt"), os.fsencode(tmp_path) + b"/\xfc\xc5\xbc"
+    Path(os.fsdecode(text)).write_bytes(b"caf\xe9 1 2\n" + "żółć 3 4\n".encode())
+    commands: list[list[str | bytes]] = [
+        ["build", text, "-o", folder, "-q"],
+        ["info", folder],
+        ["info", folder, "--json"],
+        ["verify", folder, "-q"],
+        ["recover", folder],
+        ["convert", folder, "-o", folder + b"2", "-q"],
+        ["export", folder, "-o", folder + b"3", "-q"],
+        ["doctor"],
+    ]
+    for command in commands:
+        done = run(*command, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, b""), command
+    printed = run("info", folder, PYTHONIOENCODING=encoding).stdout
+    assert {"utf-8": folder, "latin-1": rb"\u017c", "ascii": b"/\xfc\\u017c"}[encoding] in printed
+    failures: list[list[str | bytes]] = [
+        ["info", folder + b"x"],
+        ["similar", folder, b"\xe9"],
+        ["verify", b"\xe9"],
+    ]
+    for failing in failures:
+        done = run(*failing, PYTHONIOENCODING=encoding)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"pyembed: ")
+        assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_neighbours_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+    """similar prints words that stdout cannot encode, and refuses a word that is not UTF-8."""
+    (tmp_path / "text.txt").write_text("naïve façade żółć naïve façade żółć\n" * 20)
+    model = str(tmp_path / "model")
+    options = ["--dim", "4", "--min-count", "1", "--epochs", "1", "--buckets", "10", "-q"]
+    assert main(["train", "skipgram", str(tmp_path / "text.txt"), "-o", model, *options]) == 0
+    done = run("similar", model, "naïve", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert ("żółć".encode() if encoding == "utf-8" else b"\\u017c\xf3\\u0142\\u0107") in done.stdout
+    done = run("similar", model, b"c\xe4t", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"is not UTF-8; convert it" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["--help"], ["info", "missing"]])
+def test_a_closed_pipe_is_silence(command: list[str]) -> None:
+    """A reader of stdout that has gone causes no message, whatever the command prints."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        arguments = [sys.executable, "-m", "pyembed", *command]
+        done = subprocess.run(arguments, stdout=closed, stderr=subprocess.PIPE, check=False)
+    assert done.stderr.count(b"\n") == (1 if "missing" in command else 0)
+    assert b"Broken" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_message() -> None:
+    """Results that cannot be written are a failure with one line that says so."""
+    with Path("/dev/full").open("wb") as full:
+        arguments = [sys.executable, "-m", "pyembed", "doctor"]
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("3 GiB"), r"out of memory \(3 GiB\); free some"),
+        (RuntimeError("odd"), r"RuntimeError: odd; this is a fault of pyembed: please report"),
+        (UnicodeError("bad"), r"UnicodeError: bad; this is a fault of pyembed"),
+    ],
+)
+def test_no_error_is_a_traceback(
+    error: Exception,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An error that no command expects is one line, too; it says how to report it."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("pyembed.cli.show_config", fail)
+    assert main(["doctor"]) == 1
+    assert re.match(f"pyembed: {message}", capsys.readouterr().err)
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:

@@ -106,7 +106,10 @@ class Model:
         try:
             row = self.vocab[word]
         except KeyError as error:
-            parts = Parts.of_unknown(word, len(self.vocab), self.ngrams)
+            try:
+                parts = Parts.of_unknown(word, len(self.vocab), self.ngrams)
+            except UnicodeEncodeError:
+                raise ArgumentError(f"the word {word!r} is not UTF-8; convert it") from None
             if parts.rows.size == 0:
                 raise ArgumentError(f"the word {error.args[0]}") from None
             return parts.compose(self.table, np.zeros(1, np.int64))
