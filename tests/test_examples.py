@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def printed(name: str, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """What ``main()`` of an example prints; it prints nothing to stderr."""
+    """The output of ``main()`` of an example, which prints nothing to stderr."""
     main = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
     main(*[list(options)] * bool(options))
     result = capsys.readouterr()

@@ -42,7 +42,7 @@ def test_public_names(name: str) -> None:
 
 
 def test_internals_are_not_attributes() -> None:
-    """What `pyembed` shows are its public names and modules: no helper, no constant."""
+    """`pyembed` shows its public names and modules only: no helper, no constant."""
     names = {name for name, value in vars(pyembed).items() if not inspect.ismodule(value)}
     shown = {name for name in names if not name.startswith("_")} - {"annotations"}
     assert shown <= set(pyembed.__all__)

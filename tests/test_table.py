@@ -300,7 +300,7 @@ def test_too_many_threads() -> None:
 
 
 def test_a_table_larger_than_memory_in_memory() -> None:
-    """What does not fit is an error that names the size and the way out."""
+    """A table that is too large for memory is an error that names the size and a remedy."""
     with pytest.raises(TableError, match=r"does not fit into memory; use Table\.create"):
         Table.memory(2**40, 64)
 

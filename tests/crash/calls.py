@@ -86,7 +86,7 @@ for _name in fs.CALLS:
 
 
 class Task(Future[Any]):
-    """A call that is made at the latest when somebody asks for its result."""
+    """A call that is made when its result is requested, or before."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         super().__init__()

@@ -213,7 +213,7 @@ def test_maximum_takes_the_first_of_equals_and_nan_only_first() -> None:
     ],
 )
 def test_refusals(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
-    """What torch answers with garbage, a crash or three kinds of error is one typed error."""
+    """Input for which torch returns garbage, crashes or raises different errors is refused."""
     with pytest.raises(error, match=message):
         EmbeddingBag(5, 2, mode="sum")(*arguments)
     ids, offsets, weights = (*arguments, None, None)[:3]

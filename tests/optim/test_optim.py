@@ -247,7 +247,7 @@ def test_target() -> None:
 
 @every_rule
 def test_training_resumes_exactly(make: Make, path: Path) -> None:
-    """Training in two sittings gives the bits of one: the step count lies with the table."""
+    """A training that continues after the table is reopened has the bits of one without a break."""
     rng = np.random.default_rng(2)
     work = [(rng.integers(0, 20, 9), rng.standard_normal((9, 3), np.float32)) for _ in range(10)]
     lr = schedules.cosine(0.1, 10)

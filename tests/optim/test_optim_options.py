@@ -1,4 +1,4 @@
-"""What a step does beside its rule: decay, clipping, schedules, accumulation; and properties."""
+"""The step options: decay, clipping, schedules, accumulation; and properties of all rules."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_all_tables_or_none(reason: str, tmp_path: Path) -> None:
 
 @given(several=st.lists(batches(), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_what_was_accumulated(several: list[Batch], seed: int, workers: int) -> None:
-    """A step without ids is that of the optimizer, beside others that are given theirs."""
+    """A step without ids applies the accumulated gradients, among steps that get ids."""
     many: list[Any] = []
     single: list[Any] = []
     for at, batch in enumerate(several):

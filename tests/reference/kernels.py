@@ -133,7 +133,7 @@ def update(
 def _before(
     columns: tuple[F32, ...], rows: I64, grad: F32, options: Mapping[str, float]
 ) -> tuple[tuple[F32, ...], F32]:
-    """What a step does before its rule: the rule's columns, and its gradient."""
+    """The part of a step before its rule; returns the rule's columns and its gradient."""
     if options["lazy"]:
         for row in rows:
             _catch_up_row(columns, row, options, True)

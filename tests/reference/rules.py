@@ -164,5 +164,5 @@ def miss(keep: float, momentum: float, n: int) -> tuple[float, float, float]:
 
 
 def rate(count: float, power: float) -> float:
-    """What the learning rate of a row with this count is multiplied with: libm's pow."""
+    """The factor of the learning rate of a row with this count, by libm's pow."""
     return math.pow(count, -power) if count > 1 else 1.0

@@ -108,7 +108,7 @@ def test_the_log_stays_small(path: Path) -> None:
 
 
 def test_old_commits_are_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is older than so many commits is not known any more, and takes no room."""
+    """Changes older than the limit of commits are unknown, and take no space."""
     monkeypatch.setattr(change_log, "KEPT", 100)
     with Table.create(path, 4, 1) as t:
         for _ in range(400):
@@ -220,7 +220,7 @@ def die_before_the_manifest(path: Path) -> None:
 
 
 def test_a_record_of_no_commit(path: Path) -> None:
-    """What a writer logged that died before its manifest is not believed, and written over."""
+    """The record of a writer that died before its manifest is ignored and overwritten."""
     history(path, [[1]])
     size = (path / "changes").stat().st_size
     child.run(die_before_the_manifest, path, status=-signal.SIGKILL)

@@ -70,7 +70,7 @@ def test_by_frequency(counts: NDArray[np.int64]) -> None:
     ],
 )
 def test_bad_counts(counts: object, rows: int | None, error: type[Exception], message: str) -> None:
-    """What is no count of each id is refused, with the element and what is allowed."""
+    """Counts that are not one count for each id are refused; the error names the element."""
     with pytest.raises(error, match=message):
         id_map.by_frequency(counts, rows)  # type: ignore[arg-type]
 
@@ -167,11 +167,11 @@ def test_bad_id_streams(tmp_path: Path) -> None:
         id_map.count_ids(file, 5)
 
 
-# --- the map beside a table -------------------------------------------------------------------
+# --- the map of a table -----------------------------------------------------------------------
 
 
 def test_id_map(ordered: Path) -> None:
-    """The map lies beside the rows for any numpy, and the table shows it read-only."""
+    """The map is a .npy file in the table's folder, and the table shows it read-only."""
     assert np.load(ordered / "id_map.npy").tolist() == ID_MAP
     for mode in ("r+", "r", "c"):
         with Table.open(ordered, mode) as t:
@@ -314,7 +314,7 @@ def test_lock_hot(path: Path) -> None:
 
 
 def test_lock_hot_counts_all_columns() -> None:
-    """State beside the weight is locked too, whether in the row or in memory of its own."""
+    """Optimizer state is locked too, whether it is in the row or in memory of its own."""
     before = locked_kib()
     t = Table.memory(64, 1024, optimizer="adam")
     assert t.lock_hot(2) == 2

@@ -75,7 +75,7 @@ def renorm(t: Table, ids: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
 @pytest.mark.parametrize("call", [gather, step, bags, scatter, renorm])
 def test_same_results(cold: Path, call: Callable[..., None], dtype: Any, workers: int) -> None:
-    """Whatever touches cold rows first asks for them, and does what it does in memory."""
+    """Each operation requests readahead of cold rows, and its result is that in memory."""
     ids, there = ids_of(5000).astype(dtype), twin()
     with Table.open(cold, num_threads=workers) as t:
         assert t.stats().cold_batches == 0

@@ -148,7 +148,7 @@ def test_killed_writer(table: Path, durability: str) -> None:
 
 
 def test_restart_of_the_machine(table: Path) -> None:
-    """With "process" a machine that went down amid changes is noticed, and refused."""
+    """With "process", a table with changes from before a restart of the machine is refused."""
     with contextlib.suppress(ZeroDivisionError), Table.open(table) as t:
         t.scatter_add([0], ONES)
         shutil.copytree(table, table.with_name("after"))
@@ -218,7 +218,7 @@ def test_forgotten_at_exit(table: Path) -> None:
 
 
 def test_one_writer_many_readers(table: Path) -> None:
-    """A writer excludes everybody else, readers exclude a writer, live=True reads beside one."""
+    """A writer excludes all others, readers exclude a writer, live=True reads during a writer."""
     with Table.open(table) as writer:
         for mode in ("r+", "r", "c"):
             with pytest.raises(LockedError):
@@ -378,7 +378,7 @@ def test_manifest_of_junk(data: bytes) -> None:
     )
 )
 def test_manifest_round_trip(meta: dict[str, object]) -> None:
-    """What is encoded is decoded."""
+    """Decoding an encoded manifest gives the same manifest."""
     state = Manifest(3, {"weight": 2, "b": 1}, generation=4, state="dirty", meta=meta)
     assert manifest.decode(manifest.encode(state), "") == state
 
@@ -411,7 +411,7 @@ def test_missing(tmp_path: Path) -> None:
 
 
 def test_interrupted_creation_leaves_nothing(path: Path) -> None:
-    """Whatever stops a creation, no half-made table is left."""
+    """A creation that is stopped in any way leaves no incomplete table."""
 
     def chunks() -> Iterator[np.ndarray]:
         yield np.zeros((5, 2), np.float32)

@@ -132,7 +132,7 @@ def test_a_clean_table_stays_clean(path: Path) -> None:
 
 
 def test_many_batches_are_one_sync(path: Path, syncs: list[bool]) -> None:
-    """What is asked for while the helper is at work is recorded together; ids may change then."""
+    """Batches requested while the helper works are recorded together; their ids may change."""
     with make(path) as t:
         syncs.clear()
         before = frames(t)
@@ -189,7 +189,7 @@ def test_no_transaction_ends_while_the_helper_records(
 
 
 def test_what_is_safe_does_not_wait(path: Path, held: HeldHelper) -> None:
-    """A step on rows that are marked goes on beside a sync of others."""
+    """A step on rows that are marked does not wait for a sync of other rows."""
     with make(path) as t:
         held.hold()
         ask(t, [5])

@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_copy(source: Path, tmp_path: Path) -> None:
-    """All of a commit, sealed, with what lies beside the rows; from a path or an open table."""
+    """A copy has a whole commit, checksums and the other files; from a path or an open table."""
     Vocab([f"t{i}" for i in range(50)]).save(source)
     export(source, tmp_path / "a")
     with Table.open(source) as t:
@@ -269,7 +269,7 @@ ACTIONS = st.lists(
 
 @given(actions=ACTIONS)
 def test_a_copy_that_is_brought_forward(actions: list[tuple[str, list[int]]]) -> None:
-    """Whatever happens between exports, a copy that gets the deltas is the table, bit for bit."""
+    """A copy that gets every delta equals the table, bit for bit, after any series of changes."""
     with tempfile.TemporaryDirectory() as name, fs.using(Unsynced()):
         folder = Path(name)
         t = Table.create(folder / "t", 20, 3, "adagrad", init=init.normal())
