@@ -6,9 +6,10 @@ provisional ids to rows, most frequent first, and `rewrite_as_rows` replaces the
 Therefore memory grows with the number of different words and not with the length of the text, and
 a later pass reads 4 bytes a word.
 
-A word is a letter or underscore followed by letters, digits and underscores; case is kept.
-Identifiers of source code stay whole, and numbers, signs and escapes such as ``\\n`` are not words.
-A sentence is a line.
+A word is a letter or underscore followed by letters, digits, underscores, combining marks and
+joiners; case is kept. Identifiers of source code stay whole, and numbers, signs and escapes such as
+``\\n`` are not words. A sentence is a line. In a script without spaces between words, such as
+Chinese or Thai, everything between two spaces or signs is one word: segment such a text first.
 
 This module does not read encodings other than UTF-8, interpret markup, stem words, or guess the
 content of a file that cannot be read.
@@ -16,10 +17,12 @@ content of a file that cannot be read.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +43,7 @@ SUFFIXES = (".txt", ".py", ".rst", ".md")
 LINE_END = 0  # the provisional id of "\n"
 ROW_DROPPED, ROW_LINE_END = -1, -2  # tokens without a row
 
-_TOKEN = re.compile(r"\n|(?<![\w\\])[^\W\d]\w*")
+_MARKS_END = 0x1F000  # combining marks beyond it are variation selectors of emoji and ideographs
 _PIECE_BYTES = 1 << 20
 _REWRITE_WORDS = 1 << 18
 _LONGEST_WORD_BYTES = 1 << 24  # a file without line end or space for this long is not text
@@ -79,7 +82,18 @@ def tokenize(text: str) -> list[str]:
     >>> tokenize("x1 = read(0xFF)\\nself._go")
     ['x1', 'read', '\\n', 'self', '_go']
     """
-    return _TOKEN.findall(text)
+    return _pattern().findall(text)
+
+
+@functools.cache
+def _pattern() -> re.Pattern[str]:
+    """The pattern of a token; ``\\w`` alone has no combining mark and cuts words at vowel signs."""
+    characters = map(chr, range(_MARKS_END))
+    marks = "".join(c for c in characters if unicodedata.category(c).startswith("M"))
+    marks = f"[\u200c\u200d{marks}]"  # U+200C and U+200D join letters
+    # A class of so many ranges is slow, so it is kept from characters of Latin text and signs.
+    begin = rf"(?<![\w\\])[^\W\d](?:(?<=[\0-\u02ff].)|(?<!{marks}.))"
+    return re.compile(rf"\n|{begin}\w*(?:(?![\0-\u02ff]){marks}+\w*)*")
 
 
 def find_files(

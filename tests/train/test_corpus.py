@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -66,6 +67,34 @@ def words_of(encoded: EncodedCorpus, size: int = 1 << 20) -> list[str]:
 def test_words(text: str, words: list[str]) -> None:
     """Identifiers stay whole with their case; numbers, signs and escapes are no words."""
     assert tokenize(text) == words
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("हिन्दी में किताबें पढ़ते हैं", id="Hindi"),
+        pytest.param("বাংলা ভাষায় কবিতা", id="Bengali"),
+        pytest.param("தமிழ் மொழி புத்தகம்", id="Tamil"),
+        pytest.param("తెలుగు భాష", id="Telugu"),
+        pytest.param("ภาษาไทย ที่ นี่", id="Thai"),
+        pytest.param("שָׁלוֹם עוֹלָם", id="pointed Hebrew"),
+        pytest.param("كِتَابٌ مَدْرَسَةٌ", id="vowelled Arabic"),
+        pytest.param("می\u200cخواهم کتاب\u200cها", id="Persian with joiners"),
+        pytest.param(unicodedata.normalize("NFD", "tiếng việt nước élève"), id="decomposed"),
+        pytest.param("\U00011013\U00011038 \U00011013", id="Brahmi, beyond 16 bits"),
+    ],
+)
+def test_a_word_keeps_its_marks(text: str) -> None:
+    """Vowel signs, points, accents and joiners are parts of a word, and never cut it."""
+    assert tokenize(text) == text.split()
+    assert tokenize(text.replace(" ", ", ")) == text.split()
+
+
+def test_every_mark_is_a_part_of_a_word() -> None:
+    """No combining mark of Unicode cuts a word, but for variation selectors beyond 17 bits."""
+    marks = [c for c in map(chr, range(0x1F000)) if unicodedata.category(c)[0] == "M"]
+    assert len(marks) > 2000
+    assert [c for c in marks if tokenize(f"x{c}y {c}z 1{c}z") != [f"x{c}y"]] == []
 
 
 # ---- files
