@@ -20,8 +20,8 @@ from pyembed.errors import ArgumentError, DTypeError
 from pyembed.storage.fs import File
 from pyembed.storage.npy import HEADER_BYTES
 
-POLL_SECONDS = 0.1  # between two looks; at 80,000 pages a second 32 MB are read meanwhile
-SLICE_BYTES = 32 << 20  # evicted by one call
+POLL_SECONDS = 0.1  # between two checks; at 80,000 pages a second 32 MB are read in this time
+SLICE_BYTES = 32 << 20  # bytes evicted by one call
 WRITE_SLICE_BYTES = 64 << 20  # bytes of the file that one call searches for dirty pages
 MIN_LIMIT = 1 << 20
 NEAR = 0.75  # share of the dirty pages at which the system begins to write by itself
@@ -155,7 +155,7 @@ class PageCache:
         self._file = File(file.system, file.system.duplicate(file.fd), file.path)
         self._writable = writable
         self._io = process_io()
-        self._asked = 0  # pages that were read ahead, at the last look
+        self._asked = 0  # `pages.asked` at the last check
         self._hand = self._written = 0  # the clock hand: the next row to evict; the next byte
         self._stop = threading.Event()
         self._below_dirty_limit = threading.Event()

@@ -2,9 +2,9 @@
 
 Only this room imports torch (2.4 or newer), and nothing else in pyembed imports this room. It may
 import everything below it: layers, optimizers, tables. Reading order: `device_copy` (rows copied to
-a device and back), `distributed` (processes that step together), `weight` (the attribute `weight`
-of a layer over a table), `rows` (where the rows of a layer live), `ops` (for autograd and
-compilers), `layers` (the modules), `optim` (the optimizer).
+a device and back), `distributed` (processes that step together), `rows` (where the rows of a layer
+are), `ops` (for autograd and compilers), `weight` (the attribute `weight` of a layer over a table),
+`layers` (the modules), `optim` (the optimizer).
 """
 
 from pyembed.torch.layers import Embedding, EmbeddingBag

@@ -15,8 +15,8 @@ from pyembed.storage import page_cache
 from pyembed.table import Table
 
 PLACEMENTS = ("table", "device", "auto")
-FREE_SHARE = 0.5  # of free memory that "auto" gives to the rows; the rest is for the computation
-CHUNK_BYTES = 32 << 20  # of rows that are copied at once
+FREE_SHARE = 0.5  # share of free memory for the rows with "auto"; the rest is for the computation
+CHUNK_BYTES = 32 << 20  # bytes of rows copied at once
 
 
 def require(

@@ -33,7 +33,7 @@ from pyembed.table import Table
 from pyembed.torch import device_copy, distributed
 
 NOT_COPIED = {"number", "view", "group", "accumulates"}  # they belong to one layer in one process
-STATE_SHARE = 0.5  # of memory: a state_dict includes no copy of a file's weight above this size
+STATE_SHARE = 0.5  # share of memory: a state_dict has no copy of a larger weight in a file
 
 # Numbers start at random, so that a graph saved by another process refers to no layer of this one.
 _numbers = itertools.count(secrets.randbits(60))
