@@ -77,7 +77,7 @@ def as_values(values: ArrayLike, shape: tuple[int, ...], name: str) -> F32:
             f"{name} is {array.dtype}; allowed: float32; use {name}.astype(np.float32)"
         )
     if array.shape != shape:
-        raise ArgumentError(f"{name} has shape {array.shape}; expected {shape}: ids.shape + (dim,)")
+        raise ArgumentError(f"{name} has shape {array.shape}; expected {shape}")
     return _plain(array)
 
 

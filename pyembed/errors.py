@@ -1,8 +1,10 @@
 """All errors of pyembed; each is also the builtin that a caller would catch.
 
+All are `RuntimeError`, too: torch raises it for most arguments, so code around torch catches it.
+
 ::
 
-    PyembedError
+    PyembedError           (RuntimeError)
     ├── IdError            (IndexError)   a row id outside 0..rows-1
     ├── ArgumentError      (ValueError)   a shape, size, name or hyper-parameter that is not allowed
     │   └── NonFiniteError                a gradient with NaN or infinity
@@ -22,7 +24,7 @@ operating system (a missing file, a failing disk) are not wrapped: they stay `OS
 from __future__ import annotations
 
 
-class PyembedError(Exception):
+class PyembedError(RuntimeError):
     """The base of all errors of pyembed."""
 
 

@@ -86,7 +86,8 @@ def test_modules_are_imported_by_their_own_path() -> None:
 
 def test_private_names_stay_in_their_module() -> None:
     """No module uses another module's names that begin with an underscore."""
-    others = {"_replace", "_active_ddp_module"}  # of NamedTuple and of torch
+    # of NamedTuple and of torch
+    others = {"_replace", "_active_ddp_module", "_join_config", "_version"}
     modules = {file.stem for file in PACKAGE.rglob("_*.py*")}
     for file, tree in sources():
         nodes = list(ast.walk(tree))
@@ -149,6 +150,7 @@ def test_every_error_is_also_a_builtin() -> None:
         if inspect.isclass(error) and issubclass(error, errors.PyembedError):
             builtin = (IndexError, ValueError, TypeError, OSError)
             assert error is errors.PyembedError or issubclass(error, builtin)
+            assert issubclass(error, RuntimeError)  # as torch raises
 
 
 def test_functions_stay_readable() -> None:

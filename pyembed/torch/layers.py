@@ -185,7 +185,7 @@ class Layer(nn.Module):
     # --- lookups ------------------------------------------------------------------------------
 
     def _look_up(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        rows = self._rows
+        rows: Any = self._rows
         # Module.__getattr__ takes 0.4 µs; only a parametrised weight is not among the parameters.
         weight: Any = self._parameters.get(rows.parameter)
         weight = self.weight if weight is None else weight
@@ -194,7 +194,8 @@ class Layer(nn.Module):
                 _require_device(given, rows.devices)
         if weight.dtype != torch.float32:
             raise DTypeError(
-                f"the layer was cast to {weight.dtype}; allowed: float32; cast the rows it returns"
+                f"the layer was cast to {weight.dtype}; allowed: float32; cast the rows "
+                "that it returns, or use torch.autocast; layer.float() undoes the cast"
             )
         if rows.renorms:
             with torch.no_grad():
@@ -202,6 +203,8 @@ class Layer(nn.Module):
         # Tensor subclasses, inside and outside of a compiler, need an op.
         if torch.compiler.is_compiling() or not (type(ids) in PLAIN and type(weight) in PLAIN):
             return ops.look_up(weight, ids, offsets, weights, rows.number)
+        if rows.in_table and weight._version != rows.seen:
+            rows.require_unchanged(weight)
         return ops.Lookup.apply(weight, ids, offsets, weights, rows)  # type: ignore[no-untyped-call]
 
     # --- torch's protocols --------------------------------------------------------------------
@@ -637,7 +640,10 @@ def _made(make: MakeOptimizer, core: Any) -> Optimizer:
 def _require_device(given: Any, devices: tuple[str, ...]) -> None:
     if not isinstance(given, Tensor):
         kind = type(given).__name__
-        raise DTypeError(f"the input is a {kind}; allowed: a Tensor; use torch.as_tensor(input)")
+        remedy = "use torch.as_tensor(input)"
+        if kind == "Proxy":
+            remedy = "use torch.export, or a Tracer of torch.fx whose leaves are these layers"
+        raise DTypeError(f"the input is a {kind}; allowed: a Tensor; {remedy}")
     if given.device.type not in devices:
         raise ArgumentError(
             f"a tensor is on {given.device}; allowed: {', '.join(devices)}. For tensors on a GPU "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,9 @@ class Optimizer(torch.optim.Optimizer):
     Each table is a group of `param_groups`, in the order of ``model.modules()``. ``group["lr"]`` is
     its learning rate: schedulers of torch change it, and `step` gives it to ``layer.optimizer``.
     Dense parameters belong to an optimizer of torch, which finds nothing to update in these layers.
-    Pending gradients are not part of `state_dict`. A copy of a layer belongs to no `Optimizer`.
+    Its `state_dict` has the learning rates, and the optimizer state of tables in memory; a table in
+    a file is its own checkpoint. Pending gradients are not part of it. A copy of a layer belongs to
+    no `Optimizer`.
 
     Parameters
     ----------
@@ -60,6 +63,11 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, clip_norm: float | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(
+                f"model is a {type(model).__name__}; allowed: the module that has the layers, not "
+                "its parameters"
+            )
         tables = list(learning_tables(model))
         if not tables:
             raise ArgumentError("the model has no layer of pyembed.torch with optimizer=")
@@ -77,6 +85,45 @@ class Optimizer(torch.optim.Optimizer):
     def _accumulate(self) -> None:
         for rows in self._tables:
             rows.accumulates = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the learning rates, and copies of the optimizer state of tables in memory.
+
+        Returns
+        -------
+        dict
+            In torch's form: "state" has the step count and the columns of each table, by its
+            position among the groups.
+        """
+        in_memory = [
+            (at, rows.optimizer) for at, rows in enumerate(self._tables) if not _path(rows)
+        ]
+        return {**super().state_dict(), "state": {at: _state_of(each) for at, each in in_memory}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Parameters
+        ----------
+        state_dict : dict
+            As in torch. The state of a table in a file may be missing: the file has it.
+
+        Raises
+        ------
+        ArgumentError
+            If state is missing or has other columns or shapes. Nothing is restored then.
+        ClosedError, ReadOnlyError, ValueError
+        """
+        saved = state_dict["state"]
+        for at, rows in enumerate(self._tables):
+            expected = _shapes(rows.optimizer)
+            found = {name: tuple(np.shape(value)) for name, value in saved.get(at, {}).items()}
+            if found != expected and (found or not _path(rows)):
+                raise ArgumentError(f"state {at} has the shapes {found}; allowed: {expected}")
+        super().load_state_dict({**state_dict, "state": {}})
+        for at, rows in enumerate(self._tables):
+            if at in saved:
+                _restore(rows.optimizer, saved[at])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_tables": self._tables, "_clip_norm": self._clip_norm}
@@ -156,3 +203,31 @@ class Optimizer(torch.optim.Optimizer):
         for rows, _, _ in turns.values():
             rows.version += 1
         return loss
+
+
+def _path(rows: Any) -> Any:
+    return rows.core.table.path
+
+
+def _columns(optimizer: Any) -> dict[str, Any]:
+    """Return the state columns of an optimizer, by name."""
+    _, *columns = optimizer.table.store.columns_of(optimizer.state)
+    return {name: each.array for name, each in zip(optimizer.state, columns, strict=True)}
+
+
+def _shapes(optimizer: Any) -> dict[str, tuple[int, ...]]:
+    return {"steps": (), **{name: each.shape for name, each in _columns(optimizer).items()}}
+
+
+def _state_of(optimizer: Any) -> dict[str, Any]:
+    columns = _columns(optimizer).items()
+    return {"steps": optimizer.steps} | {n: torch.from_numpy(np.array(c)) for n, c in columns}
+
+
+def _restore(optimizer: Any, saved: dict[str, Any]) -> None:
+    store = optimizer.table.store
+    with store.still():
+        columns = store.begin_change(optimizer.state, np.arange(optimizer.table.rows))
+        for name, column in zip(optimizer.state, columns[1:], strict=True):
+            column.array[...] = saved[name].cpu().numpy()
+    optimizer.steps = saved["steps"]

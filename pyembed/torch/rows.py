@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +33,8 @@ from pyembed.storage import page_cache
 from pyembed.table import Table
 from pyembed.torch import device_copy, distributed
 
-NOT_COPIED = {"number", "view", "group", "accumulates"}  # they belong to one layer in one process
+# These belong to one layer in one process.
+NOT_COPIED = {"number", "view", "group", "accumulates", "seen"}
 STATE_SHARE = 0.5  # share of memory: a state_dict has no copy of a larger weight in a file
 
 # Numbers start at random, so that a graph saved by another process refers to no layer of this one.
@@ -108,6 +110,9 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, seen=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
         table = self.core.table
@@ -206,18 +211,30 @@ class TableRows(Rows):
 
     parameter, devices = "_anchor", ("cpu", "cuda")
     in_table, accumulates = True, False
+    seen: int | None = 0  # version of the anchor; None after pickle, which makes an anchor in steps
     group: Any = None
 
     def attributes(self, weight: Tensor | None, device: torch.device) -> dict[str, Any]:
         # Autograd calls backward only if an input requires grad, and a table is not an input. The
         # anchor is an input without elements: requires_grad_(False) freezes the layer, .to(device)
         # moves its output, and torch's optimizers find nothing to update.
-        anchor = nn.Parameter(torch.empty(0, device=device), not self.core.frozen)
+        with torch.inference_mode(False):
+            anchor = nn.Parameter(torch.empty(0, device=device), not self.core.frozen)
         return {"_anchor": anchor}
 
     def description(self, weight: Any) -> list[str]:
         last = [] if self.optimizer is None else [f"optimizer={self.optimizer}"]
         return [repr(self.core.table), *settings_of(self.core), *last]
+
+    def require_unchanged(self, anchor: Tensor) -> None:
+        """Refuse a lookup after a change of the anchor, which cannot reach the table."""
+        if self.seen is not None and not dist.is_initialized():  # DDP writes to all parameters
+            raise ArgumentError(
+                "the parameters of this model were changed in place, as an average of weights "
+                "does, and the rows of its table were not: average a dense module, and rows with "
+                "layer.weight.lerp_"
+            )
+        self.seen = anchor._version
 
     def gradient(self, core: Any, batch: Any, grad: F32) -> Tensor | None:
         if self.optimizer is None:
@@ -233,6 +250,11 @@ class TableRows(Rows):
 
     def join(self, ddp: DistributedDataParallel) -> None:
         if self.optimizer is not None:
+            if ddp._join_config.enable:
+                raise ArgumentError(
+                    "join() of DistributedDataParallel: a rank without batches would not take the "
+                    "steps of the others; give each rank as many batches, some of them empty"
+                )
             group = distributed.own_group(ddp.process_group)
             if self.group is not group:
                 distributed.join(self.core, self.optimizer, self.accumulates, group)
@@ -251,6 +273,13 @@ class TableRows(Rows):
         if not included:
             return
         weight, path = self.core.table.weight, self.core.table.path
+        stepped = self.optimizer is not None and self.optimizer.state and self.optimizer.steps
+        if path is None and stepped and not self.accumulates:
+            raise ArgumentError(
+                f"{prefix}weight is saved without the state of {self.optimizer}, so training would "
+                "not resume from it: make a pyembed.torch.Optimizer, whose state_dict has it, use "
+                "path=, whose file has it, or save the rows alone: layer.weight.detach().clone()"
+            )
         if path is not None and weight.size * 4 > STATE_SHARE * page_cache.memory_bytes():
             raise ArgumentError(
                 f"{prefix}weight takes {weight.size * 4} bytes in {path}, too many for a copy; the "

@@ -132,6 +132,13 @@ def refused(rank: int, wrapped: Any, folder: Path) -> dict[str, Any]:
     if rank:
         pt.Optimizer(layer)
     attempt(ArgumentError, lambda: wrapped(layer)(ids))
+    joined = wrapped(torch.nn.Sequential(ours(optimizer=ADAGRAD), torch.nn.Linear(DIM, 1)))
+
+    def in_join() -> None:
+        with joined.join():
+            joined(ids)
+
+    attempt(ArgumentError, in_join)
     path = folder / "0.pyembed"
     table = Table.open(path) if rank == 0 else None
     dist.barrier()
@@ -165,7 +172,7 @@ def test_two_processes(tmp_path: Path) -> None:
     for mine, others in zip(*(found["model"] for found in ranks), strict=True):
         assert torch.equal(mine, others)
     for rank, texts in enumerate(found["refused"] for found in ranks):
-        words = ["max_norm of the optimizer", "rank 1 has", "Optimizer or not"]
+        words = ["max_norm of the optimizer", "rank 1 has", "Optimizer or not", "join()"]
         words += [*["0.pyembed"] * rank, "rank 1 has"]
         assert len(texts) == len(words)
         assert all(word in text for word, text in zip(words, texts, strict=True))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import pyembed.torch as pt
-from pyembed.errors import ArgumentError
+from pyembed.errors import ArgumentError, DTypeError
 from tests.torch.models import DIM, LAYERS, ROWS, SGD, batches, on_disk, ours, rows_of, weights
 
 init = nn.init
@@ -237,3 +237,15 @@ def test_defaults_of_torch(tmp_path: Path) -> None:
         torch.set_default_dtype(torch.float32)
     with pytest.raises(FileNotFoundError, match=r"Table\.create"):
         pt.Embedding(ROWS, DIM, path=tmp_path / "none", optimizer=SGD)
+
+
+def test_casts_and_tracers() -> None:
+    """A cast layer and a tracer of torch.fx get errors that name the remedy."""
+    layer = ours(optimizer=SGD)
+    with pytest.raises(DTypeError, match=r"layer\.float\(\)"):
+        layer.to(torch.bfloat16)(torch.tensor([1]))
+    assert layer.float()(torch.tensor([1])).shape == (1, DIM)
+    with pytest.raises(DTypeError, match=r"torch\.export"):
+        torch.fx.symbolic_trace(layer)
+    with pytest.raises(ArgumentError, match="not its parameters"):
+        pt.Optimizer(layer.parameters())
