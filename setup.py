@@ -23,6 +23,15 @@ OPENMP = os.environ.get("PYEMBED_NO_OPENMP") != "1"
 # No contraction of a*b+c, and never -ffast-math: every SIMD level must give the same bits. Never
 # -march=native: the build must run on other machines.
 NUMERICS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# Options of CFLAGS, LDFLAGS or CC that change results. Those of the first two lines also make the
+# whole process flush denormal numbers to zero, if the linker sees them.
+UNSAFE = {
+    *("-Ofast", "-ffast-math", "-funsafe-math-optimizations", "-mdaz-ftz"),
+    *("--fast-math", "-ffp-model=fast", "-ffp-model=aggressive"),
+    *("-ffinite-math-only", "-fassociative-math", "-freciprocal-math", "-fno-signed-zeros"),
+    *("-fno-honor-nans", "-fno-honor-infinities", "-fapprox-func", "-fsingle-precision-constant"),
+    *("-mrecip", "-mfpmath=387", "-mfpmath=both", "-mfpmath=sse+387", "-mfpmath=sse,387"),
+}
 OPTIMISE = ["-O1", "-g", "-fno-omit-frame-pointer"] if DEBUG else ["-O3", "-DNDEBUG"]
 OPENMP_FLAGS = {"darwin": (["-Xpreprocessor", "-fopenmp"], ["-lomp"])}.get(
     sys.platform, (["-fopenmp"], ["-fopenmp"])
@@ -45,10 +54,16 @@ The compiler said:
 """
 
 
+def safe(flags: list[str]) -> list[str]:
+    """Those of some options that cannot change results."""
+    return [flag for flag in flags if flag not in UNSAFE and not flag.startswith("-mrecip=")]
+
+
 class BuildCore(build_ext):
     """Probe the compiler that the build uses for OpenMP, then build."""
 
     def build_extensions(self) -> None:
+        self._drop_unsafe_flags()
         compile_flags, link_flags = OPENMP_FLAGS if OPENMP else ([], [])
         self._probe("int main(void) { return 0; }\n", [], [], NO_COMPILER)
         if OPENMP:
@@ -58,6 +73,17 @@ class BuildCore(build_ext):
             extension.extra_link_args = link_flags
         super().build_extensions()
 
+    def _drop_unsafe_flags(self) -> None:
+        """Remove them from the commands that compile and link, and say so."""
+        dropped = set()
+        for name in self.compiler.executables:
+            command = getattr(self.compiler, name, None) or []
+            if kept := safe(command):
+                dropped |= set(command) - set(kept)
+                self.compiler.set_executable(name, kept)
+        if dropped:
+            print(f"pyembed: {', '.join(sorted(dropped))} would change results; not used")
+
     def _probe(
         self, program: str, compile_flags: list[str], link_flags: list[str], message: str
     ) -> None:
@@ -65,7 +91,7 @@ class BuildCore(build_ext):
             source = Path(folder, "probe.c")
             source.write_text(program)
             command = [*self.compiler.compiler_so, *compile_flags, "-o", str(Path(folder, "probe"))]
-            command += [str(source), *os.environ.get("LDFLAGS", "").split(), *link_flags]
+            command += [str(source), *safe(os.environ.get("LDFLAGS", "").split()), *link_flags]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True)
             except FileNotFoundError as error:

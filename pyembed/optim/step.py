@@ -99,9 +99,9 @@ def refuse(batch: _core.Batch, num_threads: int) -> NoReturn:
     largest = np.abs(grouping.summed(batch, num_threads).grad).max(axis=1)
     at = int(largest.argmax())  # the first NaN, if there is one
     raise NonFiniteError(
-        f"the gradients of row {batch.unique_rows[at]} add up to {largest[at]:g}, and float32 cannot "
-        "hold that or its square; allowed: smaller gradients; nothing was written; clip_value "
-        "clamps finite sums, and nonfinite='allow' on the optimizer lets all of them through"
+        f"the gradients of row {batch.unique_rows[at]} add up to {largest[at]:g}, and float32 "
+        "cannot hold that or its square; allowed: smaller gradients; nothing was written; "
+        "clip_value clamps finite sums, and nonfinite='allow' on the optimizer lets all through"
     )
 
 
@@ -110,9 +110,8 @@ def _clipped(parts: Sequence[Part], clip_norm: float | None, num_threads: int) -
 
     A batch whose norm is needed has one gradient a row.
     """
-    if clip_norm is None and all(part.clip_norm is None for part in parts):
-        return [(part.batch, 1.0) for part in parts]
-    clipped, total = [], 0.0
+    clipped: Clipped = []
+    total = 0.0
     for part in parts:
         batch, scale = part.batch, 1.0
         if clip_norm is not None or part.clip_norm is not None:
