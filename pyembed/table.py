@@ -549,7 +549,7 @@ class Table:
         store, ids = self.store, as_ids(ids)
         weight = store.weight_column
         training = store.is_training
-        if _core.ask_pages(weight, ids) and wait:
+        if _core.readahead(weight, ids) and wait:
             _core.map_pages(weight, ids, training)
         if wait and training:
             store.write_ahead(ids, self)

@@ -36,7 +36,7 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(params=[1, 2, 3])
-def workers(request: pytest.FixtureRequest) -> int:
+def num_threads(request: pytest.FixtureRequest) -> int:
     """One thread, as many as the smallest machine has processors, and one more."""
     return int(request.param)
 

@@ -108,24 +108,24 @@ def equal(got: np.ndarray, expected: np.ndarray) -> bool:
 
 
 @given(batch=batches())
-def test_gather(batch: Batch, simd: str, workers: int) -> None:
+def test_gather(batch: Batch, simd: str, num_threads: int) -> None:
     """gather copies the named rows, into a fresh array and into a given one."""
     table = batch.table()
     expected = kernels.gather(table, batch.ids)
     column = _core.Column(table)
-    assert equal(_core.gather(column, batch.ids, None, workers), expected)
+    assert equal(_core.gather(column, batch.ids, None, num_threads), expected)
     out = np.full_like(expected, np.nan)
-    assert _core.gather(column, batch.ids, out, workers) is out
+    assert _core.gather(column, batch.ids, out, num_threads) is out
     assert equal(out, expected)
 
 
 @given(batch=batches())
-def test_gather_of_strided_rows(batch: Batch, simd: str, workers: int) -> None:
+def test_gather_of_strided_rows(batch: Batch, simd: str, num_threads: int) -> None:
     """A column inside wider rows is gathered without its neighbours."""
     table = batch.table(columns=3)
     middle = table[:, batch.dim : 2 * batch.dim]
     expected = kernels.gather(middle, batch.ids)
-    assert equal(_core.gather(_core.Column(middle), batch.ids, None, workers), expected)
+    assert equal(_core.gather(_core.Column(middle), batch.ids, None, num_threads), expected)
 
 
 def test_gather_keeps_every_bit(simd: str) -> None:
@@ -136,13 +136,13 @@ def test_gather_keeps_every_bit(simd: str) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
-def test_gather_of_a_large_batch(offset: int, simd: str, workers: int) -> None:
+def test_gather_of_a_large_batch(offset: int, simd: str, num_threads: int) -> None:
     """Outputs past the caches are stored another way: the same rows, at any alignment."""
     rng = np.random.default_rng(3)
     table = rng.standard_normal((1000, 20), np.float32)
     ids = rng.integers(0, 1000, _core.STREAM_FLOATS // 20 + 1)
     out = np.empty(ids.size * 20 + 4, np.float32)[offset:][: ids.size * 20].reshape(-1, 20)
-    _core.gather(_core.Column(table), ids, out, workers)
+    _core.gather(_core.Column(table), ids, out, num_threads)
     assert equal(out, table[ids])
 
 
@@ -158,29 +158,29 @@ def group(ids: np.ndarray, rows: int, threads: int) -> tuple[np.ndarray, ...]:
 
 
 @given(batch=batches())
-def test_group(batch: Batch, workers: int) -> None:
+def test_group(batch: Batch, num_threads: int) -> None:
     """group is a stable sort: unique rows ascend, positions ascend within a row."""
-    found = group(batch.ids, batch.rows, workers)
+    found = group(batch.ids, batch.rows, num_threads)
     assert all(map(equal, found, kernels.group(batch.ids, batch.rows)))
 
 
 @given(several=st.lists(batches(), max_size=5))
-def test_group_of_many(several: list[Batch], workers: int) -> None:
+def test_group_of_many(several: list[Batch], num_threads: int) -> None:
     """Many batches are grouped as each by itself, also where some are grouped already."""
     made = [_core.Batch(batch.ids, None, batch.rows, 0) for batch in several]
-    _core.group(made[1:2], workers)
-    _core.group(made, workers)
+    _core.group(made[1:2], num_threads)
+    _core.group(made, num_threads)
     for one, batch in zip(made, several, strict=True):
         assert all(map(equal, groups_of(one), kernels.group(batch.ids, batch.rows)))
 
 
 @pytest.mark.parametrize("rows", [2**11, 2**11 + 1, 2**22, 2**22 + 1, 2**33, 2**40])
-def test_group_of_large_tables(rows: int, workers: int) -> None:
+def test_group_of_large_tables(rows: int, num_threads: int) -> None:
     """Every number of sorting passes gives the same groups as numpy's stable sort."""
     ids = np.random.default_rng(rows).integers(0, rows, 5000)
     ids[100:200] = ids[300]
     ids[:2] = 0, rows - 1
-    assert all(map(equal, group(ids, rows, workers), kernels.group(ids, rows)))
+    assert all(map(equal, group(ids, rows, num_threads), kernels.group(ids, rows)))
 
 
 @pytest.mark.parametrize("ids", [[1, 1], [2, 1], [0, 3, 2]])
@@ -225,23 +225,25 @@ def test_groups_of_several_callers() -> None:
 
 
 @given(batch=batches(), scale=st.booleans())
-def test_sum_groups(batch: Batch, scale: bool, simd: str, workers: int) -> None:
+def test_sum_groups(batch: Batch, scale: bool, simd: str, num_threads: int) -> None:
     """Gradients of equal ids are summed in the order of the batch, whatever the threads."""
     grad = batch.grad().reshape(-1, batch.dim)
     groups = kernels.group(batch.ids, batch.rows)
-    found = _core.sum_groups(grouped(batch.ids, grad, batch.rows, scale_by_count=scale), workers)
+    found = _core.sum_groups(
+        grouped(batch.ids, grad, batch.rows, scale_by_count=scale), num_threads
+    )
     assert equal(found, kernels.sum_groups(*groups, grad, scale))
 
 
 @given(batch=batches(), alpha=st.sampled_from([1.0, -0.25, 1e-3]))
-def test_add_groups(batch: Batch, alpha: float, simd: str, workers: int) -> None:
+def test_add_groups(batch: Batch, alpha: float, simd: str, num_threads: int) -> None:
     """The deterministic scatter-add gives the bits of the reference and leaves the skipped row."""
     grad = batch.grad().reshape(-1, batch.dim)
     groups = kernels.group(batch.ids, batch.rows)
     skip = int(groups[0][0]) if groups[0].size else -1
     got, expected = batch.table(), batch.table()
     made = grouped(batch.ids, grad, batch.rows, skip_row=skip)
-    _core.add_groups(_core.Column(got), made, alpha, workers)
+    _core.add_groups(_core.Column(got), made, alpha, num_threads)
     sums = kernels.sum_groups(*groups, grad)
     kernels.add_groups(expected, groups[0], sums, np.float32(alpha), skip)
     assert equal(got, expected)
@@ -262,7 +264,9 @@ def test_scatter_add(batch: Batch, alpha: float, first: bool, simd: str) -> None
 @pytest.mark.parametrize("rule", _core.RULES)
 @settings(max_examples=10)
 @given(batch=batches(), scale=st.booleans(), skip=st.booleans())
-def test_update(batch: Batch, rule: str, scale: bool, skip: bool, simd: str, workers: int) -> None:
+def test_update(
+    batch: Batch, rule: str, scale: bool, skip: bool, simd: str, num_threads: int
+) -> None:
     """A step gives the bits of the reference, and rows that are not in the batch keep theirs."""
     grad = batch.grad().reshape(-1, batch.dim)
     groups = kernels.group(batch.ids, batch.rows)
@@ -271,7 +275,7 @@ def test_update(batch: Batch, rule: str, scale: bool, skip: bool, simd: str, wor
     got, expected = (table_of(batch.rows, widths, batch.seed) for _ in range(2))
     columns = tuple(map(_core.Column, cut(got, widths)))
     made = grouped(batch.ids, grad, batch.rows, skip_row=skip_row, scale_by_count=scale)
-    update(columns, made, rule_of(rule), workers)
+    update(columns, made, rule_of(rule), num_threads)
     sums = kernels.sum_groups(*groups, grad, scale)
     kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row)
     assert equal(got, expected)
@@ -282,7 +286,7 @@ def test_update(batch: Batch, rule: str, scale: bool, skip: bool, simd: str, wor
 @settings(max_examples=5)
 @given(batch=batches())
 def test_update_with_options(
-    batch: Batch, rule: str, options: dict[str, Any], simd: str, workers: int
+    batch: Batch, rule: str, options: dict[str, Any], simd: str, num_threads: int
 ) -> None:
     """The options of a step give the bits of the reference too."""
     grad = batch.grad().reshape(-1, batch.dim)
@@ -298,7 +302,9 @@ def test_update_with_options(
     got, expected = (table_of(batch.rows, widths, batch.seed, max(1, kept)) for _ in range(2))
     columns = tuple(map(_core.Column, cut(got, widths)))
     before = got.copy()
-    found = update(columns, grouped(batch.ids, grad, batch.rows), rule_of(rule, options), workers)
+    found = update(
+        columns, grouped(batch.ids, grad, batch.rows), rule_of(rule, options), num_threads
+    )
     sums = kernels.sum_groups(*groups, grad)
     skipped = kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, -1, options)
     assert found == skipped
@@ -308,7 +314,7 @@ def test_update_with_options(
     if lazy and batch.rows < 1000:
         options = options | {"step": 60}
         rows = grouped(np.arange(batch.rows), None, batch.rows, unique=True)
-        _core.catch_up(_core.Step(rule_of(rule, options), rows, columns), workers)
+        _core.catch_up(_core.Step(rule_of(rule, options), rows, columns), num_threads)
         kernels.catch_up(cut(expected, widths), options)
         assert equal(got, expected)
 
@@ -317,7 +323,7 @@ def test_update_with_options(
 @settings(max_examples=5)
 @given(batch=batches(), power=st.sampled_from([0.3, 0.5, 1.0]))
 def test_update_by_frequency(
-    batch: Batch, rule: str, power: float, simd: str, workers: int
+    batch: Batch, rule: str, power: float, simd: str, num_threads: int
 ) -> None:
     """In every rule the learning rate of a row falls with its count, bit for bit as in the twin."""
     grad = batch.grad().reshape(-1, batch.dim)
@@ -330,14 +336,14 @@ def test_update_by_frequency(
     options = kernels.NO_OPTIONS | {"frequency_power": power}
     columns = tuple(map(_core.Column, cut(got, widths)))
     made = grouped(batch.ids, grad, batch.rows, skip_row=skip_row)
-    update(columns, made, rule_of(rule, options), workers)
+    update(columns, made, rule_of(rule, options), num_threads)
     sums = kernels.sum_groups(*groups, grad)
     kernels.update(cut(expected, widths), groups[0], sums, rule, HYPER, skip_row, options)
     assert equal(got, expected)
 
 
 @given(several=st.lists(batches(), max_size=4))
-def test_update_of_many(several: list[Batch], simd: str, workers: int) -> None:
+def test_update_of_many(several: list[Batch], simd: str, num_threads: int) -> None:
     """Threads share the gradients of all tables; the bits are those of single updates."""
     got, expected, steps = [], [], []
     for batch in several:
@@ -349,7 +355,7 @@ def test_update_of_many(several: list[Batch], simd: str, workers: int) -> None:
         made = grouped(batch.ids, grad, batch.rows)
         steps.append(_core.Step(rule_of("sgd"), made, (_core.Column(got[-1]),)))
         kernels.update((expected[-1],), groups[0], kernels.sum_groups(*groups, grad), "sgd", HYPER)
-    _core.update(steps, workers)
+    _core.update(steps, num_threads)
     assert all(map(equal, got, expected))
 
 
@@ -382,7 +388,7 @@ def test_a_step_refuses_what_does_not_fit() -> None:
 
 
 @given(batch=batches(), skip=st.booleans())
-def test_global_norm(batch: Batch, skip: bool, simd: str, workers: int) -> None:
+def test_global_norm(batch: Batch, skip: bool, simd: str, num_threads: int) -> None:
     """The norm of all gradients is summed in one order, without the row that is skipped."""
     rows = np.unique(batch.ids).astype(np.int64)
     grad = batch.table()[rows]
@@ -392,7 +398,7 @@ def test_global_norm(batch: Batch, skip: bool, simd: str, workers: int) -> None:
     for finite in (False, True):
         expected = kernels.global_norm(rows, grad, skip_row, finite)
         made = grouped(rows, grad, batch.rows, skip_row=skip_row, unique=True)
-        assert _core.global_norm(made, finite, workers) == expected
+        assert _core.global_norm(made, finite, num_threads) == expected
 
 
 @pytest.mark.parametrize("rule", _core.RULES)
@@ -415,7 +421,7 @@ def test_rules_at_the_edge(rule: str, what: str, simd: str) -> None:
 
 
 @pytest.mark.parametrize("rule", _core.RULES)
-def test_update_of_unique_rows(rule: str, simd: str, workers: int) -> None:
+def test_update_of_unique_rows(rule: str, simd: str, num_threads: int) -> None:
     """Gradients that belong to ascending unique rows need no groups."""
     rng = np.random.default_rng(5)
     widths = state_of(rule, 17)
@@ -423,7 +429,7 @@ def test_update_of_unique_rows(rule: str, simd: str, workers: int) -> None:
     rows = np.unique(rng.integers(0, 300, 200))
     grad = rng.standard_normal((rows.size, 17), np.float32)
     columns = tuple(map(_core.Column, cut(got, widths)))
-    update(columns, grouped(rows, grad, 300, unique=True), rule_of(rule), workers)
+    update(columns, grouped(rows, grad, 300, unique=True), rule_of(rule), num_threads)
     kernels.update(cut(expected, widths), rows, grad, rule, HYPER)
     assert equal(got, expected)
 
@@ -436,11 +442,11 @@ def test_update_of_unique_rows(rule: str, simd: str, workers: int) -> None:
     kind=st.sampled_from(["normal", "uniform"]),
 )
 def test_fill(
-    dim: int, rows: int, seed: int, first: int, kind: str, simd: str, workers: int
+    dim: int, rows: int, seed: int, first: int, kind: str, simd: str, num_threads: int
 ) -> None:
     """Random rows are the reference's bits, for any cut into rows, inside wider rows too."""
     wide = np.full((rows, dim + 3), 7, np.float32)
-    _core.fill(_core.Column(wide[:, :dim]), kind, seed, first, -0.5, 2.0, workers)
+    _core.fill(_core.Column(wide[:, :dim]), kind, seed, first, -0.5, 2.0, num_threads)
     assert equal(
         np.ascontiguousarray(wide[:, :dim]),
         kernels.fill((rows, dim), kind, seed, first, -0.5, 2.0),
@@ -455,24 +461,24 @@ def test_threefry_known_answer() -> None:
     assert kernels.threefry(0, 0)[:, 0].tolist() == expected
 
 
-@given(values=st.lists(st.floats(width=32), max_size=200), workers=st.integers(1, 3))
-def test_all_finite(values: list[float], workers: int) -> None:
+@given(values=st.lists(st.floats(width=32), max_size=200), num_threads=st.integers(1, 3))
+def test_all_finite(values: list[float], num_threads: int) -> None:
     """all_finite finds any NaN and any infinity, and nothing else."""
     array = np.array(values, np.float32)
-    assert _core.all_finite(array, workers) == np.isfinite(array).all()
+    assert _core.all_finite(array, num_threads) == np.isfinite(array).all()
 
 
 @pytest.mark.parametrize("where", [0, 1, 16383, 16384, 99_998, 99_999])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_all_finite_of_large_arrays(where: int, value: float, simd: str, workers: int) -> None:
+def test_all_finite_of_large_arrays(where: int, value: float, simd: str, num_threads: int) -> None:
     """A single bad element is found wherever it is."""
     array = np.ones(100_000, np.float32)
     array[where] = value
-    assert not _core.all_finite(array, workers)
+    assert not _core.all_finite(array, num_threads)
 
 
 @given(batch=batches(), data=st.data())
-def test_bad_ids_change_nothing(batch: Batch, data: st.DataObject, workers: int) -> None:
+def test_bad_ids_change_nothing(batch: Batch, data: st.DataObject, num_threads: int) -> None:
     """An id outside the table is an IndexError with its place, before anything is written."""
     bad = data.draw(bad_ids(batch.rows))
     ids = np.append(batch.ids.ravel().astype(np.int64), bad)
@@ -480,11 +486,11 @@ def test_bad_ids_change_nothing(batch: Batch, data: st.DataObject, workers: int)
     out = np.full((ids.size, batch.dim), 9, np.float32)
     message = rf"ids\[{ids.size - 1}\] = {bad} is outside 0\.\.{batch.rows - 1}"
     for call in (
-        lambda: _core.gather(column, ids, out, workers),
-        lambda: group(ids, batch.rows, workers),
-        lambda: _core.check(_core.Batch(ids, None, batch.rows, 0), workers),
+        lambda: _core.gather(column, ids, out, num_threads),
+        lambda: group(ids, batch.rows, num_threads),
+        lambda: _core.check(_core.Batch(ids, None, batch.rows, 0), num_threads),
         lambda: _core.scatter_add(
-            column, _core.Batch(ids, out, batch.rows, batch.dim), 1.0, workers
+            column, _core.Batch(ids, out, batch.rows, batch.dim), 1.0, num_threads
         ),
     ):
         with pytest.raises(IdError, match=message):
@@ -493,13 +499,13 @@ def test_bad_ids_change_nothing(batch: Batch, data: st.DataObject, workers: int)
     assert equal(column.array, batch.table())
 
 
-def test_bad_id_position_is_the_first(workers: int) -> None:
+def test_bad_id_position_is_the_first(num_threads: int) -> None:
     """Of several bad ids the first is named, by its index in an array of any rank."""
     ids = np.zeros((40, 50, 3), np.int32)
     ids[11, 7, 2] = -4
     ids[30, 0, 0] = 99
     with pytest.raises(IndexError, match=r"ids\[11, 7, 2\] = -4 is outside 0\.\.9"):
-        _core.check_ids(ids, 10, workers)
+        _core.check_ids(ids, 10, num_threads)
 
 
 def test_ids_into_an_empty_table() -> None:

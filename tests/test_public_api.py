@@ -129,7 +129,7 @@ def test_reference_has_the_names_of_the_kernels() -> None:
         "overlaps",
         "all_finite",
         "first_refused",
-        "ask_pages",
+        "readahead",
         "map_pages",
         "cached_pages",
         "start_write_back",

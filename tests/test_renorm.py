@@ -16,13 +16,13 @@ EXACT = [0.0, 1.0, 2.0, np.inf]
 
 
 @given(batch=batches(), p=st.sampled_from(EXACT), share=st.sampled_from([0.0, 0.5, 2.0, np.inf]))
-def test_renorm_kernel(batch: Batch, p: float, share: float, simd: str, workers: int) -> None:
+def test_renorm_kernel(batch: Batch, p: float, share: float, simd: str, num_threads: int) -> None:
     """The kernel gives the bits of the reference, and leaves other rows alone."""
     limit = share * batch.dim ** (0.0 if p == np.inf else 1 / max(p, 1))
     got, expected = batch.table(), batch.table()
     named = _core.Batch(batch.ids, None, batch.rows, batch.dim)
-    _core.group([named], workers)
-    counts = _core.renorm(_core.Column(got), named, limit, p, workers)
+    _core.group([named], num_threads)
+    counts = _core.renorm(_core.Column(got), named, limit, p, num_threads)
     assert counts == kernels.renorm(expected, batch.ids, limit, p)
     assert got.tobytes() == expected.tobytes()
 

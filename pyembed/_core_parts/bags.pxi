@@ -76,7 +76,7 @@ cdef void _bag_span(const pe_kernels *k, const Bags *bags, Column column, const 
     _ahead_begin(&pages, cold, bags.starts[lo], end)
     for bag in range(lo, hi):
         if bags.starts[bag] >= pages.next:
-            _ask(&pages, bags.starts[bag], column.data, column.stride, d, ids)
+            _readahead(&pages, bags.starts[bag], column.data, column.stride, d, ids)
         if bags.mode == BAG_MAX:
             _max_bag(k, bags, column, ids, bag, end, ahead, out_bd + bag * d,
                      NULL if which_bd is NULL else which_bd + bag * d)

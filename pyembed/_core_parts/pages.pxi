@@ -6,8 +6,8 @@ cdef enum:
     CALM = 2                                      # samples in a row, all in memory, after which a table counts as resident
     CHECK_ROWS = 4096                             # rows between two reads of the counter of page faults
     FAULT_SHARE = 64                              # a table is cold if more than 1 row in 64 waited for a disk
-    ASK_AHEAD = 1024                              # rows: 512 leave the disk idle at times, 4096 gain nothing
-    ASK_STEP = 64
+    READAHEAD_ROWS = 1024                              # rows: 512 leave the disk idle at times, 4096 gain nothing
+    READAHEAD_STEP = 64
     COLD_SPAN_ROWS = 32768                        # rows between two checks for signals: half a second at 80 thousand a second
 
 
@@ -25,7 +25,7 @@ cdef class Pages:
     cdef readonly bint cold
     cdef readonly int64_t batches                 # batches that were sampled
     cdef readonly int64_t rows                    # rows that these batches named
-    cdef readonly int64_t asked                   # ranges of pages whose readahead was requested
+    cdef readonly int64_t requested                 # ranges of pages whose readahead was requested
     cdef readonly int64_t sampled                 # rows that were sampled
     cdef readonly int64_t found                   # sampled rows that were in memory
     cdef int64_t unchecked, faults
@@ -88,24 +88,24 @@ cdef inline bint _batch_is_cold(Column column, const void *ids, bint wide, int64
 
 
 cdef struct Ahead:
-    # The readahead of one thread for the rows ids[lo] .. ids[hi - 1]; the loop calls _ask at row `next`.
+    # The readahead of one thread for the rows ids[lo] .. ids[hi - 1]; the loop calls _readahead at row `next`.
     pe_readahead requests
-    int64_t next, asked, hi
+    int64_t next, requested, hi
 
 
 cdef inline void _ahead_begin(Ahead *a, bint cold, int64_t lo, int64_t hi) noexcept nogil:
     a.next = NEVER
     if cold:
         pe_readahead_begin(&a.requests)
-        a.next, a.asked, a.hi = lo, lo, hi
+        a.next, a.requested, a.hi = lo, lo, hi
 
 
-cdef void _ask(Ahead *a, int64_t i, const float *base, int64_t stride, int64_t floats, const ids_t *ids) noexcept nogil:
-    cdef int64_t p, end = min(i + ASK_AHEAD, a.hi)
-    for p in range(a.asked, end):
+cdef void _readahead(Ahead *a, int64_t i, const float *base, int64_t stride, int64_t floats, const ids_t *ids) noexcept nogil:
+    cdef int64_t p, end = min(i + READAHEAD_ROWS, a.hi)
+    for p in range(a.requested, end):
         pe_readahead_add(&a.requests, base + ids[p] * stride, 4 * floats)
-    a.asked = end
-    a.next = i + ASK_STEP
+    a.requested = end
+    a.next = i + READAHEAD_STEP
     if end == a.hi:
         pe_readahead_flush(&a.requests)
         a.next = NEVER
@@ -113,10 +113,10 @@ cdef void _ask(Ahead *a, int64_t i, const float *base, int64_t stride, int64_t f
 
 cdef inline void _ahead_end(Ahead *a, bint cold, Pages pages) noexcept nogil:
     if cold:
-        pe_readahead_end(&a.requests, &pages.asked)
+        pe_readahead_end(&a.requests, &pages.requested)
 
 
-cdef void _ask_span(Column column, const ids_t *ids, int64_t lo, int64_t hi, int64_t floats) noexcept nogil:
+cdef void _readahead_span(Column column, const ids_t *ids, int64_t lo, int64_t hi, int64_t floats) noexcept nogil:
     cdef Ahead a
     cdef int64_t p
     _ahead_begin(&a, True, lo, hi)
@@ -125,7 +125,7 @@ cdef void _ask_span(Column column, const ids_t *ids, int64_t lo, int64_t hi, int
     _ahead_end(&a, True, column.pages)
 
 
-cdef int _ask_all(Column column, cnp.ndarray ids, int64_t floats) except -1:
+cdef int _readahead_all(Column column, cnp.ndarray ids, int64_t floats) except -1:
     """Request readahead of all rows that ids name; a signal ends the loop early."""
     cdef int64_t n = cnp.PyArray_SIZE(ids), lo, hi
     cdef const void *ids_n = cnp.PyArray_DATA(ids)
@@ -134,14 +134,14 @@ cdef int _ask_all(Column column, cnp.ndarray ids, int64_t floats) except -1:
         hi = min(lo + COLD_SPAN_ROWS, n)
         with nogil:
             if wide:
-                _ask_span(column, <const int64_t *>ids_n, lo, hi, floats)
+                _readahead_span(column, <const int64_t *>ids_n, lo, hi, floats)
             else:
-                _ask_span(column, <const int32_t *>ids_n, lo, hi, floats)
+                _readahead_span(column, <const int32_t *>ids_n, lo, hi, floats)
         PyErr_CheckSignals()
     return 0
 
 
-def ask_pages(Column column not None, cnp.ndarray ids not None):
+def readahead(Column column not None, cnp.ndarray ids not None):
     """Request readahead of whole rows, without waiting; do nothing and return False if a sample is all in memory."""
     cdef bint wide = _is_int64(ids)
     cdef int64_t n = cnp.PyArray_SIZE(ids), sampled = min(n, SAMPLE), found
@@ -159,7 +159,7 @@ def ask_pages(Column column not None, cnp.ndarray ids not None):
     column.pages.rows += n
     column.pages.sampled += sampled
     column.pages.found += found
-    _ask_all(column, ids, column.stride)
+    _readahead_all(column, ids, column.stride)
     return True
 
 

@@ -31,7 +31,7 @@ cdef void _gather_span(const pe_kernels *k, Column column, const ids_t *ids, int
         pe_prefetch_read(table + ids[i] * stride, d)
     for i in range(lo, hi):
         if i >= pages.next:
-            _ask(&pages, i, table, stride, d, ids)
+            _readahead(&pages, i, table, stride, d, ids)
         if i + ahead < hi:
             pe_prefetch_read(table + ids[i + ahead] * stride, d)
         if stream:
@@ -95,7 +95,7 @@ cdef void _scatter_span(const pe_kernels *k, Column column, const ids_t *ids, in
     _ahead_begin(&pages, cold, lo, hi)
     for i in range(lo, hi):
         if i >= pages.next:
-            _ask(&pages, i, column.data, stride, d, ids)
+            _readahead(&pages, i, column.data, stride, d, ids)
         if i + ahead < hi:
             pe_prefetch_write(column.data + ids[i + ahead] * stride, d)
         row = ids[i]

@@ -260,7 +260,7 @@ cdef int64_t _update_run(const pe_kernels *k, Step s, Batch b, int64_t lo, int64
         _prefetch_row(s, u)
     for u in range(lo, hi):
         if u >= pages.next:
-            _ask(&pages, u, s.data[0], s.stride[0], s.row_floats, b.rows_u)
+            _readahead(&pages, u, s.data[0], s.stride[0], s.row_floats, b.rows_u)
         if u + UPDATE_AHEAD < hi:
             _prefetch_row(s, u + UPDATE_AHEAD)
         row = b.rows_u[u]

@@ -162,7 +162,7 @@ cdef void _add_run(const pe_kernels *k, Batch b, int64_t lo, int64_t hi, Column 
     _ahead_begin(&pages, cold, lo, hi)
     for u in range(lo, hi):
         if u >= pages.next:
-            _ask(&pages, u, column.data, column.stride, b.dim, b.rows_u)
+            _readahead(&pages, u, column.data, column.stride, b.dim, b.rows_u)
         if u + 16 < hi:
             _prefetch_gradient(b, u + 16)
             pe_prefetch_write(column.data + b.rows_u[u + 16] * column.stride, b.dim)
@@ -221,7 +221,7 @@ def renorm(Column column not None, Batch batch not None, double max_norm, double
     _require_grouped(b)
     _require_of_table(b, column)
     if _batch_is_cold(column, b.rows_u, True, b.u):
-        _ask_all(column, b.unique_rows, column.dim)
+        _readahead_all(column, b.unique_rows, column.dim)
     with nogil:
         for t in prange(threads, num_threads=threads, schedule="static", chunksize=1, use_threads_if=threads > 1):
             if t:

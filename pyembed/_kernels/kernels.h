@@ -10,9 +10,6 @@
 #define PYEMBED_KERNELS_H
 
 #include <stdint.h>
-#ifdef __x86_64__
-#include <xmmintrin.h> /* here, outside of the targets of the levels */
-#endif
 
 /* Hyper-parameters of one step, already rounded to float32. A rule reads those that it names. */
 typedef struct {

@@ -18,6 +18,16 @@
 #define PE_NOINLINE static
 #endif
 
+/* Builtins, since -march=native makes the intrinsics of xmmintrin.h of another target than the levels are. */
+#if defined(__x86_64__) && defined(__GNUC__)
+typedef float pe_f4 __attribute__((vector_size(16)));
+#ifdef __clang__
+#define PE_STREAM(to, v) __builtin_nontemporal_store(v, (pe_f4 *)(to))
+#else
+#define PE_STREAM(to, v) __builtin_ia32_movntps(to, v)
+#endif
+#endif
+
 #include "random.inc.h"
 #include "sums.inc.h"
 
@@ -27,10 +37,14 @@ static void copy_row(float *restrict dst_d, const float *restrict src_d, int64_t
 
 static void stream_row(float *restrict dst_d, const float *restrict src_d, int64_t d) {
     int64_t i = 0;
-#ifdef __x86_64__
+#ifdef PE_STREAM
     /* movntps wants 16-byte alignment; whole lines at a time keep the write-combining buffers full. */
     if (((uintptr_t)dst_d & 15) == 0)
-        for (; i + 4 <= d; i += 4) _mm_stream_ps(dst_d + i, _mm_loadu_ps(src_d + i));
+        for (; i + 4 <= d; i += 4) {
+            pe_f4 v;
+            memcpy(&v, src_d + i, sizeof v);
+            PE_STREAM(dst_d + i, v);
+        }
 #endif
     for (; i < d; i++) dst_d[i] = src_d[i];
 }

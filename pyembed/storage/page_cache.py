@@ -155,7 +155,7 @@ class PageCache:
         self._file = File(file.system, file.system.duplicate(file.fd), file.path)
         self._writable = writable
         self._io = process_io()
-        self._asked = 0  # `pages.asked` at the last check
+        self._requested = 0  # `pages.requested` at the last check
         self._hand = self._written = 0  # the clock hand: the next row to evict; the next byte
         self._stop = threading.Event()
         self._below_dirty_limit = threading.Event()
@@ -173,7 +173,7 @@ class PageCache:
 
         Wait while the dirty pages exceed the dirty limit, a quarter of the memory limit.
         """
-        if self._thread is None and self.pages.asked and not self._stop.is_set():
+        if self._thread is None and self.pages.requested and not self._stop.is_set():
             self._start()
         self._below_dirty_limit.wait()
 
@@ -183,9 +183,9 @@ class PageCache:
                 if self.limit is not None:
                     self._keep_below(self.limit)
                 if self._writable and (
-                    self.pages.asked != self._asked or not self._below_dirty_limit.is_set()
+                    self.pages.requested != self._requested or not self._below_dirty_limit.is_set()
                 ):
-                    self._asked = self.pages.asked
+                    self._requested = self.pages.requested
                     self._write_back()
         finally:
             self._below_dirty_limit.set()
@@ -239,7 +239,7 @@ class PageCache:
             dirty_bytes=None if found is None else found[1] * mmap.PAGESIZE,
             cold_batches=pages.batches,
             cold_rows=pages.rows,
-            pages_asked=pages.asked,
+            pages_asked=pages.requested,
             hit_rate=pages.found / pages.sampled if pages.sampled else 1.0,
             bytes_read=read,
             bytes_written=wrote,

@@ -120,7 +120,7 @@ def _put_back_sorted(array: F32, frames: list[tuple[I64, F32]]) -> None:
         span = wanted[-1] - wanted[0] + 1
         if span * old[0].nbytes <= DENSE * wanted.size * mmap.PAGESIZE:
             wanted = np.arange(wanted[0], wanted[-1] + 1)
-        _core.ask_pages(whole, wanted)
+        _core.readahead(whole, wanted)
         if len(coming) > AHEAD:
             part = coming.popleft()
             array[rows[part]] = old[part]

@@ -383,7 +383,7 @@ class _OldRows:
     def __init__(self, array: F32, pages: _core.Pages, rows: I64, num_threads: int) -> None:
         self._whole, self._rows, self._threads = _core.Column(array, pages), rows, num_threads
         self._buffer = np.empty((0, array.shape[1]), np.float32)
-        _core.ask_pages(self._whole, rows)
+        _core.readahead(self._whole, rows)
 
     def __getitem__(self, part: slice) -> F32:
         rows = self._rows[part]

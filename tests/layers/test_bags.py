@@ -47,7 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @given(case=cases(), mode=st.sampled_from(MODES), weighted=st.booleans(), pad=st.booleans())
 def test_reduce_bags(
-    case: Case, mode: str, weighted: bool, pad: bool, simd: str, workers: int
+    case: Case, mode: str, weighted: bool, pad: bool, simd: str, num_threads: int
 ) -> None:
     """The kernel gives the bits of the reference in every mode, with weights and padding."""
     weights = case.weights if weighted and mode == "sum" else None
@@ -64,7 +64,7 @@ def test_reduce_bags(
         skip,
         out,
         which if mode == "max" else None,
-        workers,
+        num_threads,
     )
     expected, winners = kernels.reduce_bags(case.table, case.ids, case.starts, weights, mode, skip)
     assert out.tobytes() == expected.tobytes()
@@ -73,27 +73,29 @@ def test_reduce_bags(
 
 
 @given(case=cases(), pad=st.booleans())
-def test_bag_dots(case: Case, pad: bool, simd: str, workers: int) -> None:
+def test_bag_dots(case: Case, pad: bool, simd: str, num_threads: int) -> None:
     """The gradient of the weights is the reference's, zero at the padding row."""
     skip = int(case.ids[0]) if pad and case.ids.size else -1
     bag_of = np.repeat(np.arange(case.starts.size - 1), np.diff(case.starts))
     ids = case.ids.astype(np.int64)
     out = np.full(ids.size, np.nan, np.float32)
-    _core.bag_dots(_core.Column(case.table), ids, bag_of, case.grad, skip, out, workers)
+    _core.bag_dots(_core.Column(case.table), ids, bag_of, case.grad, skip, out, num_threads)
     assert np.array_equal(out, kernels.bag_dots(case.table, ids, bag_of, case.grad, skip))
 
 
 @given(case=cases(), weighted=st.booleans(), scale=st.booleans())
-def test_sums_over_bags(case: Case, weighted: bool, scale: bool, simd: str, workers: int) -> None:
+def test_sums_over_bags(
+    case: Case, weighted: bool, scale: bool, simd: str, num_threads: int
+) -> None:
     """Gradients are summed straight from the bags, as if there were one row for each id."""
     bag_of = np.repeat(np.arange(case.starts.size - 1), np.diff(case.starts))
     coef = case.weights if weighted else None
     groups = kernels.group(case.ids, len(case.table))
     rows, dim = case.table.shape
     batch = _core.Batch(case.ids, case.grad, rows, dim, -1, scale, bag_of, coef)
-    _core.group([batch], workers)
+    _core.group([batch], num_threads)
     expected = kernels.sum_groups(*groups, case.grad, scale, bag_of, coef)
-    assert np.array_equal(_core.sum_groups(batch, workers), expected)
+    assert np.array_equal(_core.sum_groups(batch, num_threads), expected)
 
 
 def layer(case: Case, mode: str, **settings: Any) -> EmbeddingBag:

@@ -24,25 +24,25 @@ Step = tuple[optim.Optimizer, Any, Any]
 ONES = np.ones((1, 2), np.float32)
 
 
-def layers(folder: Path | None, workers: int) -> list[optim.Optimizer]:
+def layers(folder: Path | None, num_threads: int) -> list[optim.Optimizer]:
     """An optimizer of every rule, each over a table of its own, some on disk, one over bags."""
     made = []
     for at, (name, make) in enumerate(RULES.items()):
         start, dim = init.normal(std=1.0), 3 + at
         if folder is not None and at % 3 == 0:
-            t = Table.create(folder / name, 40, dim, name, init=start, num_threads=workers)
+            t = Table.create(folder / name, 40, dim, name, init=start, num_threads=num_threads)
         else:
-            t = Table.memory(40, dim, name, init=start, num_threads=workers)
+            t = Table.memory(40, dim, name, init=start, num_threads=num_threads)
         target = t if at != 1 else EmbeddingBag.from_pretrained(t, freeze=False, mode="mean")
         options = {4: {"clip_norm": 3.0}, 5: {"max_norm": 2.0}, 7: {"frequency_power": 0.5}}
         made.append(make(target, lr=0.1, **options.get(at, {})))
     return made
 
 
-def test_step_many_is_each_step(tmp_path: Path, simd: str, workers: int) -> None:
+def test_step_many_is_each_step(tmp_path: Path, simd: str, num_threads: int) -> None:
     """Every rule, tables in memory and on disk, bags and sparse gradients, over 5 steps."""
     rng = np.random.default_rng(8)
-    many, single = layers(tmp_path, workers), layers(None, 1)
+    many, single = layers(tmp_path, num_threads), layers(None, 1)
     for _ in range(5):
         steps: list[Any] = []
         for at, o in enumerate(many):
@@ -163,7 +163,7 @@ def test_all_tables_or_none(reason: str, tmp_path: Path) -> None:
 
 
 @given(several=st.lists(batches(), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_what_was_accumulated(several: list[Batch], seed: int, workers: int) -> None:
+def test_what_was_accumulated(several: list[Batch], seed: int, num_threads: int) -> None:
     """A step without ids applies the accumulated gradients, among steps that get ids."""
     many: list[Any] = []
     single: list[Any] = []
@@ -171,7 +171,7 @@ def test_what_was_accumulated(several: list[Batch], seed: int, workers: int) -> 
         name, ids = list(RULES)[(seed + at) % len(RULES)], batch.ids.ravel() % 64
         grad = batch.grad().reshape(ids.size, batch.dim)
         for steps in (many, single):
-            o = RULES[name](Table.memory(64, batch.dim, num_threads=workers), lr=0.1)
+            o = RULES[name](Table.memory(64, batch.dim, num_threads=num_threads), lr=0.1)
             if (seed + at) % 2:
                 steps.append((o, ids, grad))
                 continue
@@ -185,7 +185,7 @@ def test_what_was_accumulated(several: list[Batch], seed: int, workers: int) -> 
 
 
 @pytest.mark.parametrize("on", ["memory", "disk"])
-def test_several_over_one_table(on: str, tmp_path: Path, workers: int) -> None:
+def test_several_over_one_table(on: str, tmp_path: Path, num_threads: int) -> None:
     """They step in the order given, also two of one rule, which share the count of steps."""
     tables, start = [], init.normal(std=1.0)
     for name in "ab":
@@ -195,9 +195,9 @@ def test_several_over_one_table(on: str, tmp_path: Path, workers: int) -> None:
             "init": start,
         }
         if on == "disk":
-            tables.append(Table.create(tmp_path / name, 90, 64, num_threads=workers, **more))
+            tables.append(Table.create(tmp_path / name, 90, 64, num_threads=num_threads, **more))
         else:
-            tables.append(Table.memory(90, 64, num_threads=workers, **more))
+            tables.append(Table.memory(90, 64, num_threads=num_threads, **more))
     rng = np.random.default_rng(2)
     made = []
     for table in tables:
@@ -243,7 +243,7 @@ def clipped_by_hand(
     most=st.sampled_from([0.0, 0.01, 1.0, 30.0, 1e6]),
 )
 def test_clip_norm_is_scaling_by_hand(
-    several: list[Batch], seed: int, most: float, workers: int
+    several: list[Batch], seed: int, most: float, num_threads: int
 ) -> None:
     """Every rule, any batches, some with a padding row: the bits of steps with scaled sums."""
     steps, twins = [], []
@@ -251,7 +251,7 @@ def test_clip_norm_is_scaling_by_hand(
         name, ids = list(RULES)[(seed + at) % len(RULES)], batch.ids.ravel() % 64
         shape, pad = (64, batch.dim), 0 if at % 2 else None
         tables = [
-            Table.memory(*shape, init=init.normal(), num_threads=each) for each in (workers, 1)
+            Table.memory(*shape, init=init.normal(), num_threads=each) for each in (num_threads, 1)
         ]
         layers = [Embedding(*shape, table=table, padding_idx=pad) for table in tables]
         one, other = (RULES[name](layer, lr=0.1) for layer in layers)
@@ -265,7 +265,7 @@ def test_clip_norm_is_scaling_by_hand(
 
 
 @pytest.mark.parametrize("accumulated", [False, True])
-def test_clip_norm_of_large_batches(accumulated: bool, simd: str, workers: int) -> None:
+def test_clip_norm_of_large_batches(accumulated: bool, simd: str, num_threads: int) -> None:
     """The same bits for any number of threads, which are those by hand; also accumulated.
 
     The norm is numpy's in float64; the tolerance is for sums in float32, some near zero.
@@ -275,7 +275,9 @@ def test_clip_norm_of_large_batches(accumulated: bool, simd: str, workers: int) 
     twins: list[optim.Optimizer] = []
     sums: list[np.ndarray] = []
     for dim in (33, 64, 5):
-        made = [optim.Adagrad(Table.memory(700, dim, num_threads=w), lr=0.1) for w in (workers, 1)]
+        made = [
+            optim.Adagrad(Table.memory(700, dim, num_threads=w), lr=0.1) for w in (num_threads, 1)
+        ]
         ids = rng.integers(0, 700, 9000)
         grad = rng.standard_normal((9000, dim), np.float32)
         steps.append((made[0], ids, grad))
@@ -297,11 +299,13 @@ def test_clip_norm_of_large_batches(accumulated: bool, simd: str, workers: int) 
 
 @pytest.mark.parametrize("make", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("most", [0.3, 1e6])
-def test_one_norm_of_one_table_is_its_own(make: Any, most: float, workers: int) -> None:
+def test_one_norm_of_one_table_is_its_own(make: Any, most: float, num_threads: int) -> None:
     """With a single table clip_norm is the optimizer's keyword, bit for bit."""
     rng = np.random.default_rng(3)
     ids, grad = rng.integers(0, 40, 5000), rng.standard_normal((5000, 7), np.float32)
-    one, other = (Table.memory(40, 7, init=init.normal(), num_threads=workers) for _ in range(2))
+    one, other = (
+        Table.memory(40, 7, init=init.normal(), num_threads=num_threads) for _ in range(2)
+    )
     step_many([(make(one, lr=0.1), ids, grad)], clip_norm=most)
     make(other, lr=0.1, clip_norm=most).step(ids, grad)
     assert np.array_equal(one.weight, other.weight)

@@ -74,10 +74,10 @@ def renorm(t: Table, ids: np.ndarray) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
 @pytest.mark.parametrize("call", [gather, step, bags, scatter, renorm])
-def test_same_results(cold: Path, call: Callable[..., None], dtype: Any, workers: int) -> None:
+def test_same_results(cold: Path, call: Callable[..., None], dtype: Any, num_threads: int) -> None:
     """Each operation requests readahead of cold rows, and its result is that in memory."""
     ids, there = ids_of(5000).astype(dtype), twin()
-    with Table.open(cold, num_threads=workers) as t:
+    with Table.open(cold, num_threads=num_threads) as t:
         assert t.stats().cold_batches == 0
         call(t, ids)
         call(there, ids)
