@@ -20,8 +20,8 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, NoReturn, cast
 
 import numpy as np
@@ -53,15 +53,7 @@ class Stream:
         self._raw.seek(0)
         self._file = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw)) if self.packed else self._raw
 
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
         self._raw.close()
 
@@ -89,7 +81,7 @@ class Head:
                 "it to a file"
             )
         self.path = path
-        with Stream(path) as stream:
+        with closing(Stream(path)) as stream:
             self.bytes_total = path.stat().st_size
             self.bytes_max = self.bytes_total * (DEFLATE_RATIO if stream.packed else 1)
             sample = stream.read(LINE_LIMIT)
@@ -173,7 +165,7 @@ class VectorSource:
         """Yield ``(tokens, values)``: a list of bytes, and about 4 MB of float32, one row each."""
         seen: set[bytes] = set()
         size = max(1, CHUNK_VALUES // self.dim)
-        with Stream(self.path) as stream:
+        with closing(Stream(self.path)) as stream:
             stream.read(self._body)
             for tokens, values, places in self._rows(stream):
                 self.bytes_read = stream.position

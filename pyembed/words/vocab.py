@@ -28,6 +28,7 @@ from pyembed.storage import fs, npy
 _TEXT = "vocab.txt"
 _COUNTS = "vocab.counts.npy"
 FILES = (_TEXT, _COUNTS)
+_AGAIN = "Save the vocabulary again"
 _SPELLING_POOL = 20_000  # rows searched for close spellings: milliseconds, as loops catch KeyError
 
 
@@ -70,7 +71,9 @@ class Vocab:
         _check_writable(self._tokens)
         self._rows = {token: row for row, token in enumerate(self._tokens)}
         if len(self._rows) < len(self._tokens):
-            first, second = _find_duplicate(self._tokens)
+            seen: dict[str, int] = {}
+            rows = ((seen.setdefault(token, row), row) for row, token in enumerate(self._tokens))
+            first, second = next((first, row) for first, row in rows if first != row)
             raise ArgumentError(
                 f"tokens[{second}] = {self._tokens[second]!r} is tokens[{first}] again; "
                 "allowed: each token once. Give each row a token of its own"
@@ -211,14 +214,11 @@ class Vocab:
                 "in one. Restore the file, or add the newline if the last token is whole"
             )
         tokens = text.split("\n")[:-1]
-        if len(set(tokens)) < len(tokens):
-            first, second = _find_duplicate(tokens)
-            raise FormatError(
-                f"{path}: line {second + 1} is {tokens[second]!r}, which is line {first + 1} too; "
-                "allowed: each token once. Give each row a token of its own"
-            )
         counts = path.with_name(_COUNTS)
-        return cls(tokens, _load_counts(counts, len(tokens)) if counts.exists() else None)
+        try:
+            return cls(tokens, _load_counts(counts, len(tokens)) if counts.exists() else None)
+        except ArgumentError as error:
+            raise FormatError(f"{path}, where line 1 is row 0: {error}. {_AGAIN}") from None
 
     def _unknown(self, token: object) -> str:
         message = f"is none of the {len(self)} tokens"
@@ -266,12 +266,6 @@ def _survives(text: str) -> bool:
         return False
 
 
-def _find_duplicate(tokens: list[str]) -> tuple[int, int]:
-    """Return both rows of the first token that occurs twice; there must be one."""
-    seen: dict[str, int] = {}
-    return next((seen[t], row) for row, t in enumerate(tokens) if seen.setdefault(t, row) != row)
-
-
 def _checked_counts(counts: ArrayLike, rows: int) -> NDArray[np.int64]:
     array = np.asarray(counts)
     if array.size and array.dtype.kind not in "iu":
@@ -293,21 +287,16 @@ def _checked_counts(counts: ArrayLike, rows: int) -> NDArray[np.int64]:
 
 def _load_counts(path: Path, rows: int) -> NDArray[np.int64]:
     """Read a .npy of counts; nothing is unpickled, or allocated by what the header claims."""
-    data, again = path.read_bytes(), "Save the vocabulary again"
+    data = path.read_bytes()
     header = npy.read(data[: npy.HEAD_BYTES], path)
     if header.dtype != np.dtype("<i8") or header.shape != (rows,):
         raise FormatError(
             f"{path} holds {header.dtype} of shape {header.shape}; allowed: int64 of shape "
-            f"({rows},), one count for each line of {_TEXT}. {again}"
+            f"({rows},), one count for each line of {_TEXT}. {_AGAIN}"
         )
     data = data[header.offset :]
     if len(data) != 8 * rows:
         raise FormatError(
-            f"{path} has {len(data)} bytes of counts; its header allows {8 * rows}. {again}"
+            f"{path} has {len(data)} bytes of counts; its header allows {8 * rows}. {_AGAIN}"
         )
-    counts = np.frombuffer(data, "<i8")
-    negative = np.flatnonzero(counts < 0)
-    if len(negative):
-        row = int(negative[0])
-        raise FormatError(f"{path}: count {row} is {counts[row]}; allowed: 0 or more. {again}")
-    return counts.astype(np.int64)
+    return np.frombuffer(data, "<i8")

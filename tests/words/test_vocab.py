@@ -241,12 +241,12 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path) -> None:
     [
         (b"a\nb", "line 2 has no newline"),
         (b"a", "line 1 has no newline"),
-        (b"a\nb\nc\nb\n", "line 4 is 'b', which is line 2 too"),
-        (b"\n\n", "line 2 is '', which is line 1 too"),
+        (b"a\nb\nc\nb\n", r"line 1 is row 0: tokens\[3\] = 'b' is tokens\[1\] again"),
+        (b"\n\n", r"tokens\[1\] = '' is tokens\[0\] again"),
     ],
 )
 def test_bad_text_is_a_format_error(content: bytes, match: str, tmp_path: Path) -> None:
-    """A vocab.txt that is cut off or repeats a token names the line."""
+    """A vocab.txt that is cut off or repeats a token names the place."""
     (tmp_path / "vocab.txt").write_bytes(content)
     with pytest.raises(FormatError, match=match):
         Vocab.load(tmp_path)
@@ -273,7 +273,7 @@ BAD_COUNTS = {
     "another dtype": (npy(np.array([3.0, 2.0])), "float64"),
     "another byte order": (npy(np.array([3, 2], ">i8")), "holds >i8"),
     "objects": (npy(np.array([3, None])), "holds object"),
-    "negative": (npy(np.array([3, -2])), "count 1 is -2"),
+    "negative": (npy(np.array([3, -2])), r"counts\[1\] = -2 is outside"),
 }
 
 
