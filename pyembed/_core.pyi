@@ -16,63 +16,38 @@ _Bytes = bytes | bytearray | memoryview | mmap | NDArray[Any]
 
 @final
 class Pages:
-    @property
-    def cold(self) -> bool: ...
-    @property
-    def batches(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def requested(self) -> int: ...
-    @property
-    def sampled(self) -> int: ...
-    @property
-    def found(self) -> int: ...
+    cold: Final[bool]
+    batches: Final[int]
+    rows: Final[int]
+    requested: Final[int]
+    sampled: Final[int]
+    found: Final[int]
 
 @final
 class Column:
-    @property
-    def array(self) -> _F32: ...
-    @property
-    def writable(self) -> bool: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def pages(self) -> Pages | None: ...
+    array: Final[_F32]
+    writable: Final[bool]
+    rows: Final[int]
+    dim: Final[int]
+    pages: Final[Pages | None]
     def __init__(self, array: _F32, pages: Pages | None = None) -> None: ...
 
 @final
 class Batch:
-    @property
-    def ids(self) -> _Ids: ...
-    @property
-    def grad(self) -> _F32: ...
-    @property
-    def bag_of(self) -> _I64 | None: ...
-    @property
-    def coefficients(self) -> _F32 | None: ...
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def skip_row(self) -> int: ...
-    @property
-    def scale_by_count(self) -> bool: ...
-    @property
-    def unique(self) -> bool: ...
-    @property
-    def checked(self) -> bool: ...
-    @property
-    def grouped(self) -> bool: ...
-    @property
-    def unique_rows(self) -> _I64: ...
-    @property
-    def starts(self) -> _I64: ...
-    @property
-    def order(self) -> _I64: ...
+    ids: Final[_Ids]
+    grad: Final[_F32]
+    bag_of: Final[_I64 | None]
+    coefficients: Final[_F32 | None]
+    num_rows: Final[int]
+    dim: Final[int]
+    skip_row: Final[int]
+    scale_by_count: Final[bool]
+    unique: Final[bool]
+    checked: Final[bool]
+    grouped: Final[bool]
+    unique_rows: Final[_I64]
+    starts: Final[_I64]
+    order: Final[_I64]
     def __init__(
         self,
         ids: _Ids,
@@ -88,28 +63,17 @@ class Batch:
 
 @final
 class Rule:
-    @property
-    def name(self) -> str: ...
-    @property
-    def skip_nonfinite(self) -> bool: ...
-    @property
-    def refuse_nonfinite(self) -> bool: ...
-    @property
-    def largest(self) -> float: ...
-    @property
-    def lazy(self) -> bool: ...
-    @property
-    def frequency_power(self) -> float: ...
-    @property
-    def clip_value(self) -> float: ...
-    @property
-    def l2(self) -> float: ...
-    @property
-    def max_norm(self) -> float: ...
-    @property
-    def norm_type(self) -> float: ...
-    @property
-    def hyper(self) -> dict[str, float]: ...
+    name: Final[str]
+    skip_nonfinite: Final[bool]
+    refuse_nonfinite: Final[bool]
+    largest: Final[float]
+    lazy: Final[bool]
+    frequency_power: Final[float]
+    clip_value: Final[float]
+    l2: Final[float]
+    max_norm: Final[float]
+    norm_type: Final[float]
+    hyper: Final[dict[str, float]]
     step: int
     keep: float
     missed_momentum: float
