@@ -588,12 +588,14 @@ class Table:
         """
         store, alpha = self.store, float(alpha)
         weight = store.weight_column
-        ids = as_ids(ids)
-        values = as_values(values, (*ids.shape, weight.dim), "values")
-        require_apart(values, (weight,), "values")
-        batch = _core.Batch(ids, values, weight.rows, weight.dim)
+        batch = _core.read_batch(ids, values, weight.rows, weight.dim, -1, False)
+        if batch is None:
+            ids = as_ids(ids)
+            values = as_values(values, (*ids.shape, weight.dim), "values")
+            batch = _core.Batch(ids, values, weight.rows, weight.dim)
+        require_apart(batch.grad, (weight,), "values")
         rows = self._read_change(batch, deterministic)
-        threads = _threads.for_work(values.size, self.num_threads)
+        threads = _threads.for_work(batch.grad.size, self.num_threads)
         if deterministic:
             with store.still():
                 (column,) = store.begin_change(NO_STATE, rows)

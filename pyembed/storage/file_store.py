@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyembed import _core, _threads
+from pyembed import _core
 from pyembed._checks import F32, IdArray
 from pyembed.errors import ArgumentError, ReadOnlyError
 from pyembed.init import Initializer
@@ -28,7 +28,7 @@ from pyembed.storage.columns import fresh_rows
 from pyembed.storage.manifest import Manifest
 from pyembed.storage.page_cache import PageCache, Stats
 from pyembed.storage.recovery import Progress
-from pyembed.storage.store import RowColumns, require_width
+from pyembed.storage.store import Store, require_width
 from pyembed.storage.table_files import CLEAN, BareFile, TableFolder
 from pyembed.storage.transaction import JournaledTransaction, Transaction
 
@@ -85,17 +85,7 @@ def open_store(
         raise
 
 
-def open_writer(path: Path) -> Writer:
-    """Open the folder of a table for writing, with the durability that it has."""
-    files = TableFolder(path, writable=True, lock=True, salvage=False)
-    try:
-        return Writer(files, False, None, None, _threads.resolve(None), recovery.silent)
-    except BaseException:
-        files.close()
-        raise
-
-
-class _MappedStore(RowColumns):
+class _MappedStore(Store):
     """The mapping of a file, and its columns: the part that the stores of this module share.
 
     Parameters
@@ -222,7 +212,7 @@ class Reader(_MappedStore):
         """Refuse."""
         raise self._refusal()
 
-    def rollback(self, progress: Progress = recovery.silent) -> None:
+    def rollback(self) -> None:
         """Refuse."""
         raise self._refusal()
 
@@ -252,9 +242,9 @@ class PrivateCopy(_MappedStore):
         refusal = "a private copy has no commit; open the table with mode='r+'"
         raise ReadOnlyError(errno.EROFS, refusal, str(self.path))
 
-    def rollback(self, progress: Progress = recovery.silent) -> None:
+    def rollback(self) -> None:
         """Refuse: there is no journal."""
-        self._transaction.rollback(progress)
+        self._transaction.rollback(lambda: None)
 
 
 class Writer(_MappedStore):
@@ -304,7 +294,7 @@ class Writer(_MappedStore):
         return self._transaction
 
     @property
-    def keeps_journal(self) -> bool:  # type: ignore[override]
+    def keeps_journal(self) -> bool:
         """Whether `begin_change` needs the rows that will change."""
         return self._transaction.keeps_journal
 
@@ -338,17 +328,23 @@ class Writer(_MappedStore):
         ReadOnlyError
             If it is a bare .npy file.
         """
-        files, before = self._files, self.array.shape[0]
+        files, before = self._files, self.array
         if not isinstance(files, TableFolder):
             raise _no_append(self.path)
         self._transaction.protect(NO_ROWS)
-        files.grow(before, count, chunks)
-        self._remap(before + count)
+        try:
+            self._show(files.grow(before.shape[0], count, chunks))
+        except BaseException:
+            with files.poisoned_on_failure():
+                self._show(before)
+                files.cut_to(before.shape[0])
+            raise
 
-    def _remap(self, rows: int) -> None:
-        self.array = self._page_cache.rows = self._files.map(rows, mmap.ACCESS_WRITE)
-        self._transaction.attach(self.array, self._page_cache.pages)
-        self.attach(self.array, self.manifest.columns, self._page_cache.pages)
+    def _show(self, array: F32) -> None:
+        """Take another number of rows for those of the table."""
+        self.array = self._page_cache.rows = array
+        self._transaction.attach(array, self._page_cache.pages)
+        self.attach(array, self.manifest.columns, self._page_cache.pages)
 
     def commit(self, meta: dict[str, Any] | None) -> None:
         """Sync the rows, then save the manifest that commits them; do nothing without a change."""
@@ -383,7 +379,7 @@ class Writer(_MappedStore):
         # The round trip refuses a meta that cannot be stored, and copies it.
         self._transaction.commit(manifests.decode(manifests.encode(state), str(self.path)))
 
-    def rollback(self, progress: Progress = recovery.silent) -> None:
+    def rollback(self) -> None:
         """Bring rows, steps and meta back to the last commit.
 
         Raises
@@ -393,8 +389,12 @@ class Writer(_MappedStore):
         DirtyError
             If the journal is damaged; nothing is changed then.
         """
-        if self._transaction.rollback(progress) and self.manifest.rows != self.array.shape[0]:
-            self._remap(self.manifest.rows)
+        self._transaction.rollback(self._show_commit)
+
+    def _show_commit(self) -> None:
+        """Show the number of rows and the steps of the last commit."""
+        if self.manifest.rows != self.array.shape[0]:
+            self._show(self.array[: self.manifest.rows])
         self.steps.clear()
         self.steps.update(copy.deepcopy(self.manifest.optimizer))
 

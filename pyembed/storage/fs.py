@@ -18,7 +18,7 @@ Each store, folder and file keeps the instance that was installed when it was op
     with fs.using(FailingSync()):
         table = Table.open(path)
 
-The methods of `FileSystem` are thin, and named in `CALLS`. A subclass sees these arguments:
+The methods of `FileSystem` are thin: each is one call. A subclass sees these arguments:
 
 - a call by name (`open`, `rename`, `unlink`, `mkdir`, `rmdir`, `stat_name`) gets the absolute path
   as it was at open, and ``dir_fd``, the descriptor of the folder. The system resolves only the last
@@ -37,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import secrets
@@ -52,13 +53,9 @@ from pyembed import _core
 from pyembed._checks import F32
 from pyembed.errors import FormatError, TableError
 
-CALLS = (
-    *("open", "close", "pread", "pwrite", "map", "sync", "rename", "unlink", "mkdir", "rmdir"),
-    *("stat", "stat_name", "names", "free_bytes", "truncate", "allocate", "lock", "duplicate"),
-    *("advise", "start_write_back", "cached_pages", "helper", "boot_id", "token"),
-)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+PASSING = (*FULL, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # a later try may succeed
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 FOLDER_FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
 
@@ -138,24 +135,21 @@ class FileSystem:
         """Return the names in a folder."""
         return os.listdir(fd)
 
-    def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
+    def rename(self, source: Path, target: Path, *, dir_fd: int) -> None:
         """Rename within one folder; a file replaces an existing one."""
-        if dir_fd is None:
-            source.replace(target)
-        else:
-            os.replace(source.name, target.name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        os.replace(source.name, target.name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
 
-    def unlink(self, path: Path, *, dir_fd: int | None = None) -> None:
+    def unlink(self, path: Path, *, dir_fd: int) -> None:
         """Remove the name of a file."""
-        os.unlink(path if dir_fd is None else path.name, dir_fd=dir_fd)
+        os.unlink(path.name, dir_fd=dir_fd)
 
-    def mkdir(self, path: Path, *, dir_fd: int | None = None) -> None:
+    def mkdir(self, path: Path, *, dir_fd: int) -> None:
         """Make a folder."""
-        os.mkdir(path if dir_fd is None else path.name, dir_fd=dir_fd)
+        os.mkdir(path.name, dir_fd=dir_fd)
 
-    def rmdir(self, path: Path, *, dir_fd: int | None = None) -> None:
+    def rmdir(self, path: Path, *, dir_fd: int) -> None:
         """Remove an empty folder."""
-        os.rmdir(path if dir_fd is None else path.name, dir_fd=dir_fd)
+        os.rmdir(path.name, dir_fd=dir_fd)
 
     def advise(self, fd: int, at: int, size: int, advice: str) -> None:
         """Give posix_fadvise a hint, "willneed" or "dontneed", where the system has it."""
@@ -174,8 +168,8 @@ class FileSystem:
     def boot_id(self) -> str:
         """Return the id of this start of the machine; a new one for each call if it is unknown."""
         try:
-            return BOOT_ID.read_text().strip()
-        except OSError:
+            return _read_boot_id()
+        except (FileNotFoundError, PermissionError):
             return f"unknown {self.token()}"
 
     def token(self) -> str:
@@ -187,6 +181,32 @@ class FileSystem:
         return ThreadPoolExecutor(num_threads, name)
 
 
+@functools.cache
+def _read_boot_id() -> str:
+    return BOOT_ID.read_text().strip()
+
+
+class Reserve:
+    """A descriptor that this process gives up for a commit when it has no other."""
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+
+    def keep(self) -> None:
+        """Have the descriptor, if there is one left."""
+        if not self._fds:
+            with contextlib.suppress(OSError):
+                self._fds.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+    def give_up(self) -> bool:
+        """Close the descriptor; return whether there was one."""
+        with contextlib.suppress(IndexError):
+            os.close(self._fds.pop())
+            return True
+        return False
+
+
+reserve = Reserve()
 _installed = FileSystem()
 
 
@@ -403,12 +423,20 @@ class Folder:
         TableError
             If the disk has not so many free bytes.
         """
-        with self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            opened = self.open(name, flags)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not reserve.give_up():
+                raise
+            opened = self.open(name, flags)
+        with opened as file:
             file.allocate(0, size)
             at = 0
             for part in parts:
                 at = file.write_at([part], at)
             file.sync()
+        reserve.keep()
 
     def replace(self, name: str, parts: Iterable[Any]) -> None:
         """Atomically replace a file: temporary file, sync, rename, sync of the folder.

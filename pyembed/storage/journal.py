@@ -58,6 +58,7 @@ behind it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -114,24 +115,16 @@ class _Old(Protocol):
 
 def _pack(header: _Header) -> bytes:
     body = FIELDS.pack(MAGIC, *header)
-    return body + _crc(body).to_bytes(4, "little")
+    return body + _core.crc32c(body).to_bytes(4, "little")
 
 
 def _unpack(data: bytes) -> _Header | None:
     """Return the header, or None if the bytes are not one."""
     if len(data) != UNIT or not data.startswith(MAGIC):
         return None
-    if _crc(data[: FIELDS.size]) != int.from_bytes(data[FIELDS.size :], "little"):
+    if _core.crc32c(data[: FIELDS.size]) != int.from_bytes(data[FIELDS.size :], "little"):
         return None
     return _Header(*FIELDS.unpack_from(data)[1:])
-
-
-def _crc(data: Any) -> int:
-    return _core.crc32c(data)
-
-
-def _crc_of_each(data: U8, size: int, threads: int) -> list[int]:
-    return _core.crc32c_pieces(data, size, threads)
 
 
 def _bytes_of(array: NDArray[Any]) -> U8:
@@ -152,7 +145,9 @@ class Journal:
     Attributes
     ----------
     name : str
-        The file of this transaction.
+        The name of the file of this transaction.
+    file : File
+        That file.
     frames : int
         Number of frames of this transaction, the one without rows included; 0 before `begin`.
     bytes_written : int
@@ -166,7 +161,7 @@ class Journal:
         self._power = durability == "power"
         # Kept open: a newly opened file may not report a write that failed before.
         self._files = dict[str, File]()
-        self._file = File(folder.system, -1, folder.path)  # the file of this transaction
+        self.file = File(folder.system, -1, folder.path)  # the file of this transaction
         self._salt = self._generation = self._at = self._allocated = self._settled = self._sent = 0
         self.failed_sync = False
         self.name = ""
@@ -188,11 +183,11 @@ class Journal:
             self._files[self.name] = file.require_regular()
             if self._power:
                 self._make_durable(self._folder.sync)
-        self._file = self._files[self.name]
-        self._allocated = self._file.size
+        self.file = self._files[self.name]
+        self._allocated = self.file.size
         self._salt, self._generation = salt, generation
         self._at = self._settled = self._sent = 0
-        self._append(np.zeros(0, np.int64), np.zeros((0, self._stride), np.float32), _crc(b""))
+        self._append(np.zeros(0, np.int64), np.zeros((0, self._stride), np.float32), 0)
         if self._power:
             self.sync()
 
@@ -226,7 +221,7 @@ class Journal:
             numbers = rows[start : start + some]
             floats = old[start : start + numbers.size]
             self._check(numbers, floats)
-            sums = _crc_of_each(_bytes_of(floats), 4 * self._stride * frame, threads)
+            sums = _core.crc32c_pieces(_bytes_of(floats), 4 * self._stride * frame, threads)
             for k, crc in enumerate(sums):
                 part = slice(k * frame, (k + 1) * frame)
                 self._append(numbers[part], floats[part], crc)
@@ -249,18 +244,18 @@ class Journal:
             size=size,
             n=rows.size,
             stride=self._stride,
-            rows_crc=_crc(payload[0]),
+            rows_crc=_core.crc32c(payload[0]),
             old_crc=old_crc,
         )
         tail = ZEROS[: size - used + UNIT]
         try:
             self._allocate(self._at + size + UNIT)
-            self._file.write_at([_pack(header), *payload, tail], self._at)
+            self.file.write_at([_pack(header), *payload, tail], self._at)
         except OSError as error:
             if error.errno not in FULL or isinstance(error, TableError):
                 raise
             what = f"{error.strerror}: the journal cannot grow, so no row was changed; make room"
-            raise TableError(error.errno, what, str(self._file.path)) from None
+            raise TableError(error.errno, what, str(self.file.path)) from None
         # Only now: a frame that was cut short is overwritten by the next.
         self._at += size
         self.frames += 1
@@ -273,10 +268,10 @@ class Journal:
             return
         ahead = max(end, FIRST_BYTES, have + min(have, GROWTH_BYTES))
         try:
-            self._file.allocate(have, ahead - have)
+            self.file.allocate(have, ahead - have)
         except TableError:
             ahead = end
-            self._file.allocate(have, ahead - have)
+            self.file.allocate(have, ahead - have)
         self._allocated = ahead
 
     def sync(self) -> None:
@@ -287,14 +282,14 @@ class Journal:
         OSError
         """
         self._require_sound()
-        self._make_durable(self._file.sync)
+        self._make_durable(self.file.sync)
         self._settled = self.frames
 
     def start_write_back(self) -> None:
         """Start to write frames to the disk, from where the last call ended."""
         begun, self._sent = self._sent, self._at
         if begun < self._sent:
-            self._file.system.start_write_back(self._file.fd, begun, self._sent - begun)
+            self.file.system.start_write_back(self.file.fd, begun, self._sent - begun)
 
     def _make_durable(self, sync: Callable[[], None]) -> None:
         try:
@@ -339,6 +334,8 @@ class Replay:
         Of the transaction.
     stride, rows : int
         Shape of the table at the commit.
+    file : File, optional
+        The journal, if it is open.
 
     Attributes
     ----------
@@ -349,8 +346,16 @@ class Replay:
         Valid ones so far.
     """
 
-    def __init__(self, folder: Folder, salt: int, generation: int, stride: int, rows: int) -> None:
-        self._folder, self._name = folder, file_name(generation)
+    def __init__(
+        self,
+        folder: Folder,
+        salt: int,
+        generation: int,
+        stride: int,
+        rows: int,
+        file: File | None = None,
+    ) -> None:
+        self._folder, self._name, self._open = folder, file_name(generation), file
         self._stride, self._rows = stride, rows
         self._transaction = (salt, generation)
         self.end, self.problem = "unread", ""
@@ -361,7 +366,10 @@ class Replay:
         self.frames = self.bytes = self._ahead = 0
         path = self._folder.path / self._name
         try:
-            with self._folder.open(self._name, os.O_RDONLY | NO_LINK) as file:
+            with contextlib.ExitStack() as opened:
+                file = self._open or opened.enter_context(
+                    self._folder.open(self._name, os.O_RDONLY | NO_LINK)
+                )
                 while True:
                     rows, old = self._next(file)
                     if rows.size:
@@ -386,7 +394,8 @@ class Replay:
         payload = np.empty(used - UNIT, np.uint8)
         whole = file.read_into(payload, self.bytes + UNIT) == payload.size
         numbers, floats = payload[: 8 * header.n], payload[8 * header.n :]
-        if not whole or (_crc(numbers), _crc(floats)) != (header.rows_crc, header.old_crc):
+        sums = (_core.crc32c(numbers), _core.crc32c(floats))
+        if not whole or sums != (header.rows_crc, header.old_crc):
             raise self._judge(file, False)
         rows, old = numbers.view(np.int64), floats.view(np.float32)
         if rows.size and not (rows.min() >= 0 and rows.max() < self._rows):

@@ -134,7 +134,7 @@ class PageCache:
     Parameters
     ----------
     file : File
-        A duplicate of its descriptor is used.
+        Stays open until `close` returns, unless the thread itself closes the table.
     rows : float32 array of shape (rows, stride)
         The mapping.
     limit : int or None
@@ -152,7 +152,7 @@ class PageCache:
         self.pages = _core.Pages()
         self.rows = rows
         self.limit = limit
-        self._file = File(file.system, file.system.duplicate(file.fd), file.path)
+        self._file = file
         self._writable = writable
         self._io = process_io()
         self._requested = 0  # `pages.requested` at the last check
@@ -246,11 +246,10 @@ class PageCache:
         )
 
     def close(self) -> None:
-        """End the thread, and close the file."""
+        """End the thread."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        self._file.close()
 
 
 def in_memory(nbytes: int) -> Stats:

@@ -32,7 +32,13 @@ def silent(frames: Frames, what: str) -> Frames:
     return frames
 
 
-def judge(folder: Folder, state: Manifest, written: int = 0, progress: Progress = silent) -> Replay:
+def judge(
+    folder: Folder,
+    state: Manifest,
+    written: int = 0,
+    file: File | None = None,
+    progress: Progress = silent,
+) -> Replay:
     """Return the frames that bring a dirty table back, after reading them once to the end.
 
     Parameters
@@ -42,6 +48,8 @@ def judge(folder: Folder, state: Manifest, written: int = 0, progress: Progress 
         The dirty manifest.
     written : int
         Number of frames that are known to be in the journal; 0 if it is unknown.
+    file : File, optional
+        The journal, if it is open.
     progress : function
         See `Progress`.
 
@@ -51,7 +59,7 @@ def judge(folder: Folder, state: Manifest, written: int = 0, progress: Progress 
         If there is no journal, or frames of it are lost.
     """
     number, salt, why = state.generation, int(state.salt or "0", 16), ""
-    replay = Replay(folder, salt, number, state.stride, state.rows)
+    replay = Replay(folder, salt, number, state.stride, state.rows, file)
     if state.durability == "none":
         why = f"a commit after generation {number}, and it keeps no journal"
     elif state.durability == "process" and state.boot != folder.system.boot_id():

@@ -1,4 +1,4 @@
-"""The store of a table: how its rows are kept. One protocol, and the stores in memory.
+"""The store of a table: how its rows are kept. The base of all stores, and those in memory.
 
 ========================= =====================================================================
 `MemoryStore`             rows in memory that the table allocated; it adds columns when asked
@@ -19,9 +19,10 @@ A change goes through two calls, in the block of a turn::
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,119 +42,6 @@ Steps = dict[str, dict[str, int]]
 NO_STATE: Mapping[str, int] = {}
 
 
-class Turn(Protocol):
-    """A context manager for one turn at the rows."""
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
-class Store(Protocol):
-    """The interface that a table requires of the object that keeps its rows.
-
-    Attributes
-    ----------
-    path : Path or None
-        Where the file is; None in memory.
-    columns : dict of str to Column
-        The columns as the kernels take them; empty once the store is closed.
-    manifest : Manifest
-        The last commit, and whether rows changed since.
-    steps : dict of str to dict
-        Number of steps of each rule, ``{"adam": {"steps": 9}}``; committed and rolled back with
-        the rows. Optimizers change it in place.
-    id_map : int64 array or None
-        See `pyembed.storage.id_map`.
-    keeps_journal : bool
-        Whether `begin_change` needs the rows that will change.
-    is_training : bool
-        Whether rows that are looked up are likely to change.
-    """
-
-    path: Path | None
-    columns: dict[str, _core.Column]
-    steps: Steps
-    id_map: I64 | None
-
-    @property
-    def manifest(self) -> Manifest: ...
-    @property
-    def keeps_journal(self) -> bool: ...
-    @property
-    def is_training(self) -> bool: ...
-    @property
-    def is_closed(self) -> bool: ...
-    @property
-    def weight_column(self) -> _core.Column:
-        """The weight as the kernels take it; ClosedError once the store is closed."""
-
-    def still(self) -> Turn:
-        """The turn of one thread alone: no other thread changes rows during the block."""
-
-    def shared(self) -> Turn:
-        """A turn that any number of threads share, to add to rows under locks."""
-
-    def begin_change(self, state: Mapping[str, int], rows: I64) -> tuple[_core.Column, ...]:
-        """Keep the old content of rows, and return the columns that a kernel may change now.
-
-        Parameters
-        ----------
-        state : mapping of str to int
-            Names and widths of state columns; see `ensure_columns`.
-        rows : int64 array, ascending and unique
-            The rows that will change; only used with a journal.
-
-        Returns
-        -------
-        tuple of Column
-            The weight, then the columns of `state`.
-
-        Raises
-        ------
-        ReadOnlyError, TableError, ClosedError
-            No row was changed.
-        """
-
-    def columns_of(self, state: Mapping[str, int]) -> tuple[_core.Column, ...]:
-        """Return the weight and these state columns, to be read."""
-
-    def ensure_columns(self, widths: Mapping[str, int]) -> None:
-        """Have state columns of these names and widths: memory adds those that are missing.
-
-        Raises
-        ------
-        ArgumentError
-            If a file lacks one, or one has another width.
-        """
-
-    def write_ahead(self, ids: IdArray, owner: object) -> None:
-        """Keep the old content of rows before a step asks for it, where that saves a wait."""
-
-    def append(self, n: int, init: Initializer, seed: int, num_threads: int) -> None:
-        """Add rows at the end."""
-
-    def commit(self, meta: dict[str, Any] | None) -> None:
-        """Make rows, steps and meta durable."""
-
-    def rollback(self) -> None:
-        """Bring rows, steps and meta back to the last commit."""
-
-    def lock_rows(self, n: int) -> int:
-        """Lock the first rows in memory; return how many are locked."""
-
-    def stats(self) -> Stats:
-        """Return how much is in memory."""
-
-    def location(self) -> tuple[str, str] | None:
-        """Return the path and the mode to open the table again; None in memory."""
-
-    def close(self, commit: bool) -> None:
-        """Commit, or roll back, and release the rows."""
-
-    def abandon(self) -> None:
-        """Release the rows of a table that was dropped, or is open when Python exits."""
-
-
 class Turns:
     """The turns of threads at the rows: many additions at once, or one other operation alone.
 
@@ -164,7 +52,7 @@ class Turns:
     def __init__(self) -> None:
         self._condition = threading.Condition(threading.RLock())
         self._adding = 0
-        self.shared = _SharedTurn(self)
+        self.shared = SharedTurn(self)
 
     def __enter__(self) -> None:
         condition = self._condition
@@ -191,7 +79,9 @@ class Turns:
             self._condition.notify_all()
 
 
-class _SharedTurn:
+class SharedTurn:
+    """A turn that any number of threads share."""
+
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
 
@@ -202,12 +92,29 @@ class _SharedTurn:
         self._turns.end_adding()
 
 
-class RowColumns:
-    """Rows cut into columns, and the turns of threads at them: the part that all stores share."""
+class Store(ABC):
+    """What keeps the rows of a table: the columns of a row, and the turns of threads at them.
+
+    Parameters
+    ----------
+    steps : dict of str to dict
+        See the attribute.
+
+    Attributes
+    ----------
+    path : Path or None
+        Where the file is; None in memory.
+    columns : dict of str to Column
+        The columns as the kernels take them; empty once the store is closed.
+    steps : dict of str to dict
+        Number of steps of each rule, ``{"adam": {"steps": 9}}``; committed and rolled back with
+        the rows. Optimizers change it in place.
+    id_map : int64 array or None
+        See `pyembed.storage.id_map`.
+    """
 
     path: Path | None = None
     id_map: I64 | None = None
-    keeps_journal: bool = False
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
@@ -231,6 +138,16 @@ class RowColumns:
         self.columns, self._weight = {}, None
 
     @property
+    @abstractmethod
+    def manifest(self) -> Manifest:
+        """The last commit, and whether rows changed since."""
+
+    @property
+    def keeps_journal(self) -> bool:
+        """Whether `begin_change` needs the rows that will change."""
+        return False
+
+    @property
     def is_training(self) -> bool:
         """Whether rows that are looked up are likely to change."""
         return False
@@ -242,35 +159,100 @@ class RowColumns:
 
     @property
     def weight_column(self) -> _core.Column:
-        """The weight as the kernels take it."""
+        """The weight as the kernels take it; ClosedError once the store is closed."""
         weight = self._weight
         if weight is None:
             raise ClosedError(f"the table {self.path or 'in memory'} was closed; open it again")
         return weight
 
-    def still(self) -> Turn:
-        """Return the turn of one thread alone."""
+    def still(self) -> Turns:
+        """Return the turn of one thread alone: no other thread changes rows during the block."""
         return self._turns
 
-    def shared(self) -> Turn:
-        """Return the turn that any number of threads share."""
+    def shared(self) -> SharedTurn:
+        """Return a turn that any number of threads share, to add to rows under locks."""
         return self._turns.shared
 
+    @abstractmethod
+    def begin_change(self, state: Mapping[str, int], rows: I64) -> tuple[_core.Column, ...]:
+        """Keep the old content of rows, and return the columns that a kernel may change now.
+
+        Parameters
+        ----------
+        state : mapping of str to int
+            Names and widths of state columns; see `ensure_columns`.
+        rows : int64 array, ascending and unique
+            The rows that will change; only used with a journal.
+
+        Returns
+        -------
+        tuple of Column
+            The weight, then the columns of `state`.
+
+        Raises
+        ------
+        ReadOnlyError, TableError, ClosedError
+            No row was changed.
+        """
+
     def columns_of(self, state: Mapping[str, int]) -> tuple[_core.Column, ...]:
-        """Return the weight and these state columns."""
+        """Return the weight and these state columns, to be read."""
         columns = self.columns
         return (self.weight_column, *[columns[name] for name in state])
 
-    def write_ahead(self, ids: IdArray, owner: object) -> None:
-        """Do nothing: no step waits for the old content."""
+    @abstractmethod
+    def ensure_columns(self, widths: Mapping[str, int]) -> None:
+        """Have state columns of these names and widths: memory adds those that are missing.
+
+        Raises
+        ------
+        ArgumentError
+            If a file lacks one, or one has another width.
+        """
+
+    def write_ahead(self, ids: IdArray, owner: object) -> None:  # noqa: B027
+        """Keep the old content of rows before a step asks for it, where that saves a wait."""
+
+    @abstractmethod
+    def append(self, n: int, init: Initializer, seed: int, num_threads: int) -> None:
+        """Add rows at the end."""
+
+    @abstractmethod
+    def commit(self, meta: dict[str, Any] | None) -> None:
+        """Make rows, steps and meta durable."""
+
+    @abstractmethod
+    def rollback(self) -> None:
+        """Bring rows, steps and meta back to the last commit."""
 
     def lock_rows(self, n: int) -> int:
-        """Lock the first rows in memory, instead of those that were locked before."""
+        """Lock the first rows in memory, instead of those that were locked before.
+
+        Returns
+        -------
+        int
+            How many are locked.
+        """
         columns = [column.array for column in self.columns.values()]
         if self._has_locked:
             memory_lock.unlock_rows(columns)
         self._has_locked = n > 0
         return memory_lock.lock_rows(columns, n)
+
+    @abstractmethod
+    def stats(self) -> Stats:
+        """Return how much is in memory."""
+
+    def location(self) -> tuple[str, str] | None:
+        """Return the path and the mode to open the table again; None in memory."""
+        return None
+
+    def close(self, commit: bool) -> None:
+        """Commit or roll back what can be, and release the rows."""
+        self.detach()
+
+    def abandon(self) -> None:  # noqa: B027
+        """Release the rows of a table that was dropped, or is open when Python exits."""
 
 
 def require_width(column: _core.Column, name: str, width: int) -> None:
@@ -284,7 +266,7 @@ def require_width(column: _core.Column, name: str, width: int) -> None:
         raise ArgumentError(f"column {name!r} has width {column.dim}; expected {width}")
 
 
-class MemoryStore(RowColumns):
+class MemoryStore(Store):
     """Rows in memory: commits count and keep meta, and nothing can be rolled back.
 
     Parameters
@@ -296,8 +278,13 @@ class MemoryStore(RowColumns):
 
     def __init__(self, array: F32, widths: Mapping[str, int]) -> None:
         super().__init__({})
-        self.manifest = Manifest(array.shape[0], dict(widths))
+        self._manifest = Manifest(array.shape[0], dict(widths))
         self.attach(array, widths, None)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The last commit, which is in memory alone."""
+        return self._manifest
 
     def begin_change(self, state: Mapping[str, int], rows: I64) -> tuple[_core.Column, ...]:
         """Return the columns to change; missing state columns are added."""
@@ -339,7 +326,7 @@ class MemoryStore(RowColumns):
             meta=before.meta if meta is None else meta,
         )
         # The round trip refuses a meta that no file could store, and copies it.
-        self.manifest = manifests.decode(manifests.encode(after), "meta")
+        self._manifest = manifests.decode(manifests.encode(after), "meta")
 
     def rollback(self) -> None:
         """Refuse: there is no journal."""
@@ -348,17 +335,6 @@ class MemoryStore(RowColumns):
     def stats(self) -> Stats:
         """Return the numbers of a table that no file backs."""
         return page_cache.in_memory(sum(column.array.nbytes for column in self.columns.values()))
-
-    def location(self) -> tuple[str, str] | None:
-        """Return None: the rows travel with a pickle."""
-        return None
-
-    def close(self, commit: bool) -> None:
-        """Drop the columns."""
-        self.detach()
-
-    def abandon(self) -> None:
-        """Do nothing: memory is freed with the last array that shows it."""
 
 
 class ArrayStore(MemoryStore):

@@ -24,7 +24,7 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from pyembed._checks import F32
 from pyembed.errors import FormatError, LockedError, TableError
 from pyembed.storage import checksums, id_map, journal, manifest, recovery
-from pyembed.storage.fs import FULL, File, Folder, open_file
+from pyembed.storage.fs import PASSING, File, Folder, open_file
 from pyembed.storage.journal import Replay
 from pyembed.storage.manifest import Manifest
 from pyembed.storage.npy import HEAD_BYTES, HEADER_BYTES, read_rows, rows_header
@@ -106,13 +106,19 @@ class BareFile:
     def require_at_path(self) -> None:
         """Do nothing."""
 
-    def sync_rows(self) -> None:
-        """Sync the rows. The first failure is final: a second try would prove nothing."""
+    @contextlib.contextmanager
+    def poisoned_on_failure(self) -> Iterator[None]:
+        """Poison the files if the block ends with an exception: it is half done."""
         try:
-            self._file.sync()
+            yield
         except BaseException:
             self.poisoned = True
             raise
+
+    def sync_rows(self) -> None:
+        """Sync the rows. The first failure is final: a second try would prove nothing."""
+        with self.poisoned_on_failure():
+            self._file.sync()
 
     def save(self, state: Manifest) -> None:
         """Keep the manifest."""
@@ -168,7 +174,8 @@ class TableFolder(BareFile):
     def _read_rows(self, salvage: bool) -> None:
         """Compare the size of the rows with the manifest."""
         state, size = self.manifest, self._file.size
-        if state.state == "dirty" and not salvage:
+        recovers = state.state == "dirty" and not salvage
+        if recovers or self._file.read_at(HEADER_BYTES, 0) == rows_header(state.rows, state.stride):
             # A power cut during recovery may have cut off rows that the header on the disk still
             # counts. The next recovery writes the header again.
             self.rows, stride, self._offset = state.rows, state.stride, HEADER_BYTES
@@ -230,9 +237,9 @@ class TableFolder(BareFile):
         if self.manifest.state == "clean":
             return array
         if not salvage:
-            self.put_back(
-                array, recovery.judge(self.folder, self.manifest, progress=progress), progress
-            )
+            replay = recovery.judge(self.folder, self.manifest, progress=progress)
+            self.put_back(array, replay, progress)
+            self.save_clean()
             return array
         self._file.truncate(HEADER_BYTES + 4 * self.rows * self.manifest.stride)
         number, commit = self.manifest.generation + 1, self._file.system.token()
@@ -276,21 +283,28 @@ class TableFolder(BareFile):
             raise TableError(errno.ESTALE, what, str(self.path))
 
     def save(self, state: Manifest) -> None:
-        """Replace the manifest. A failure poisons the table, unless the disk was full before."""
+        """Replace the manifest. A failure poisons the table, unless it passes and changed nothing.
+
+        A full disk, too many open files, and too little memory are met before the rename.
+        """
         try:
             self.folder.replace("manifest.json", [manifest.encode(state)])
         except BaseException as error:
-            # The file may be the new one already, or not. A full disk is met before the rename.
-            full = isinstance(error, OSError) and error.errno in FULL
-            self.poisoned = self.poisoned or not full
+            # The file may be the new one already, or not.
+            passing = isinstance(error, OSError) and error.errno in PASSING
+            self.poisoned = self.poisoned or not passing
             raise
         self.manifest = state
 
-    def put_back(self, array: F32, replay: Replay, progress: Progress) -> None:
-        """Write the rows of a journal into the mapped file, and save a clean manifest."""
+    def put_back(self, array: F32, replay: Replay, progress: Progress = recovery.silent) -> None:
+        """Write the rows of a journal into the mapped file, cut appended ones off, and sync."""
         recovery.put_back(array, replay, self._file, progress)
         self.cut_to(self.manifest.rows)
-        self.finish(self.manifest.with_changes(**CLEAN))
+        self.sync_rows()
+
+    def save_clean(self) -> None:
+        """Save that the rows are those of the last commit."""
+        self.save(self.manifest.with_changes(**CLEAN))
 
     def cut_to(self, rows: int) -> None:
         """Set header and size of the file to a number of rows."""
@@ -298,24 +312,29 @@ class TableFolder(BareFile):
         self._file.write_at([rows_header(rows, stride)], 0)
         self._file.truncate(HEADER_BYTES + 4 * rows * stride)
 
-    def grow(self, rows: int, count: int, chunks: Iterable[F32]) -> None:
-        """Append chunks of rows to the file: allocate, write, sync, then set the header.
+    def grow(self, rows: int, count: int, chunks: Iterable[F32]) -> F32:
+        """Append chunks of rows to the file: allocate, write, sync, map, then set the header.
+
+        After an exception `cut_to` makes the file what it was.
+
+        Returns
+        -------
+        float32 array of shape (rows + count, stride)
+            The new mapping.
 
         Raises
         ------
         TableError
-            If the disk has not enough space; the file is then as it was.
+            If the disk has not enough space.
         """
         stride, at = self.manifest.stride, HEADER_BYTES + 4 * rows * self.manifest.stride
-        try:
-            self._file.allocate(at, 4 * count * stride)
-            for chunk in chunks:
-                at = self._file.write_at([chunk], at)
-            self.sync_rows()  # this syncs earlier changes of rows as well
-            self._file.write_at([rows_header(rows + count, stride)], 0)
-        except BaseException:
-            self.cut_to(rows)
-            raise
+        self._file.allocate(at, 4 * count * stride)
+        for chunk in chunks:
+            at = self._file.write_at([chunk], at)
+        self.sync_rows()  # this syncs earlier changes of rows as well
+        array = self.map(rows + count, mmap.ACCESS_WRITE)
+        self._file.write_at([rows_header(rows + count, stride)], 0)
+        return array
 
     def remove_obsolete(self) -> None:
         """Remove files that a clean table does not need; errors are harmless and ignored."""

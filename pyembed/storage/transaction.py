@@ -64,6 +64,7 @@ import errno
 import os
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,9 +76,9 @@ from pyembed.errors import ArgumentError, ReadOnlyError, TableError
 from pyembed.storage import page_cache, recovery
 from pyembed.storage.change_log import ChangeLog
 from pyembed.storage.dirty_rows import DirtyRows
+from pyembed.storage.fs import PASSING
 from pyembed.storage.journal import Journal
 from pyembed.storage.manifest import Manifest
-from pyembed.storage.recovery import Progress
 from pyembed.storage.table_files import BareFile, TableFolder
 
 I64 = NDArray[np.int64]
@@ -105,7 +106,6 @@ class Transaction:
         self._draw = files.file.system.token
         self._pid = os.getpid()
         self._lock = threading.Lock()  # taken by `_turn`
-        self._turn = _Turn(self, self._lock)
         self._salt = self._draw()  # the salt of the next transaction, however often it is begun
 
     @property
@@ -133,6 +133,14 @@ class Transaction:
             what = "a sync or a rollback failed; close the table, and open it again to recover"
             raise TableError(errno.EIO, what, path)
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Give one thread alone the transaction of a usable table."""
+        self.require_usable()  # first, as in a forked child the lock may never be free
+        with self._lock:
+            self.require_usable()  # a sync may have failed during the wait
+            yield
+
     def attach(self, array: F32, pages: _core.Pages) -> None:
         """Take the mapping of the rows, at open and after each change of their number."""
 
@@ -151,7 +159,7 @@ class Transaction:
         """
         self.require_usable()
         if self._files.manifest.state == "clean":
-            with self._turn:
+            with self._turn():
                 if self._files.manifest.state == "clean":
                     self._files.require_held()
                     self.mark_dirty()
@@ -163,7 +171,7 @@ class Transaction:
 
     def commit(self, state: Manifest) -> None:
         """Sync the rows, and save the manifest that commits them."""
-        with self._turn:
+        with self._turn():
             self._files.require_held()
             self.finish(state)
 
@@ -172,7 +180,7 @@ class Transaction:
         self._files.finish(state)
         self._salt = self._draw()
 
-    def rollback(self, progress: Progress) -> bool:
+    def rollback(self, show: Callable[[], None]) -> None:
         """Refuse: there is no journal."""
         raise ArgumentError(
             f"{self._files.path} keeps no journal; make or open it with durability='process'"
@@ -249,7 +257,7 @@ class JournaledTransaction(Transaction):
             rows = self._dirty_rows.new(rows)
             if not rows.size:
                 return  # without waiting for the helper
-        with self._turn:
+        with self._turn():
             if files.manifest.state == "clean":
                 files.require_held()
                 self._dirty_rows.commit(files.manifest.rows)  # if Ctrl-C kept `commit` from it
@@ -308,41 +316,52 @@ class JournaledTransaction(Transaction):
         some = [self._ahead.popleft() for _ in range(len(self._ahead))]
         ids = np.concatenate([*some, np.zeros(0, np.int64)])
         rows = grouping.group(ids, self._array.shape[0], 1).rows
-        with self._turn:
+        with self._turn():
             if self._files.manifest.state == "dirty":
                 self._record(rows, 1)  # the caller computes in the meantime
 
     def commit(self, state: Manifest) -> None:
         """Log which rows changed, sync the rows, and save the manifest that commits them."""
-        with self._turn:
+        with self._turn():
             self._files.require_held()
             self._change_log.append(self._files.manifest, state, self._dirty_rows.parts())
             self.finish(state)
             self._dirty_rows.commit(state.rows)
 
-    def rollback(self, progress: Progress) -> bool:
-        """Bring the rows back to the last commit; return whether there was anything to do.
+    def rollback(self, show: Callable[[], None]) -> None:
+        """Bring the rows back to the last commit.
+
+        If the manifest cannot be saved for a reason that passes, the transaction goes on with the
+        rows of the commit, and its journal stays what it was.
+
+        Parameters
+        ----------
+        show : function
+            Called once the rows are back: shows their number and the steps of the commit.
 
         Raises
         ------
         DirtyError
             If the journal is damaged; nothing is changed then.
         """
-        self.require_usable()
         files = self._table
-        if files.manifest.state == "clean":
-            return False
-        with self._turn:
-            frames = self._journal.frames
-            replay = recovery.judge(files.folder, files.manifest, frames, progress)
+        with self._turn():
+            if files.manifest.state == "clean":
+                show()
+                return
+            journal = self._journal
+            replay = recovery.judge(files.folder, files.manifest, journal.frames, journal.file)
+            with files.poisoned_on_failure():  # a mixture of old and new rows must not be committed
+                files.put_back(self._array, replay)
+                show()
             try:
-                files.put_back(self._array, replay, progress)
-            except BaseException:  # a mixture of old and new rows must not be committed
-                files.poisoned = True
-                raise
+                files.save_clean()
+            except OSError as error:
+                if error.errno not in PASSING:
+                    raise
+                return
             self._salt = self._draw()
             self._dirty_rows.clear()
-        return True
 
     def close(self) -> None:
         """Close the journal. It does not wait for the helper, which may be the thread that closes.
@@ -356,25 +375,6 @@ class JournaledTransaction(Transaction):
             self._helper.shutdown(wait=False, cancel_futures=True)
             self._journal.close()
             self._array = self._array[:0].copy()  # the mapping ends with its last view
-
-
-class _Turn:
-    """The turn of one thread to record or to end a transaction, in a usable table."""
-
-    def __init__(self, transaction: Transaction, lock: threading.Lock) -> None:
-        self._require_usable, self._lock = transaction.require_usable, lock
-
-    def __enter__(self) -> None:
-        self._require_usable()  # first, as in a forked child the lock may never be free
-        self._lock.acquire()
-        try:
-            self._require_usable()  # a sync may have failed during the wait
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 class _OldRows:

@@ -25,13 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pyembed import _threads
 from pyembed._checks import F32
 from pyembed._progress import progress_bar
 from pyembed.errors import ArgumentError, FormatError, TableError
 from pyembed.storage import checksums, create, npy
 from pyembed.storage.change_log import ChangedRows, commit_of
 from pyembed.storage.columns import CHUNK_FLOATS
-from pyembed.storage.file_store import Writer, open_writer
+from pyembed.storage.file_store import Writer, open_store
 from pyembed.storage.fs import Folder
 from pyembed.storage.manifest import Delta, decode_delta, encode_delta
 from pyembed.storage.store import NO_STATE
@@ -140,7 +141,8 @@ def apply(
         If the copy cannot be opened for writing.
     """
     described = read_delta(delta)
-    copy = open_writer(Path(table))
+    copy = open_store(Path(table), "r+", num_threads=_threads.resolve(None))
+    assert isinstance(copy, Writer)
     try:
         if commit_of(copy.manifest) == commit_of(described.table):
             return False

@@ -53,7 +53,7 @@ class Layer(fs.FileSystem):
         self.paths[fd] = path
         return fd
 
-    def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
+    def rename(self, source: Path, target: Path, *, dir_fd: int) -> None:
         self.below.rename(source, target, dir_fd=dir_fd)
         for fd, path in self.paths.items():
             if path.is_relative_to(source):
@@ -80,8 +80,8 @@ def _passed_on(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in fs.CALLS:
-    if _name not in vars(Layer):
+for _name in vars(fs.FileSystem):
+    if not _name.startswith("_") and _name not in vars(Layer):
         setattr(Layer, _name, _passed_on(_name))
 
 

@@ -181,7 +181,7 @@ class DirtyAfterTheFirstChange(Mutant):
         super().__init__(below)
         self._held: Any = None  # the arguments of a rename, and the rows at that time
 
-    def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
+    def rename(self, source: Path, target: Path, *, dir_fd: int) -> None:
         if source.name == TEMPORARY and b'"dirty"' in source.read_bytes():
             rows = target.with_name("rows.npy")
             self._held = (source, target, dir_fd, rows, rows.read_bytes())
@@ -286,7 +286,7 @@ class ManifestWrittenInPlace(Mutant):
             path = path.with_name("manifest.json")
         return super().open(path, flags, mode, dir_fd=dir_fd)
 
-    def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
+    def rename(self, source: Path, target: Path, *, dir_fd: int) -> None:
         if not is_manifest(source):
             super().rename(source, target, dir_fd=dir_fd)
 
@@ -311,13 +311,13 @@ class CopyAppearsInParts(Mutant):
     def open(self, path: Path, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
         return super().open(self._final(path), flags, mode, dir_fd=dir_fd)
 
-    def mkdir(self, path: Path, *, dir_fd: int | None = None) -> None:
+    def mkdir(self, path: Path, *, dir_fd: int) -> None:
         self.below.mkdir(self._final(path), dir_fd=dir_fd)
 
-    def rmdir(self, path: Path, *, dir_fd: int | None = None) -> None:
+    def rmdir(self, path: Path, *, dir_fd: int) -> None:
         self.below.rmdir(self._final(path), dir_fd=dir_fd)
 
-    def rename(self, source: Path, target: Path, *, dir_fd: int | None = None) -> None:
+    def rename(self, source: Path, target: Path, *, dir_fd: int) -> None:
         if self._final(source) != self._final(target):
             super().rename(self._final(source), self._final(target), dir_fd=dir_fd)
 

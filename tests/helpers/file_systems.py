@@ -40,7 +40,7 @@ def _passing(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in fs.CALLS:
+for _name in [name for name in vars(fs.FileSystem) if not name.startswith("_")]:
     setattr(Watched, _name, _passing(_name))
 
 
@@ -63,7 +63,7 @@ class Faults(Watched):
         Parameters
         ----------
         name
-            One of `fs.CALLS`; "" for none: the system works again.
+            A method of `fs.FileSystem`; "" for none: the system works again.
         after
             How many of them succeed before.
         error
