@@ -52,11 +52,11 @@ class FormatError(PyembedError, ValueError):
     """The content of a file is not what its format says."""
 
 
-class CorpusError(PyembedError, OSError):
+class CorpusError(OSError, PyembedError):
     """A text cannot be read or decoded."""
 
 
-class TableError(PyembedError, OSError):
+class TableError(OSError, PyembedError):
     """A table on disk cannot be used as asked."""
 
 
