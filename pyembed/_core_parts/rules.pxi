@@ -159,8 +159,9 @@ cdef class Step:
         self.last = self.num_columns - 1 if rule.lazy else 0
         self.count = self.num_columns - 1 - rule.lazy if rule.frequency_power != 0 else 0
         self.plain = rule._is_plain()
-        for u in range(min(batch.u, max(UPDATE_AHEAD, EARLY_FLOATS // max(1, self.row_floats)))):
-            _prefetch_row(self, u)
+        if batch.grad is not None:                # the first rows come into the cache during the checks
+            for u in range(min(batch.u, max(UPDATE_AHEAD, EARLY_FLOATS // max(1, self.row_floats)))):
+                _prefetch_row(self, u)
 
     cdef int _require_ready(self) except -1:
         cdef Column column
