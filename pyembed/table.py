@@ -872,6 +872,9 @@ def _show_recovery(frames: Frames, what: str) -> Frames:
 
 
 def _reopen(path: str, mode: str, num_threads: int) -> Table:
+    # A writer lives on in the process that pickled it: this one reads beside it.
+    if mode == "r+":
+        return Table.open(path, "r", live=True, num_threads=num_threads)
     return Table.open(path, mode, num_threads=num_threads)
 
 

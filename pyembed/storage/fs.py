@@ -115,6 +115,10 @@ class FileSystem:
         kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
 
+    def unlock(self, fd: int) -> None:
+        """Free a flock, which a child process may hold as well."""
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
     def stat(self, fd: int) -> os.stat_result:
         """Return the status of an open file."""
         return os.fstat(fd)

@@ -24,6 +24,7 @@ import contextlib
 import errno
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -133,7 +134,8 @@ class BareFile:
         """Do nothing: no other file belongs to it."""
 
     def close(self) -> None:
-        """Close the file, which frees its lock."""
+        """Close the file, and free its lock."""
+        _free_lock(self._file)
         self._file.close()
 
 
@@ -344,7 +346,8 @@ class TableFolder(BareFile):
                 self.folder.unlink(name)
 
     def close(self) -> None:
-        """Close all files, which frees the lock."""
+        """Close all files, and free the lock."""
+        _free_lock(self._lock)
         self._opened.close()
 
 
@@ -357,6 +360,25 @@ def _take_lock(file: File, exclusive: bool, path: Path) -> None:
         else:
             what = "a writer has it open; close it first, or read it with live=True"
         raise LockedError(errno.EWOULDBLOCK, what, str(path)) from None
+    _locked.add(file)
+
+
+def _free_lock(file: File) -> None:
+    if file in _locked and file.fd >= 0:
+        file.system.unlock(file.fd)
+    _locked.discard(file)
+
+
+def _forget_locks() -> None:
+    """Close the locks that a forked child inherited: they must not outlive the parent's table."""
+    for file in list(_locked):
+        file.close()
+    _locked.clear()
+
+
+_locked = weakref.WeakSet[File]()  # the files whose lock this process took
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _read_header(file: File) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -272,6 +273,31 @@ def fork_with_an_open_table(path: Path) -> None:
 def test_forked_child_does_not_commit(table: Path) -> None:
     """A child that inherits a writer can neither change nor commit its table, by exit either."""
     child.run(fork_with_an_open_table, table, flags=("-W", "ignore"))
+
+
+@pytest.mark.parametrize("kind", ["r", "r+", "npy"])
+def test_forked_child_keeps_no_lock(table: Path, kind: str) -> None:
+    """A table that was closed opens again, whatever children were forked while it was open."""
+    path = table / "rows.npy" if kind == "npy" else table
+    t = Table.open(path, "r" if kind == "r" else "r+", durability=None)
+    worker = os.fork()
+    if worker == 0:
+        signal.pause()
+    try:
+        t.close()
+        Table.open(path).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_a_pickled_writer_is_a_live_reader(table: Path) -> None:
+    """A worker that unpickles a table open for writing looks its rows up beside the writer."""
+    with Table.open(table) as t:
+        t.scatter_add([0], ONES)
+        with pickle.loads(pickle.dumps(t)) as copy:
+            assert not copy.writable
+            assert copy.gather(0).tolist() == [1, 2]
 
 
 def test_first_changes_at_once(table: Path) -> None:
