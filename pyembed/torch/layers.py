@@ -411,15 +411,17 @@ class EmbeddingBag(Layer, nn.EmbeddingBag):  # type: ignore[misc]
     ----------
     num_embeddings, embedding_dim : int
         Shape of the weight.
-    max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze : optional
+    max_norm, norm_type, scale_grad_by_freq : optional
         As for `Embedding`.
     mode : {"mean", "sum", "max"}
         How the rows of a bag become one row.
+    sparse, _weight : optional
+        As for `Embedding`.
     include_last_offset : bool
         Offsets end with the number of ids.
     padding_idx : int, optional
         Row that enters no sum, mean, count or maximum, and has no gradient.
-    device, dtype, table, path, optimizer, placement : optional
+    device, dtype, _freeze, table, path, optimizer, placement : optional
         As for `Embedding`.
 
     Raises
