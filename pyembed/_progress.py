@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Item = TypeVar("Item")
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]  # not generic at run time
-    """A bar without tqdm's own thread, which would be started for each first bar of a process."""
+@cache
+def _bar_type() -> type[tqdm[Any]]:
+    """The class of all bars. Its module is imported with the first bar: that takes 25 ms."""
+    from tqdm import tqdm
 
-    monitor_interval = 0
+    class Bar(tqdm):  # type: ignore[type-arg]  # not generic at run time
+        monitor_interval = 0  # otherwise tqdm starts a thread with the first bar
+
+    return Bar
 
 
 def progress_bar(
@@ -38,7 +45,7 @@ def progress_bar(
     -------
     tqdm
     """
-    return _Bar(
+    return _bar_type()(
         desc=description,
         total=total,
         initial=initial,
@@ -64,4 +71,4 @@ def slow_loop(items: Iterable[Item], description: str, unit: str) -> Iterable[It
     iterable
         The items.
     """
-    return _Bar(items, desc=description, unit=unit, disable=None, delay=1, leave=False)
+    return _bar_type()(items, desc=description, unit=unit, disable=None, delay=1, leave=False)

@@ -3,7 +3,7 @@
 
 cdef enum:
     MAX_COLUMNS = 6                               # the weight, three of state, the count, the last step
-    EARLY_FLOATS = 1 << 14                        # prefetched when a step is prepared: 64 KiB
+    EARLY_FLOATS = 1 << 14                        # a step of no more than 64 KiB is prefetched when it is prepared
 
 # name → (the kernel, see PE_RULE_TABLE, and the state columns in order); the weight comes first. A column holds one float for
 # each element of the weight, or one for each row.
@@ -159,8 +159,8 @@ cdef class Step:
         self.last = self.num_columns - 1 if rule.lazy else 0
         self.count = self.num_columns - 1 - rule.lazy if rule.frequency_power != 0 else 0
         self.plain = rule._is_plain()
-        if batch.grad is not None:                # the first rows come into the cache during the checks
-            for u in range(min(batch.u, max(UPDATE_AHEAD, EARLY_FLOATS // max(1, self.row_floats)))):
+        if batch.grad is not None and batch.u * self.row_floats <= EARLY_FLOATS:
+            for u in range(batch.u):              # they come into the cache during the checks
                 _prefetch_row(self, u)
 
     cdef int _require_ready(self) except -1:

@@ -11,11 +11,10 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
 from pyembed import _threads
 from pyembed import init as initialisers
@@ -28,6 +27,9 @@ from pyembed.storage import create, id_map, manifest
 from pyembed.storage.columns import fresh_rows, row_columns
 from pyembed.storage.fs import Folder
 from pyembed.words.vocab import Vocab
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def from_initializer(
