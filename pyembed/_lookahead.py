@@ -117,14 +117,22 @@ class _Source:
             return None, error
         return batch, None
 
+    def _take(self) -> tuple[Any, BaseException | None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready)
+            item = self._ready.popleft()
+            self._changed.notify_all()
+        return item
+
     def loop(self) -> Generator[Any, None, None]:
-        self._thread.start()
+        take = self._take
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system allows no more threads: each batch is read in its turn
+            take = self._next
         try:
             while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._ready)
-                    batch, error = self._ready.popleft()
-                    self._changed.notify_all()
+                batch, error = take()
                 if isinstance(error, StopIteration):
                     return
                 if error is not None:
@@ -134,7 +142,8 @@ class _Source:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
-            self._thread.join(JOIN_SECONDS)
+            if take == self._take:
+                self._thread.join(JOIN_SECONDS)
             if not self._thread.is_alive():
                 with contextlib.suppress(AttributeError):
                     self._batches.close()  # type: ignore[attr-defined]

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from tqdm import tqdm
 
 Item = TypeVar("Item")
 
 
-@cache
-def _bar_type() -> type[tqdm[Any]]:
-    """The class of all bars. Its module is imported with the first bar: that takes 25 ms."""
-    from tqdm import tqdm
+class _Bar(tqdm):  # type: ignore[type-arg]  # not generic at run time
+    """A bar without tqdm's own thread, which would be started for each first bar of a process."""
 
-    class Bar(tqdm):  # type: ignore[type-arg]  # not generic at run time
-        monitor_interval = 0  # otherwise tqdm starts a thread with the first bar
-
-    return Bar
+    monitor_interval = 0
 
 
 def progress_bar(
@@ -45,7 +38,7 @@ def progress_bar(
     -------
     tqdm
     """
-    return _bar_type()(
+    return _Bar(
         desc=description,
         total=total,
         initial=initial,
@@ -71,4 +64,4 @@ def slow_loop(items: Iterable[Item], description: str, unit: str) -> Iterable[It
     iterable
         The items.
     """
-    return _bar_type()(items, desc=description, unit=unit, disable=None, delay=1, leave=False)
+    return _Bar(items, desc=description, unit=unit, disable=None, delay=1, leave=False)

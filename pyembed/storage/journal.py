@@ -324,7 +324,7 @@ class Replay:
     - "damaged": a frame is lost that was safe once, or was never of this table. The rows cannot
       be brought back to the commit.
 
-    To refuse before a row is touched, iterate twice: once for `end`, once to apply. Each iteration
+    To refuse before a row changes, iterate twice: once for `end`, once to apply. Each iteration
     starts from the first frame, and holds one frame in memory.
 
     Parameters

@@ -11,10 +11,11 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 
 from pyembed import _threads
 from pyembed import init as initialisers
@@ -27,9 +28,6 @@ from pyembed.storage import create, id_map, manifest
 from pyembed.storage.columns import fresh_rows, row_columns
 from pyembed.storage.fs import Folder
 from pyembed.words.vocab import Vocab
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 
 def from_initializer(

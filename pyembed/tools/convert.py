@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from pyembed import _core
 from pyembed._checks import F32
@@ -26,9 +27,6 @@ from pyembed.storage.columns import CHUNK_FLOATS, require_rule, state_widths
 from pyembed.storage.manifest import check_columns
 from pyembed.table import Table
 from pyembed.words import vocab
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 __all__ = ["convert"]
 

@@ -19,10 +19,11 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from pyembed import _threads
 from pyembed._checks import F32
@@ -37,9 +38,6 @@ from pyembed.storage.manifest import Delta, decode_delta, encode_delta
 from pyembed.storage.store import NO_STATE
 from pyembed.table import Table
 from pyembed.tools.convert import fill_rows
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 FILE = "delta.json"
 
