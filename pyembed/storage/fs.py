@@ -343,10 +343,22 @@ class File:
         Returns
         -------
         float32 array of shape (rows, stride)
+
+        Raises
+        ------
+        TableError
+            If the address space has no room (errno ENOMEM).
         """
         if rows == 0:
             return np.zeros((0, stride), np.float32)
-        memory = self.system.map(self.fd, offset + 4 * rows * stride, access)
+        size = offset + 4 * rows * stride
+        try:
+            memory = self.system.map(self.fd, size, access)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            what = f"the system cannot map {size:,} bytes; raise the limit (ulimit -v)"
+            raise TableError(error.errno, what, str(self.path)) from None
         with contextlib.suppress(OSError, AttributeError):  # a hint; not every system has it
             # The system's own readahead would read megabytes for one cold row.
             memory.madvise(mmap.MADV_RANDOM)

@@ -50,6 +50,18 @@ def test_failed_append_leaves_the_table(table: Path, fail_at: int, system: Fault
         assert np.array_equal(t.weight, before)
 
 
+@pytest.mark.parametrize("mode", ["r+", "r", "c"])
+def test_no_address_space(table: Path, mode: str, system: Faults) -> None:
+    """A table that cannot be mapped is one typed error with its remedy, and keeps no lock."""
+    system.fail("map", error=errno.ENOMEM)
+    with pytest.raises(TableError, match="bytes; raise the limit") as caught:
+        Table.open(table, mode)
+    assert caught.value.errno == errno.ENOMEM
+    assert caught.value.filename == str(table / "rows.npy")
+    system.work()
+    Table.open(table).close()
+
+
 class FailsAt(Faults):
     """Makes the call of one number fail, once it is asked to; all later calls work."""
 
