@@ -410,10 +410,14 @@ class Folder:
         path = self.path / name
         return File(self.system, self.system.open(path, flags, dir_fd=self._fd), path)
 
+    def stat(self, name: str) -> os.stat_result:
+        """Return the status of a name in the folder; of a link itself."""
+        return self.system.stat_name(self.path / name, dir_fd=self._fd, follow=False)
+
     def exists(self, name: str) -> bool:
         """Whether the folder has this name, be it a link that leads nowhere."""
         try:
-            self.system.stat_name(self.path / name, dir_fd=self._fd, follow=False)
+            self.stat(name)
         except FileNotFoundError:
             return False
         return True

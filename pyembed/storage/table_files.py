@@ -24,6 +24,7 @@ import contextlib
 import errno
 import mmap
 import os
+import stat
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -168,10 +169,23 @@ class TableFolder(BareFile):
             if lock:
                 _take_lock(self._lock, writable, self.path)
             self._file = opened.enter_context(self.folder.open("rows.npy", flags))
+            if writable:
+                self._require_own_rows()
             text = self.folder.read("manifest.json")
             self.manifest = manifest.decode(text, str(self.path / "manifest.json"))
             self._read_rows(salvage)
             self._opened = opened.pop_all()
+
+    def _require_own_rows(self) -> None:
+        """Refuse to write rows that are a link: they may be committed rows of another folder."""
+        status = self.folder.stat("rows.npy")
+        if stat.S_ISLNK(status.st_mode) or status.st_nlink > 1:
+            raise TableError(
+                errno.EMLINK,
+                "rows.npy is a link, or has a second name, so a change would reach another folder "
+                "too; copy the folder (cp -rL) and open the copy, or open it with mode='r' or 'c'",
+                str(self.path),
+            )
 
     def _read_rows(self, salvage: bool) -> None:
         """Compare the size of the rows with the manifest."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,22 @@ def test_a_folder_that_goes_before_a_commit(table: Path) -> None:
         t.commit()
     with pytest.raises(TableError):
         t.close()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_rows_that_are_a_link(table: Path, tmp_path: Path, link: Callable[..., None]) -> None:
+    """Rows shared with another folder by links are read and not written; a real copy is."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for file in table.iterdir():
+        link(file, shared / file.name)
+    with pytest.raises(TableError, match=r"rows\.npy is a link.*copy the folder"):
+        Table.open(shared)
+    with Table.open(shared, "r") as t, Table.open(shared, "c") as private:
+        private.scatter_add([0], ONES)
+        assert t.gather(0).tolist() == [0, 1]
+    shutil.copytree(shared, tmp_path / "copy")
+    with Table.open(tmp_path / "copy") as t:
+        t.scatter_add([0], ONES)
+    with Table.open(table, "r") as t:
+        assert t.gather(0).tolist() == [0, 1]
