@@ -313,7 +313,7 @@ class File:
         """Set the size."""
         self.system.truncate(self.fd, size)
 
-    def allocate(self, at: int, size: int) -> None:
+    def allocate(self, at: int, size: int, needed: int | None = None) -> None:
         """Reserve disk space, so that a full disk is an error here and not a signal later.
 
         Raises
@@ -332,10 +332,24 @@ class File:
                 raise
             raise TableError(
                 error.errno,
-                f"{error.strerror}: the table needs {size:,} more bytes, "
+                f"{error.strerror}: the table needs {needed or size:,} more bytes, "
                 f"{self.system.free_bytes(self.fd):,} are free; make room or choose another disk",
                 str(self.path),
             ) from None
+
+    def fill_holes(self) -> None:
+        """Reserve disk space for the holes of a file, which sparse copies have.
+
+        Without it, the process dies of SIGBUS when it changes a row in a hole on a full disk.
+
+        Raises
+        ------
+        TableError
+            If the disk has not enough space (errno ENOSPC).
+        """
+        status = self.system.stat(self.fd)
+        if 512 * status.st_blocks < status.st_size:
+            self.allocate(0, status.st_size, status.st_size - 512 * status.st_blocks)
 
     def map_rows(self, offset: int, rows: int, stride: int, access: int) -> F32:
         """Map float32 rows that begin at an offset of a file that is long enough.

@@ -74,6 +74,8 @@ class BareFile:
                 _take_lock(self._file, writable, self.path)
             self.rows, stride, self._offset = _read_header(self._file)
             self.manifest = Manifest(self.rows, {"weight": stride})
+            if writable:
+                self._file.fill_holes()
         except BaseException:
             self._file.close()
             raise
@@ -174,6 +176,8 @@ class TableFolder(BareFile):
             text = self.folder.read("manifest.json")
             self.manifest = manifest.decode(text, str(self.path / "manifest.json"))
             self._read_rows(salvage)
+            if writable:
+                self._file.fill_holes()
             self._opened = opened.pop_all()
 
     def _require_own_rows(self) -> None:

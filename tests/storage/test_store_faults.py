@@ -62,6 +62,29 @@ def test_no_address_space(table: Path, mode: str, system: Faults) -> None:
     Table.open(table).close()
 
 
+@pytest.mark.parametrize("bare", [False, True])
+def test_holes_are_filled(tmp_path: Path, system: Faults, bare: bool) -> None:
+    """A file with holes has its space when it is open for writing, or is refused on a full disk."""
+    path = tmp_path / ("rows.npy" if bare else "t")
+    if bare:
+        np.lib.format.open_memmap(path, "w+", "<f4", (1 << 16, 16)).flush()
+    else:
+        Table.create(path, 1 << 16, 16).close()
+        with (path / "rows.npy").open("r+b") as file:  # as cp --sparse=always leaves zeros
+            file.truncate(4096)
+            file.truncate(4096 + (1 << 22))
+    rows = path if bare else path / "rows.npy"
+    assert 512 * rows.stat().st_blocks < rows.stat().st_size
+    system.fail("allocate", error=errno.ENOSPC)
+    with pytest.raises(TableError, match="make room"):
+        Table.open(path)
+    Table.open(path, "r").close()
+    system.work()
+    with Table.open(path) as t:
+        assert 512 * rows.stat().st_blocks >= rows.stat().st_size
+        assert not t.weight.any()
+
+
 class FailsAt(Faults):
     """Makes the call of one number fail, once it is asked to; all later calls work."""
 
