@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tests.crash import mounts
+from tests.crash import mounts, worker
 
 BLOCK = 4096
 Event = tuple[Any, ...]
@@ -189,6 +189,7 @@ def serving(folder: Path, image: np.ndarray, fail_at: int = -1) -> Iterator[list
 
 def _serve(fd: int, image: np.ndarray, fail_at: int, result: Path) -> NoReturn:
     mounts.die_with_parent()
+    worker.leave_memory_group()
     try:
         server = Server(fd, image, fail_at)
         server.serve()

@@ -119,6 +119,15 @@ def memory_group(limit: int) -> Iterator[Path | None]:
             time.sleep(0.1)
 
 
+def leave_memory_group() -> None:
+    """Leave the control group of a sweep: a process that serves a disk must not be short of memory.
+
+    The system would make it wait until dirty pages are written, and it is the one to write them.
+    """
+    with contextlib.suppress(OSError):  # without root there is no group to leave
+        (GROUPS / "cgroup.procs").write_text(str(os.getpid()))
+
+
 @contextlib.contextmanager
 def scratch(root: Path | None = None) -> Iterator[Path]:
     """Make a folder for one case."""
