@@ -125,9 +125,9 @@ class _Source:
         return item
 
     def loop(self) -> Generator[Any, None, None]:
-        take = self._take
         try:
             self._thread.start()
+            take = self._take
         except RuntimeError:  # the system allows no more threads: each batch is read in its turn
             take = self._next
         try:
@@ -142,7 +142,7 @@ class _Source:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
-            if take == self._take:
+            if self._thread.ident is not None:  # it was started
                 self._thread.join(JOIN_SECONDS)
             if not self._thread.is_alive():
                 with contextlib.suppress(AttributeError):

@@ -39,9 +39,7 @@ from pyembed.storage.columns import fresh_rows, row_columns, zeroed_rows
 from pyembed.storage.file_store import open_store
 from pyembed.storage.page_cache import Stats
 from pyembed.storage.recovery import Frames
-from pyembed.storage.store import NO_STATE, ArrayStore, MemoryStore, Store
-
-NO_ROWS = np.zeros(0, np.int64)
+from pyembed.storage.store import NO_ROWS, NO_STATE, ArrayStore, MemoryStore, Store
 
 
 class Renormed(NamedTuple):
@@ -680,7 +678,7 @@ class Table:
         """
         store, weight = self.store, self.store.weight_column
         if ids is None:
-            rows = np.arange(weight.rows)
+            rows = np.arange(weight.rows) if store.keeps_journal else NO_ROWS
         else:
             batch = _core.Batch(as_ids(ids), None, weight.rows, weight.dim)
             rows = self._read_change(batch, False)
@@ -872,7 +870,7 @@ def _show_recovery(frames: Frames, what: str) -> Frames:
 
 
 def _reopen(path: str, mode: str, num_threads: int) -> Table:
-    # A writer lives on in the process that pickled it: this one reads beside it.
+    # The process that pickled a writer may still have it open, so this one becomes a live reader.
     if mode == "r+":
         return Table.open(path, "r", live=True, num_threads=num_threads)
     return Table.open(path, mode, num_threads=num_threads)

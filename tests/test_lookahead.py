@@ -145,16 +145,3 @@ def take_one_batch_of_a_blocked_source() -> None:
 def test_a_source_that_blocks_does_not_keep_the_process() -> None:
     """A process whose source never gives its next batch ends all the same."""
     assert child.run(take_one_batch_of_a_blocked_source).stdout == "end\n"
-
-
-def test_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system allows no more threads, the batches come all the same, and errors too."""
-
-    def no_thread(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", no_thread)
-    table = Table.memory(rows=4, dim=2)
-    assert list(lookahead([[0, 1], [2]], table)) == [[0, 1], [2]]
-    with pytest.raises(IdError):
-        list(lookahead([[0], [4]], table))

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pyembed import Table, _core, _threads, build, init, optim, show_config
+from pyembed import Table, _core, _threads, build, init, lookahead, optim, show_config
 from pyembed.cli import main
-from pyembed.errors import ArgumentError
+from pyembed.errors import ArgumentError, IdError
 from tests.helpers import child
 from tests.helpers.child import ROOT
 
@@ -209,12 +209,15 @@ def work_without_more_threads(folder: Path) -> None:
         assert np.array_equal(
             made.gather(ids), Table.memory(300_000, 32, init=init.normal(), seed=3).gather(ids)
         )
+    assert list(lookahead([[0, 1], [2]], table)) == [[0, 1], [2]]
+    with pytest.raises(IdError):
+        list(lookahead([[0], [100_000]], table))
     assert main(["build", "-o", "u", "--rows", "3000000", "--dim", "4", "-q"]) == 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit of Linux")
 def test_fewer_threads_where_the_system_allows_no_more() -> None:
-    """At the process limit lookups, steps and builds use one thread; libgomp would exit."""
+    """At the process limit lookups, steps, builds and lookahead go on with one thread."""
     with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which only this user may enter
         done = child.run(work_without_more_threads, Path(folder))
     assert "libgomp" not in done.stderr

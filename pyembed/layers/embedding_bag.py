@@ -179,11 +179,11 @@ class EmbeddingBag(Layer):
         if isinstance(input, Bags):
             if offsets is not None or per_sample_weights is not None:
                 raise ArgumentError("bags have their own offsets and weights")
-            if input.weights is not None and self.mode != "sum":
-                raise ArgumentError(f"per_sample_weights need mode='sum', not {self.mode!r}")
-            return input
+            per_sample_weights = input.weights
         if per_sample_weights is not None and self.mode != "sum":
             raise ArgumentError(f"per_sample_weights need mode='sum', not {self.mode!r}")
+        if isinstance(input, Bags):
+            return input
         return Bags.from_input(input, offsets, per_sample_weights, self.include_last_offset)
 
     def __call__(

@@ -83,7 +83,12 @@ def row_columns(
 
 
 def fresh_rows(
-    columns: Mapping[str, int], first: int, count: int, init: Initializer, seed: int, workers: int
+    columns: Mapping[str, int],
+    first: int,
+    count: int,
+    init: Initializer,
+    seed: int,
+    num_threads: int,
 ) -> Iterator[F32]:
     """Yield chunks of new rows: weight from `init`, other columns zero. The buffer is reused."""
     stride = sum(columns.values())
@@ -92,10 +97,10 @@ def fresh_rows(
     init = init.for_shape(first + count, dim)
     buffer = np.zeros((count if init.whole else min(step, count), stride), np.float32)
     if init.whole:
-        init.fill(buffer[:, :dim], seed, first, workers)
+        init.fill(buffer[:, :dim], seed, first, num_threads)
         yield buffer
         return
     for row in range(first, first + count, step):
         chunk = buffer[: min(step, first + count - row)]
-        init.fill(chunk[:, :dim], seed, row, workers)
+        init.fill(chunk[:, :dim], seed, row, num_threads)
         yield chunk

@@ -28,12 +28,11 @@ from pyembed.storage.columns import fresh_rows
 from pyembed.storage.manifest import Manifest
 from pyembed.storage.page_cache import PageCache, Stats
 from pyembed.storage.recovery import Progress
-from pyembed.storage.store import Store, require_width
+from pyembed.storage.store import NO_ROWS, Store, require_width
 from pyembed.storage.table_files import CLEAN, BareFile, TableFolder
 from pyembed.storage.transaction import JournaledTransaction, Transaction
 
 I64 = NDArray[np.int64]
-NO_ROWS = np.zeros(0, np.int64)
 
 
 def open_store(

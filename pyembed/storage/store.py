@@ -13,7 +13,7 @@ A change goes through two calls, in the block of a turn::
 
     with store.still():                            # or store.shared(), for additions under locks
         columns = store.begin_change(state, rows)  # the old content of these rows is safe now
-        _core.update(columns, …)
+        _core.scatter_add(columns[0], …)           # or another kernel that changes these rows
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from pyembed.storage.page_cache import Stats
 I64 = NDArray[np.int64]
 Steps = dict[str, dict[str, int]]
 NO_STATE: Mapping[str, int] = {}
+NO_ROWS = np.zeros(0, np.int64)
 
 
 class Turns:

@@ -327,7 +327,7 @@ def test_forked_child_keeps_no_lock(table: Path, kind: str) -> None:
 
 
 def test_a_pickled_writer_is_a_live_reader(table: Path) -> None:
-    """A worker that unpickles a table open for writing looks its rows up beside the writer."""
+    """A worker that unpickles a table open for writing looks its rows up while the writer works."""
     with Table.open(table) as t:
         t.scatter_add([0], ONES)
         with pickle.loads(pickle.dumps(t)) as copy:

@@ -339,7 +339,7 @@ def test_fork_while_the_helper_works(path: Path) -> None:
 
 
 def test_ends_of_transactions_race_with_the_helper(path: Path) -> None:
-    """Steps, appends, commits and rollbacks beside a helper that is never idle: the rows are those
+    """Steps, appends, commits and rollbacks while the helper is never idle: the rows are those
     of a table in memory at every end."""
     rng = np.random.default_rng(3)
     make(path).close()
